@@ -1,0 +1,1 @@
+"""How a run happens: plan, run, keep, report."""

@@ -1,0 +1,4 @@
+"""What a run is made of: encode, denoise and decode, each loading only its own components.
+
+This package knows torch and diffusers, and nothing of runs, stores or command lines.
+"""

@@ -1,0 +1,30 @@
+"""The errors that a user can meet; each message carries its arithmetic and the next step.
+
+    ValueError              a bad input                                  exit code 2
+    +- LoadError            the model: missing, gated, damaged, foreign  exit code 3
+    +- PlanError            it does not fit these devices                exit code 4
+    +- StoreError           the artifact store                           exit code 5
+    +- BadResult            a result that is no picture                  exit code 6
+    MemoryError
+    +- StageOutOfMemory     a device ran out of memory                   exit code 4
+"""
+
+
+class LoadError(ValueError):
+    """A model that is not found, not readable, not complete, or not of the family asked for."""
+
+
+class PlanError(ValueError):
+    """A request that does not fit the devices."""
+
+
+class StoreError(ValueError):
+    """An artifact store that cannot be read or written."""
+
+
+class BadResult(ValueError):
+    """A non-finite, constant or wrongly sized result, stopped before it could become a picture."""
+
+
+class StageOutOfMemory(MemoryError):
+    """A device ran out of memory inside a stage; earlier artifacts are safe."""

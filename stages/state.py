@@ -1,0 +1,49 @@
+"""What crosses a stage border: named values on the host, nothing on a card."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Union
+
+import torch
+
+Value = Union[
+    torch.Tensor, str, int, float, bool, None, "list[Value]", "tuple[Value, ...]", "dict[str, Value]"
+]
+
+
+@dataclass(frozen=True)
+class State:
+    """The values after a stage, and the tags under which later pipeline blocks collect them.
+
+    `tags` is the `kwargs_mapping` of diffusers' `PipelineState`: blocks that read "every denoiser input" find
+    their values through it, so a hand-over that loses it goes wrong without an error.
+    """
+
+    values: Mapping[str, Value] = field(default_factory=dict)
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def only(self, names: Collection[str]) -> "State":
+        """The same state with nothing but `names`."""
+        tags = {tag: tuple(dict.fromkeys(n for n in tagged if n in names)) for tag, tagged in self.tags.items()}
+        return State({n: v for n, v in self.values.items() if n in names}, {t: ns for t, ns in tags.items() if ns})
+
+    def merged(self, other: "State") -> "State":
+        """Both states in one; `other` wins."""
+        tags = {t: tuple(dict.fromkeys((*self.tags.get(t, ()), *other.tags.get(t, ())))) for t in
+                (*self.tags, *other.tags)}
+        return State({**self.values, **other.values}, tags)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by its path, such as `prompt_embeds` or `extra.0`."""
+        return dict(_tensors("", self.values))
+
+
+def _tensors(path: str, value: object) -> list[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        return [(path, value)]
+    prefix = f"{path}." if path else ""
+    if isinstance(value, Mapping):
+        return [found for key, item in value.items() for found in _tensors(f"{prefix}{key}", item)]
+    if isinstance(value, list | tuple):
+        return [found for index, item in enumerate(value) for found in _tensors(f"{prefix}{index}", item)]
+    return []
