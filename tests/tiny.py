@@ -47,7 +47,7 @@ def t5_tokenizer(folder: Path, sentences: Iterable[str] = SENTENCES) -> T5Tokeni
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(list(sentences) * 20), model_writer=model, vocab_size=80, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.getvalue())
     return T5Tokenizer.from_pretrained(folder)
@@ -61,7 +61,7 @@ def clip(tokenizer: PreTrainedTokenizerBase, width: int = 32) -> CLIPTextModel:
             vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
             num_attention_heads=4, projection_dim=width, bos_token_id=size - 2, eos_token_id=size - 1,
             pad_token_id=size - 1,
-        )  # fmt: skip
+        )
     ).eval()
 
 
@@ -71,7 +71,7 @@ def t5(tokenizer: PreTrainedTokenizerBase, width: int = 32, layers: int = 2) -> 
         T5Config(
             vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=layers, num_heads=4,
             feed_forward_proj="gated-gelu", dropout_rate=0.0,
-        )  # fmt: skip
+        )
     ).eval()
 
 
@@ -82,7 +82,7 @@ def vae(latent_channels: int = 4) -> AutoencoderKL:
         norm_num_groups=1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609,
         scaling_factor=1.5035, down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def flux_transformer(
@@ -93,13 +93,13 @@ def flux_transformer(
         patch_size=1, in_channels=16, num_layers=doubles, num_single_layers=singles, attention_head_dim=16,
         num_attention_heads=heads, joint_attention_dim=text, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
         guidance_embeds=guidance,
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def flux(
     folder: Path, *, guidance: bool = True, doubles: int = 2, singles: int = 4, heads: int = 2,
     text: int = 32, text_layers: int = 2, seed: int = 0, shard: str = "10GB",
-) -> Path:  # fmt: skip
+) -> Path:
     """A whole FLUX checkpoint at `folder`; `shard` is the largest safetensors file, such as "2MB"."""
     torch.manual_seed(seed)
     first, second = clip_tokenizer(folder / "tokenizer"), t5_tokenizer(folder / "tokenizer_2")
