@@ -1,0 +1,113 @@
+"""What hardware there is: the only file that asks.
+
+Everything else goes through `torch.accelerator` and device strings, so that it runs on CUDA, on XPU and on the
+simulated accelerator of the tests alike.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device: its name as torch has it ("cuda:0", "cpu"), bytes in all and free, and whether it has bfloat16."""
+
+    name: str
+    total: int
+    free: int
+    bfloat16: bool
+    label: str = ""
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the device's memory is the host's."""
+        return self.name == "cpu"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices in the order of use, and the host's memory in bytes under the container's limit."""
+
+    devices: tuple[Device, ...]
+    host_total: int
+    host_free: int
+
+
+def probe(names: Sequence[str] = ()) -> Machine:
+    """The machine, or the part of it that `names` selects, in that order; the CPU where there is no accelerator.
+
+    Raises ValueError for a device that is not there.
+    """
+    total, free = host_memory()
+    known = {f"{kind}:{index}": index for kind, index in _accelerators()}
+    chosen = [_full_name(name) for name in names] or list(known) or ["cpu"]
+    for name in chosen:
+        if name != "cpu" and name not in known:
+            there = ", ".join((*known, "cpu"))
+            raise ValueError(f"there is no device {name!r} here: choose from {there}")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"a device is named twice: {', '.join(chosen)}")
+    return Machine(tuple(_device(name, total, free) for name in chosen), total, free)
+
+
+def _accelerators() -> list[tuple[str, int]]:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return []
+    return [(accelerator.type, index) for index in range(torch.accelerator.device_count())]
+
+
+def _full_name(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"{name!r} is no device: write cpu, cuda:0, cuda:1, ...") from None
+    return name if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+
+
+def _device(name: str, host_total: int, host_free: int) -> Device:
+    if name == "cpu":
+        # Most CPUs only emulate bfloat16, a hundred times slower than float32.
+        return Device("cpu", host_total, host_free, bfloat16=False, label="CPU")
+    free, total = torch.accelerator.get_memory_info(name)
+    return Device(name, total, free, _has_bfloat16(name), _label(name))
+
+
+def _has_bfloat16(name: str) -> bool:
+    module = torch.get_device_module(torch.device(name).type)
+    if module is torch.cuda:
+        with torch.cuda.device(name):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    ask = getattr(module, "is_bf16_supported", None)
+    return bool(ask()) if ask else True
+
+
+def _label(name: str) -> str:
+    ask = getattr(torch.get_device_module(torch.device(name).type), "get_device_name", None)
+    return str(ask(name)) if ask else name
+
+
+def host_memory() -> tuple[int, int]:
+    """The host's total and free bytes, no more than the container's limit leaves."""
+    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines()) if _linux() else {}
+    total = _kibibytes(facts.get("MemTotal")) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _kibibytes(facts.get("MemAvailable")) or total
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes",
+                                                           "memory/memory.usage_in_bytes")):
+        root = Path("/sys/fs/cgroup")
+        if (root / limit).is_file() and (text := (root / limit).read_text().strip()) != "max":
+            total = min(total, int(text))
+            free = min(free, max(0, int(text) - int((root / used).read_text())))
+    return total, free
+
+
+def _linux() -> bool:
+    return Path("/proc/meminfo").is_file()
+
+
+def _kibibytes(text: str | None) -> int:
+    return int(text.split()[0]) * 1024 if text else 0

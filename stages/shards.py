@@ -1,0 +1,121 @@
+"""The safetensors files of one component: which they are, and what their headers say. No data is read."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from stages.errors import LoadError
+from stages.files import Incomplete, head, parse_json, read_json, refetch, size_of
+
+HEADER_CAP = 100 * 10**6
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
+    "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as a safetensors header lists it; `start` counts bytes from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of one file; LoadError unless header and data fill the file exactly."""
+    size = size_of(path)
+    length = int.from_bytes(head(path, 8), "little")
+    if size < 8 or length > min(HEADER_CAP, size - 8):
+        raise LoadError(
+            f"{path} is no safetensors file or is cut off: its header claims {length} bytes, the file has {size}; "
+            f"fetch it again: {refetch(path)}"
+        )
+    table = parse_json(head(path, length, 8), path)
+    table.pop("__metadata__", None)
+    entries = {name: _entry(path, name, value, 8 + length) for name, value in table.items()}
+    end = _end(path, entries.values(), 8 + length)
+    if end != size:
+        what = "cut off" if end > size else "followed by foreign bytes"
+        raise LoadError(
+            f"{path} is {what}: {end} bytes expected, {size} found; fetch it again: {refetch(path)}"
+        )
+    return entries
+
+
+def weight_files(folder: Path, library: str) -> tuple[Path, ...]:
+    """The safetensors files that the library will load from a component folder, in the order of their names.
+
+    Raises LoadError when there are only pickles or variants, or when the index names anything but files beside it.
+    """
+    stem = STEMS[library]
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    # With both there, diffusers reads the index and transformers the single file.
+    first = (index, single) if library == "diffusers" else (single, index)
+    for path in first:
+        if path.exists() or path.is_symlink():
+            return (single,) if path is single else _indexed(index)
+    raise _none_of(folder, stem)
+
+
+def pickled(names: Iterable[str]) -> list[str]:
+    """Those file names that hold pickled weights."""
+    return sorted(name for name in names if name.lower().endswith(PICKLES))
+
+
+def _indexed(index: Path) -> tuple[Path, ...]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise LoadError(f"{index} has no weight_map; fetch it again: {refetch(index)}")
+    names = sorted({str(name) for name in table.values()})
+    for name in names:
+        if name != PurePosixPath(name).name or "\\" in name or ":" in name or "\0" in name:
+            raise LoadError(f"{index} names {name!r}, which is not a file beside it: refused; use an untouched copy")
+        if not name.endswith(".safetensors"):
+            raise LoadError(
+                f"{index} names {name!r}: pickle refused, only safetensors are read; use a safetensors copy of the model"
+            )
+    return tuple(index.parent / name for name in names)
+
+
+def _none_of(folder: Path, stem: str) -> LoadError:
+    names = [path.name for path in folder.iterdir()]
+    if bad := pickled(names):
+        return LoadError(
+            f"{folder} has no safetensors weights, only {', '.join(bad[:3])}: pickle refused, it can run code; "
+            f"use a model that ships safetensors"
+        )
+    if others := sorted(name for name in names if name.endswith(".safetensors")):
+        return LoadError(
+            f"{folder} has {', '.join(others[:3])} but no {stem}.safetensors; only the plain variant is read: "
+            f"use a model that ships it"
+        )
+    return Incomplete(f"{folder} has no weights; fetch them: {refetch(folder / f'{stem}.safetensors')}")
+
+
+def _entry(path: Path, name: str, value: object, base: int) -> Entry:
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]} if (
+            dtype in _BITS
+            and all(type(side) is int and side >= 0 for side in shape)
+            and 0 <= start <= end
+            and math.prod(shape) * _BITS[dtype] == (end - start) * 8
+        ):
+            return Entry(dtype, tuple(shape), base + start, end - start)
+    raise LoadError(f"{path} describes tensor {name!r} wrongly ({value!r:.120}); fetch it again: {refetch(path)}")
+
+
+def _end(path: Path, entries: Iterable[Entry], base: int) -> int:
+    at = base
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.bytes)):
+        if entry.start != at:
+            raise LoadError(f"{path} has tensors that overlap or leave a gap at byte {at}; fetch it again: "
+                            f"{refetch(path)}")
+        at += entry.bytes
+    return at

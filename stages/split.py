@@ -1,0 +1,82 @@
+"""A model folder and the names of its inputs, split into Encode, Denoise and Decode.
+
+One rule covers every family that diffusers describes as pipeline blocks: what stands before the top-level block
+`denoise` encodes, what stands after it decodes.
+"""
+
+import importlib
+from collections.abc import Collection, Iterable
+
+import diffusers
+from diffusers import ModularPipeline
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, SequentialPipelineBlocks
+
+from stages.checkpoint import Checkpoint
+from stages.decode import Decode
+from stages.denoise import Denoise
+from stages.encode import Encode
+from stages.errors import LoadError
+from stages.stage import Stage
+
+
+def split(checkpoint: Checkpoint, inputs: Collection[str]) -> tuple[Encode, Denoise, Decode]:
+    """The three stages of `checkpoint` for requests that give `inputs`.
+
+    Inputs have diffusers' names, such as "prompt"; "seed" stands for a generator.
+
+    Raises LoadError where diffusers has no pipeline blocks for the model, and ValueError where an input is read
+    by no stage.
+    """
+    groups = _groups(_blocks(checkpoint), inputs)
+    decode = Decode(checkpoint, groups["decode"], reads=frozenset(), tags=frozenset())
+    denoise = Denoise(checkpoint, groups["denoise"], *_reads([decode]))
+    encode = Encode(checkpoint, groups["encode"], *_reads([denoise, decode]))
+    unread = sorted(set(inputs) - encode.inputs - denoise.inputs - decode.inputs)
+    if unread:
+        raise ValueError(f"{checkpoint.pipeline} has no use for {', '.join(unread)}: leave it out")
+    return encode, denoise, decode
+
+
+def require(modules: Iterable[str]) -> None:
+    """Raise LoadError unless every module imports: upstream calls some without importing them."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise LoadError(f"this family needs the package {name!r}: pip install {name}") from None
+
+
+def _blocks(checkpoint: Checkpoint) -> ModularPipelineBlocks:
+    try:
+        pipeline = ModularPipeline.from_pretrained(checkpoint.path)
+        blocks = pipeline.blocks
+    except (ValueError, AttributeError, KeyError) as error:
+        blocks = None
+        cause: Exception | None = error
+    else:
+        cause = None
+    if blocks is None or "denoise" not in blocks.sub_blocks:
+        raise LoadError(
+            f"diffusers {diffusers.__version__} has no modular blocks for {checkpoint.pipeline}, so it cannot be "
+            f"split into stages: choose a model of another family"
+        ) from cause
+    return blocks
+
+
+def _groups(blocks: ModularPipelineBlocks, inputs: Collection[str]) -> dict[str, SequentialPipelineBlocks]:
+    """The blocks that run for these inputs, by stage."""
+    order = list(blocks.sub_blocks)
+    border = order.index("denoise")
+    groups: dict[str, dict[str, ModularPipelineBlocks]] = {"encode": {}, "denoise": {}, "decode": {}}
+    for name, block in blocks.get_execution_blocks(**dict.fromkeys(inputs, True)).sub_blocks.items():
+        index = order.index(name.split(".")[0])
+        stage = "encode" if index < border else "denoise" if index == border else "decode"
+        groups[stage][name] = block
+    return {stage: SequentialPipelineBlocks.from_blocks_dict(group) for stage, group in groups.items()}
+
+
+def _reads(later: Iterable[Stage]) -> tuple[frozenset[str], frozenset[str]]:
+    """The names, and the tags, under which later stages read values."""
+    params = [param for stage in later for param in stage.blocks.inputs]
+    names = frozenset(param.name for param in params if param.name)
+    return names, frozenset(param.kwargs_type for param in params if param.kwargs_type)
