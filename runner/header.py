@@ -1,0 +1,139 @@
+"""The header of a safetensors file, written and read strictly: what the format allows is not all that we accept."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+
+METADATA = "__metadata__"
+FIELD = "stagerun"
+LONGEST = 2**20
+MOST_BYTES = 8 * 2**30
+_NAME = re.compile(r"[a-z0-9_.]{1,64}")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Spec(TypedDict):
+    """What a tensor is: its dtype as safetensors spells it, and its shape."""
+
+    dtype: str
+    shape: list[int]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The tensors of a file and its one metadata text."""
+
+    tensors: Mapping[str, Spec]
+    metadata: str
+
+
+def compose(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: str
+) -> tuple[bytes, dict[str, Spec]]:
+    """The length and header bytes for `tensors`, and the specs in the order in which their data must follow."""
+    # Widest elements first, so that every tensor starts at a multiple of its element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    specs: dict[str, Spec] = {}
+    entries: dict[str, object] = {METADATA: {FIELD: metadata}}
+    offset = 0
+    for name in names:
+        dtype, shape = tensors[name]
+        assert dtype in _CODES, f"{name} is {dtype}, which safetensors cannot hold"
+        specs[name] = {"dtype": _CODES[dtype], "shape": list(shape)}
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {**specs[name], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, specs
+
+
+def parse(data: bytes) -> Header:
+    """The header of `data`; ValueError where it is not exactly one that `compose` could have written."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 10 or length > min(LONGEST, len(data) - 8):
+        raise ValueError(f"a header of {length:,} bytes in a file of {len(data):,} (at most {LONGEST:,})")
+    text = data[8 : 8 + length]
+    if not text.startswith(b"{"):
+        raise ValueError("a header that does not start with a brace")
+    entries = strict_json(text)
+    if not isinstance(entries, dict):
+        raise ValueError("a header that is no mapping")
+    metadata = entries.pop(METADATA, None)
+    if not isinstance(metadata, dict) or metadata.keys() != {FIELD} or not isinstance(metadata[FIELD], str):
+        raise ValueError("no metadata of ours")
+    spans = sorted((*_checked(name, entry), name) for name, entry in entries.items())
+    end = 0
+    for begin, stop, name in spans:
+        if begin != end:
+            raise ValueError(f"a hole or an overlap before {name}")
+        end = stop
+    if end != len(data) - 8 - length:
+        raise ValueError(f"{len(data) - 8 - length:,} bytes of data where the header places {end:,}")
+    specs: dict[str, Spec] = {
+        name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in entries.items()
+    }
+    return Header(specs, metadata[FIELD])
+
+
+def strict_json(text: str | bytes) -> object:
+    """The JSON value in `text`; ValueError for duplicate keys, NaN and infinity as well."""
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _checked(name: str, entry: object) -> tuple[int, int]:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"a tensor called {name[:80]!r}")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} without dtype, shape and offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name} of an unknown dtype")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name} with a bad shape or bad offsets")
+    if len(shape) > 16 or math.prod(max(side, 1) for side in shape) > MOST_BYTES:
+        raise ValueError(f"{name} of shape {shape}")
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != size:
+        raise ValueError(f"{name} of {size:,} bytes in a place for {offsets[1] - offsets[0]:,}")
+    return offsets[0], offsets[1]
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key that occurs twice")
+    return found
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"the number {text}")
