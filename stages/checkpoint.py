@@ -1,23 +1,21 @@
 """A model on disk: found, complete and of the right kind, before anything heavy is imported or loaded."""
 
-import difflib
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from stages import hub
 from stages.errors import LoadError
 from stages.families import FAMILIES, Family
-from stages.files import Incomplete, head, read_json, refetch, size_of
-from stages.shards import STEMS, pickled, read_header, weight_files
+from stages.files import SMALL, Incomplete, head, read_json, size_of
+from stages.index import INDEX, MODULAR, Index, read_index
+from stages.shards import read_header, weight_files
 
-INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
-SMALL = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken")
 WHOLE = 64 * 2**20
 _WEIGHTLESS = re.compile(r"(Tokenizer|TokenizerFast|Processor|ProcessorFast|FeatureExtractor|Scheduler)$")
-_VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"vocab.txt"}, {"tekken.json"})
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tekken.json",))
 
 
 @dataclass(frozen=True)
@@ -47,24 +45,17 @@ def find(
 ) -> Checkpoint:
     """The model as a checked local folder; from the hub, only what `components` need is downloaded.
 
-    `components` defaults to all of the model's; `()` reads nothing but the index, enough for `check`.
+    `components` defaults to all that the model has; `()` reads nothing but the index, which is enough for `check`.
     Raises LoadError when the model is not found, not complete, damaged, or would run code of its own.
     """
-    local = _folder(model)
-    if local is not None:
-        if revision is not None:
-            raise ValueError(f"--revision {revision} is for models of the hub, but {model} is a folder; leave it out")
-        return _survey(local, str(model), None, components)
-    source = str(model)
-    cached = hub.cached(source, revision)
-    if cached is not None:
-        try:
-            return _survey(cached, source, f"{source}@{cached.name}", components)
-        except Incomplete as missing:
-            hub.refuse_offline(source, revision, missing)
-    snapshot = hub.fetch(source, revision)
-    hub.fetch_components(source, snapshot, _declared(snapshot, source, components))
-    return _survey(snapshot, source, f"{source}@{snapshot.name}", components)
+    folder = Path(model).expanduser()
+    if isinstance(model, str) and not folder.exists() and hub.is_id(model):
+        return _find_on_hub(model, revision, components)
+    if revision is not None:
+        raise ValueError(f"--revision {revision} is for models of the hub, but {model} is a folder; leave it out")
+    if not folder.is_dir():
+        raise hub.no_folder(str(model), folder)
+    return _survey(folder.resolve(), str(model), None, components)
 
 
 def check(checkpoint: Checkpoint, *, family: Family) -> None:
@@ -77,3 +68,107 @@ def check(checkpoint: Checkpoint, *, family: Family) -> None:
         f"{checkpoint.source} is a {checkpoint.pipeline}, but family {family.name} runs a {family.pipeline}; "
         f"{step} give a {family.pipeline} model, such as --model {family.repo}"
     )
+
+
+def weightless(class_name: str) -> bool:
+    """Whether a class of the index is a tokenizer, a processor or a scheduler: something without weights."""
+    return _WEIGHTLESS.search(class_name) is not None
+
+
+def _find_on_hub(model: str, revision: str | None, components: Collection[str] | None) -> Checkpoint:
+    cached = hub.cached(model, revision)
+    if cached is not None:
+        try:
+            return _survey(cached, model, f"{model}@{cached.name}", components)
+        except Incomplete as missing:
+            hub.refuse_offline(model, revision, missing)
+    root = hub.fetch_index(model, revision)
+    index = read_index(root, model)
+    wanted = _wanted(index, model, components)
+    weighty = {name: index.parts[name][0] for name in wanted if not weightless(index.parts[name][1])}
+    hub.fetch_components(model, root, wanted, weighty)
+    return _survey(root, model, f"{model}@{root.name}", components)
+
+
+def _survey(root: Path, source: str, identity: str | None, wanted: Collection[str] | None) -> Checkpoint:
+    index = read_index(root, source)
+    components = {name: _component(root, name, index) for name in _wanted(index, source, wanted)}
+    return Checkpoint(root, source, identity or _fingerprint(root, index), index.pipeline, components)
+
+
+def _wanted(index: Index, source: str, names: Collection[str] | None) -> tuple[str, ...]:
+    if names is None:
+        return tuple(index.parts)
+    for name in names:
+        if name not in index.parts:
+            raise LoadError(f"{source} has no component {name}; it has {', '.join(index.parts)}")
+    return tuple(name for name in index.parts if name in names)
+
+
+def _component(root: Path, name: str, index: Index) -> Component:
+    (library, class_name), folder = index.parts[name], root / name
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
+        raise Incomplete(f"{folder} is missing: the index names component {name}, the folder has {there or 'none'}; "
+                         f"fetch it: {hub.download(root, (name,))}")
+    for path in sorted(folder.iterdir()):
+        _refuse_code(path)
+    if weightless(class_name):
+        _check_small(folder, class_name)
+        return Component(name, library, class_name, folder, ())
+    read_json(folder / "config.json")
+    files = weight_files(folder, library)
+    for path in files:
+        read_header(path)
+    return Component(name, library, class_name, folder, files)
+
+
+def _refuse_code(path: Path) -> None:
+    if path.suffix == ".py":
+        raise LoadError(f"{path} is custom code: refused; use a model of the libraries' own classes")
+    if path.suffix not in SMALL:
+        return
+    size_of(path)
+    if path.name.endswith("config.json"):
+        for key in ("auto_map", "transformers_weights", "custom_pipelines"):
+            if key in read_json(path):
+                raise LoadError(f"{path} has {key}: custom code and foreign files are refused; use a model of the "
+                                f"libraries' own classes")
+
+
+def _check_small(folder: Path, class_name: str) -> None:
+    names = {path.name for path in folder.iterdir()}
+    if class_name.endswith("Scheduler"):
+        read_json(folder / "scheduler_config.json")
+    elif class_name.endswith(("Tokenizer", "TokenizerFast")) and not (
+        any(name.endswith((".model", ".spm", ".tiktoken")) for name in names)
+        or any(names.issuperset(vocabulary) for vocabulary in _VOCABULARIES)
+    ):
+        # transformers makes an empty tokenizer of such a folder, without a word.
+        raise Incomplete(f"{folder} has no vocabulary (tokenizer.json, vocab.json with merges.txt, or a .model file); "
+                         f"fetch it: {hub.download(folder.parent, (folder.name,))}")
+    elif not names:
+        raise Incomplete(f"{folder} is empty; fetch it: {hub.download(folder.parent, (folder.name,))}")
+
+
+def _fingerprint(root: Path, index: Index) -> str:
+    """Changes when a file changes that a run may read, whichever components were asked for."""
+    digest = hashlib.sha256()
+    for path in _files(root, index):
+        status = path.stat()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{status.st_size}\0".encode())
+        if status.st_size >= WHOLE and path.suffix == ".safetensors":
+            digest.update(f"{status.st_mtime_ns}\0".encode())
+            length = int.from_bytes(head(path, 8), "little")
+            digest.update(hashlib.sha256(head(path, min(length, WHOLE), 8)).digest())
+        else:
+            digest.update(hashlib.sha256(head(path, status.st_size)).digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _files(root: Path, index: Index) -> Iterator[Path]:
+    yield from (path for path in (root / INDEX, root / MODULAR) if path.is_file())
+    for name in sorted(index.parts):
+        for path in sorted((root / name).glob("*")):
+            if path.is_file() and path.suffix in (*SMALL, ".safetensors"):
+                yield path

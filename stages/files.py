@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stages.errors import LoadError
 
+SMALL = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken")
 JSON_CAP = 100 * 2**20
 _LFS = b"version https://git-lfs"
 _CACHE = "models--"

@@ -1,7 +1,7 @@
 """The safetensors files of one component: which they are, and what their headers say. No data is read."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -54,22 +54,33 @@ def weight_files(folder: Path, library: str) -> tuple[Path, ...]:
 
     Raises LoadError when there are only pickles or variants, or when the index names anything but files beside it.
     """
-    stem = STEMS[library]
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    name = entrance(folder, library, {path.name for path in folder.iterdir()})
+    if not name.endswith(".json"):
+        return (folder / name,)
+    return tuple(folder / shard for shard in _indexed(folder / name))
+
+
+def entrance(folder: Path, library: str, names: Collection[str]) -> str:
+    """The one file that the library opens first, of those in the folder: the weights or their index."""
+    single, index = f"{STEMS[library]}.safetensors", f"{STEMS[library]}.safetensors.index.json"
     # With both there, diffusers reads the index and transformers the single file.
-    first = (index, single) if library == "diffusers" else (single, index)
-    for path in first:
-        if path.exists() or path.is_symlink():
-            return (single,) if path is single else _indexed(index)
-    raise _none_of(folder, stem)
+    for name in (index, single) if library == "diffusers" else (single, index):
+        if name in names:
+            return name
+    if bad := sorted(name for name in names if name.lower().endswith(PICKLES)):
+        raise LoadError(
+            f"{folder} has no safetensors weights, only {', '.join(bad[:3])}: pickle refused, it can run code; "
+            f"use a model that ships safetensors"
+        )
+    if others := sorted(name for name in names if name.endswith(".safetensors")):
+        raise LoadError(
+            f"{folder} has {', '.join(others[:3])} but no {single}; only the plain variant is read: "
+            f"use a model that ships it"
+        )
+    raise Incomplete(f"{folder} has no weights; fetch them: {refetch(folder / single)}")
 
 
-def pickled(names: Iterable[str]) -> list[str]:
-    """Those file names that hold pickled weights."""
-    return sorted(name for name in names if name.lower().endswith(PICKLES))
-
-
-def _indexed(index: Path) -> tuple[Path, ...]:
+def _indexed(index: Path) -> list[str]:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise LoadError(f"{index} has no weight_map; fetch it again: {refetch(index)}")
@@ -79,24 +90,9 @@ def _indexed(index: Path) -> tuple[Path, ...]:
             raise LoadError(f"{index} names {name!r}, which is not a file beside it: refused; use an untouched copy")
         if not name.endswith(".safetensors"):
             raise LoadError(
-                f"{index} names {name!r}: pickle refused, only safetensors are read; use a safetensors copy of the model"
+                f"{index} names {name!r}: pickle refused, only safetensors are read; use a model that ships them"
             )
-    return tuple(index.parent / name for name in names)
-
-
-def _none_of(folder: Path, stem: str) -> LoadError:
-    names = [path.name for path in folder.iterdir()]
-    if bad := pickled(names):
-        return LoadError(
-            f"{folder} has no safetensors weights, only {', '.join(bad[:3])}: pickle refused, it can run code; "
-            f"use a model that ships safetensors"
-        )
-    if others := sorted(name for name in names if name.endswith(".safetensors")):
-        return LoadError(
-            f"{folder} has {', '.join(others[:3])} but no {stem}.safetensors; only the plain variant is read: "
-            f"use a model that ships it"
-        )
-    return Incomplete(f"{folder} has no weights; fetch them: {refetch(folder / f'{stem}.safetensors')}")
+    return names
 
 
 def _entry(path: Path, name: str, value: object, base: int) -> Entry:

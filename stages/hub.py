@@ -1,0 +1,208 @@
+"""Models of the Hugging Face hub: what is in its cache, and how the missing part comes."""
+
+import difflib
+import re
+import shlex
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub.constants as settings
+
+from stages.errors import LoadError
+from stages.files import SMALL, Incomplete, hub_id
+from stages.index import INDEX, MODULAR
+from stages.shards import entrance, weight_files
+
+SIZES = {"black-forest-labs/FLUX.1-dev": 33_740_000_000, "black-forest-labs/FLUX.1-schnell": 33_730_000_000}
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def is_id(model: str) -> bool:
+    """Whether it can be the id of a hub model, such as `black-forest-labs/FLUX.1-dev`."""
+    return bool(_ID.fullmatch(model)) and ".." not in model and "--" not in model
+
+
+def download(root: Path, names: Iterable[str]) -> str:
+    """The shell line that downloads components into a model folder."""
+    wanted = " ".join(f"--include {shlex.quote(f'{name}/*')}" for name in names)
+    model = hub_id(root)
+    if model is not None:
+        return f"hf download {model} --revision {root.name} {wanted}"
+    return f"hf download ID {wanted} --local-dir {shlex.quote(str(root))}"
+
+
+def cached(model: str, revision: str | None) -> Path | None:
+    """The snapshot folder in the cache, whole or not; None when there is none. Asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in (INDEX, MODULAR):
+        path = try_to_load_from_cache(model, name, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent
+    return None
+
+
+def fetch_index(model: str, revision: str | None) -> Path:
+    """Downloads the index alone, which shows that the model is there and open to us; gives its snapshot folder."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with _explained(model, revision):
+        for name in (INDEX, MODULAR):
+            try:
+                return Path(hf_hub_download(model, name, revision=revision)).parent
+            except RemoteEntryNotFoundError:
+                continue
+    raise LoadError(f"{model} has no {INDEX}, so it is no model in the diffusers layout; give the id of one that has")
+
+
+def fetch_components(model: str, root: Path, names: Collection[str], weighty: Mapping[str, str]) -> None:
+    """Downloads what `names` need into the snapshot: configs first, then, if the disk has room, the weights.
+
+    `weighty` maps the components with weights to their library.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    with _explained(model, root.name):
+        tree = HfApi().list_repo_tree(model, revision=root.name, recursive=True)
+        sizes = {item.path: item.size for item in tree if isinstance(item, RepoFile)}
+    inside = {name: _inside(model, name, sizes) for name in names}
+    first = {name: entrance(Path(model, name), library, inside[name]) for name, library in weighty.items()}
+    _fetch(model, root, [f"{name}/{file}" for name, files in inside.items() for file in files if file.endswith(SMALL)])
+    weights = [
+        f"{name}/{file}" for name, library in weighty.items()
+        for file in ([first[name]] if not first[name].endswith(".json") else _shards(root / name, library))
+    ]
+    if absent := [path for path in weights if path not in sizes]:
+        raise LoadError(f"{model} has no {absent[0]}, though its index names it; the model itself is incomplete")
+    _check_disk(model, root, {path: sizes[path] for path in weights})
+    _fetch(model, root, weights)
+
+
+def _inside(model: str, name: str, paths: Iterable[str]) -> list[str]:
+    found = [path.removeprefix(f"{name}/") for path in paths if path.startswith(f"{name}/")]
+    files = [file for file in found if "/" not in file]
+    if not files:
+        raise LoadError(f"{model} has no folder {name}, though its index names it; the model itself is incomplete")
+    if code := [file for file in files if file.endswith(".py")]:
+        raise LoadError(
+            f"{model} has custom code ({name}/{code[0]}): refused; use a model of the libraries' own classes"
+        )
+    return files
+
+
+def _shards(folder: Path, library: str) -> list[str]:
+    return [path.name for path in weight_files(folder, library)]
+
+
+def _check_disk(model: str, root: Path, sizes: Mapping[str, int]) -> None:
+    begun = sum(path.stat().st_size for path in (root.parent.parent / "blobs").glob("*.incomplete"))
+    needed = sum(size for path, size in sizes.items() if not (root / path).exists()) - begun
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise LoadError(
+            f"{model} still needs {needed} bytes ({needed / 1e9:.1f} GB) on the disk of {settings.HF_HUB_CACHE}, "
+            f"which has {free} free ({free / 1e9:.1f} GB): free {(needed - free) / 1e9:.1f} GB (hf cache prune), or "
+            f"set HF_HOME to a folder on a larger disk"
+        )
+
+
+def _fetch(model: str, root: Path, paths: list[str]) -> None:
+    from huggingface_hub import snapshot_download
+
+    wanted = [re.sub(r"([*?[])", r"[\1]", path) for path in paths if not (root / path).exists()]
+    if wanted:
+        with _explained(model, root.name):
+            snapshot_download(model, revision=root.name, allow_patterns=wanted)
+
+
+def refuse_offline(model: str, revision: str | None, missing: Incomplete) -> None:
+    """Raises LoadError about a half cached model when HF_HUB_OFFLINE forbids to fetch the rest."""
+    if settings.HF_HUB_OFFLINE:
+        raise LoadError(f"{model} is in the cache only in part ({missing}), and HF_HUB_OFFLINE is set; "
+                        f"{_get_it(model, revision)}") from missing
+
+
+@contextmanager
+def _explained(model: str, revision: str | None) -> Iterator[None]:
+    """What the hub refuses, as one LoadError with the next step."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise LoadError(_gated(model)) from error
+    except errors.RevisionNotFoundError as error:
+        raise LoadError(f"{model} has no revision {revision}; choose one of "
+                        f"https://huggingface.co/{model}/commits/main, or leave --revision out") from error
+    except errors.RepositoryNotFoundError as error:
+        near = _near(model, cached_ids())
+        hint = f" (in the cache: {', '.join(near)})" if near else ""
+        raise LoadError(f"the hub knows no model {model}{hint}, or it is private: check the spelling at "
+                        f"https://huggingface.co/{model}, and for a private model: {_token()}") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        why = "HF_HUB_OFFLINE is set" if settings.HF_HUB_OFFLINE else f"{settings.ENDPOINT} cannot be reached"
+        raise LoadError(f"{model} is not in the cache and {why}; {_get_it(model, revision)}") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise LoadError(f"the hub refused the token for {model} (401): run `hf auth login` with a valid one; "
+                            f"{_token()}") from error
+        raise LoadError(f"the hub answered {status} for {model}; try again later") from error
+    except errors.HTTPError as error:
+        raise LoadError(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
+                        f"again: what has arrived is kept") from error
+
+
+def _gated(model: str) -> str:
+    return (
+        f"{model} is gated: 1. accept its license at https://huggingface.co/{model} with your account, "
+        f"2. run `hf auth login` with a token of that account; {_token()}"
+    )
+
+
+def _token() -> str:
+    from huggingface_hub import get_token
+
+    places = f"HF_TOKEN, the file {settings.HF_TOKEN_PATH}"
+    found = f"a token was found ({places}) but it gives no access" if get_token() else f"no token was found ({places})"
+    return f"{found}; on Kaggle or Colab add a secret named HF_TOKEN"
+
+
+def _get_it(model: str, revision: str | None) -> str:
+    size = f" ({SIZES[model] / 1e9:.1f} GB)" if model in SIZES else ""
+    at = f" --revision {shlex.quote(revision)}" if revision else ""
+    return f"where there is a network, run: hf download {model}{at} --include model_index.json --include '*/*'{size}"
+
+
+def no_folder(model: str, folder: Path) -> LoadError:
+    """The error for a path that is not there, or is no folder, with what is nearest to it."""
+    if folder.exists():
+        return LoadError(f"{model} is a file; give a folder with model_index.json, or a hub id")
+    near = [str(folder.parent / name) for name in _near(folder.name, _folders(folder.parent))]
+    cached = _near(model, cached_ids())
+    what = "; ".join(
+        f"{kind}: {', '.join(found)}" for kind, found in (("nearest folder", near), ("in the cache", cached)) if found
+    )
+    return LoadError(f"no model at {model}{f' ({what})' if what else ''}; give a folder with model_index.json, or a "
+                     f"hub id such as black-forest-labs/FLUX.1-dev")
+
+
+def cached_ids() -> list[str]:
+    """The ids of the models in the hub's cache."""
+    return [
+        name.removeprefix("models--").replace("--", "/")
+        for name in _folders(Path(settings.HF_HUB_CACHE)) if name.startswith("models--")
+    ]
+
+
+def _folders(parent: Path) -> list[str]:
+    return sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
+
+
+def _near(name: str, names: list[str]) -> list[str]:
+    lower = {other.lower(): other for other in names}
+    return [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]

@@ -1,0 +1,103 @@
+"""What a model folder says it is made of: `model_index.json`, or `modular_model_index.json`."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import LoadError
+from stages.files import Incomplete, read_json
+
+INDEX, MODULAR = "model_index.json", "modular_model_index.json"
+LIBRARIES = ("diffusers", "transformers")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Index:
+    """The pipeline class, and of each component that is present its library and class."""
+
+    pipeline: str
+    parts: Mapping[str, tuple[str, str]]
+
+
+def read_index(root: Path, source: str) -> Index:
+    """The index of a model folder; LoadError when there is none or when it names code from elsewhere."""
+    plain, modular = root / INDEX, root / MODULAR
+    if not modular.exists():
+        if not plain.exists():
+            raise _no_index(root)
+        return _read(plain, source)
+    found = _read(modular, source)
+    if not plain.exists():
+        return found
+    # diffusers reads the modular index where there are both, so the two must not tell different things.
+    declared = _read(plain, source)
+    for name, part in found.parts.items():
+        if declared.parts.get(name, part) != part:
+            raise LoadError(f"{root}: {INDEX} and {MODULAR} disagree about {name}; use an untouched copy of the model")
+    return declared
+
+
+def _no_index(root: Path) -> LoadError:
+    names = sorted(path.name for path in root.iterdir())
+    if not names:
+        return Incomplete(f"{root} is empty; fill it: hf download ID --local-dir {root}")
+    if inner := [name for name in names if (root / name / INDEX).is_file()]:
+        return LoadError(f"{root} has no {INDEX}, but {inner[0]} in it has: --model {root / inner[0]}")
+    if (root.parent / INDEX).is_file():
+        return LoadError(f"{root} is one component of a model; give the whole: --model {root.parent}")
+    single = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    what = f" (a single file such as {single[0]} cannot be run)" if single else ""
+    return Incomplete(f"{root} has no {INDEX}, so it is no model in the diffusers layout{what}; "
+                      f"give a folder with {INDEX} and one folder per component")
+
+
+def _read(path: Path, source: str) -> Index:
+    table = read_json(path)
+    pipeline = table.get("_class_name")
+    if not isinstance(pipeline, str) or not _NAME.fullmatch(pipeline):
+        raise LoadError(f"{path} names the pipeline {pipeline!r}: custom code is refused; use a pipeline of diffusers")
+    if "auto_map" in table:
+        raise LoadError(f"{path} has an auto_map: custom code is refused; use a model of diffusers' own classes")
+    parts = {name: _part(path, name, value, source) for name, value in table.items() if _is_part(name, value)}
+    return Index(pipeline, parts)
+
+
+def _is_part(name: str, value: object) -> bool:
+    if name.startswith("_") or not isinstance(value, list) or len(value) not in (2, 3):
+        return False
+    if len(value) == 3:
+        return isinstance(value[2], dict)
+    return value != [None, None] and all(isinstance(item, str | None) for item in value)
+
+
+def _part(path: Path, name: str, value: object, source: str) -> tuple[str, str]:
+    assert isinstance(value, list)
+    library, class_name = value[:2]
+    if len(value) == 3:
+        library, class_name = _modular(path, name, value, source)
+    if not _NAME.fullmatch(name):
+        raise LoadError(f"{path} has a component named {name!r}, which is no plain name: refused")
+    if library not in LIBRARIES or not isinstance(class_name, str) or not _NAME.fullmatch(class_name):
+        raise LoadError(
+            f"{path} takes {name} from {library!r} ({class_name!r}): custom code is refused, only "
+            f"{' and '.join(LIBRARIES)} are allowed; use a model of their own classes"
+        )
+    return library, class_name
+
+
+def _modular(path: Path, name: str, value: list[object], source: str) -> tuple[object, object]:
+    library, class_name, spec = value
+    assert isinstance(spec, dict)
+    repo = spec.get("pretrained_model_name_or_path")
+    foreign = repo not in (None, "", source) and not (path.parent / name).is_dir()
+    if foreign or spec.get("subfolder") != name or spec.get("variant"):
+        raise LoadError(
+            f"{path} takes {name} from {repo!r}, folder {spec.get('subfolder')!r}, variant {spec.get('variant')!r}; "
+            f"only models whose components lie in their own folders are run: save a copy with save_pretrained"
+        )
+    hint = spec.get("type_hint")
+    if library is None and isinstance(hint, list) and len(hint) == 2:
+        return hint[0], hint[1]
+    return library, class_name
