@@ -1,0 +1,69 @@
+"""The shape of the house: who may import whom, and what a command line costs before it knows what to do."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for package in ("stages", "runner") for path in (ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "stages").glob("*.py")), ids=lambda path: path.name)
+def test_stages_know_nothing_of_runs(path: Path) -> None:
+    assert not {name for name in imported(path) if name.split(".")[0] == "runner"}
+
+
+def test_modular_diffusers_stands_behind_one_seam() -> None:
+    seam = {"split.py", "stage.py", "denoise.py"}
+    assert {path.name for path in SOURCES if any("modular_pipelines" in name for name in imported(path))} <= seam
+
+
+def test_no_pickle_and_no_evaluation() -> None:
+    for path in SOURCES:
+        assert not imported(path) & {"pickle", "cPickle", "dill", "marshal", "shelve", "yaml"}, path
+        calls = {node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        named = {call.id for call in calls if isinstance(call, ast.Name)}
+        assert not named & {"eval", "exec", "compile"}, path
+        attributes = {f"{ast.unparse(call)}" for call in calls if isinstance(call, ast.Attribute)}
+        assert "torch.load" not in attributes, path
+
+
+def test_only_machine_asks_for_cuda() -> None:
+    for path in SOURCES:
+        if path.name != "machine.py":
+            assert not [name for name in ast.walk(ast.parse(path.read_text()))
+                        if isinstance(name, ast.Attribute) and ast.unparse(name).startswith("torch.cuda")], path
+
+
+def test_help_answers_before_torch_is_imported() -> None:
+    """`python -m runner --help` in under half a second, with neither torch nor diffusers."""
+    code = (
+        "import sys; sys.argv = ['runner', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_module('runner', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', sorted({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "HEAVY []" in shown and "flux" in shown
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "runner", "--help"], capture_output=True, cwd=ROOT, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5, times
