@@ -1,0 +1,190 @@
+"""A run told to people: one live line on a terminal, a few plain lines in a log."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
+
+from runner.events import Emit, Tolerant, clean, gib
+
+HEARTBEAT = 10.0
+
+
+class Status:
+    """What the run is doing now, in one line."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._stage = ""
+        self._reset("starting")
+
+    def _reset(self, doing: str) -> None:
+        self._doing, self._since = doing, self._clock()
+        self._item, self._items = 0, 0
+        self._step, self._steps = 0, 0
+        self._done, self._first = 0, 0.0
+
+    def see(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Take an event in."""
+        if kind == "stage":
+            self._stage = str(data["stage"])
+            self._reset("starting")
+        elif kind == "load":
+            where = f" on {data['device']}" if data.get("device") else ""
+            self._now(f"loading {data['component']} ({gib(int(data['bytes']))}){where}")
+        elif kind == "item":
+            self._item, self._items, self._step, self._steps = int(data["index"]) + 1, int(data["of"]), 0, 0
+            self._now(f"picture {self._item}/{self._items}")
+            self._first = self._first if self._done else self._since
+        elif kind == "step":
+            self._step, self._steps, self._done = int(data["step"]), int(data["steps"]), self._done + 1
+            self._now(f"picture {self._item}/{self._items}, step {self._step}/{self._steps}")
+        elif kind == "flush":
+            self._now(f"freed {gib(int(data['freed']))}")
+
+    def line(self) -> str:
+        """Such as `denoise: picture 1/2, step 3/28, 1.20 s/step, 0:53 left`."""
+        if self._step:
+            pace = (self._since - self._first) / self._done
+            left = (self._steps - self._step + (self._items - self._item) * self._steps) * pace
+            pulse = f"{pace:.2f} s/step, {minutes(left)} left"
+        else:
+            pulse = f"{self._clock() - self._since:.0f} s"
+        return f"{self._stage}{': ' if self._stage else ''}{self._doing}, {pulse}"
+
+    def _now(self, doing: str) -> None:
+        self._doing, self._since = doing, self._clock()
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as `0:53` or `1:02:03`."""
+    whole, rest = divmod(round(seconds), 60)
+    hours, whole = divmod(whole, 60)
+    return f"{hours}:{whole:02d}:{rest:02d}" if hours else f"{whole}:{rest:02d}"
+
+
+class Progress:
+    """Tells people how a run goes; `with Progress(sys.stderr) as emit: ...`.
+
+    `verbosity` is -1 for silence, 0, or 1 for every event; `heartbeat` is the longest silence, in seconds, of a
+    stage that is at work while nobody watches a terminal.
+    """
+
+    def __init__(self, stream: TextIO, *, verbosity: int = 0, heartbeat: float = HEARTBEAT) -> None:
+        self._stream = Tolerant(stream)
+        self._verbosity = verbosity
+        self._heartbeat = heartbeat
+        self._status = Status()
+        self._ended = Summary()
+        self._told = time.monotonic()
+        self._over = threading.Event()
+        self._live: Any = None
+
+    def __enter__(self) -> Emit:
+        if self._verbosity >= 0:
+            if self._stream.isatty():
+                self._live = _live(self._stream, self._status.line)
+                self._live.start()
+            else:
+                threading.Thread(target=self._beat, daemon=True).start()
+        return self._emit
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        if self._live is not None:
+            self._live.stop()
+
+    def _emit(self, kind: str, data: Mapping[str, Any]) -> None:
+        self._status.see(kind, data)
+        self._ended.see(kind, data)
+        if self._verbosity < 0:
+            return
+        for line in self._ended.lines(kind, data):
+            self._say(line)
+        if self._verbosity > 0:
+            for line in verbose(kind, data, self._status.line):
+                self._say(line)
+
+    def _say(self, line: str) -> None:
+        self._told = time.monotonic()
+        if self._live is not None:
+            self._live.console.print(clean(line), markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._stream.write(clean(line) + "\n")
+            self._stream.flush()
+
+    def _beat(self) -> None:
+        while not self._over.wait(self._heartbeat / 10):
+            if time.monotonic() - self._told >= self._heartbeat:
+                self._say(self._status.line())
+
+
+class Summary:
+    """The line that a stage leaves when it is over, and what must be said at once."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._reused = 0
+        self._freed: Mapping[str, Any] = {}
+
+    def see(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Take an event in."""
+        if kind == "stage":
+            self._asked, self._reused, self._freed = int(data["requests"]), int(data["reused"]), {}
+        elif kind == "flush":
+            self._freed = data
+
+    def lines(self, kind: str, data: Mapping[str, Any]) -> Iterator[str]:
+        """What everyone should read of this event."""
+        if kind == "run":
+            count, seed = int(data["requests"]), int(data["seed"])
+            seeds = f"seed {seed}" if count == 1 else f"seeds {seed} to {seed + count - 1}"
+            yield f"run {data['run']}: {pictures(count)}, {data['model']}, {seeds}"
+        elif kind == "warning":
+            yield f"warning: {data['text']}"
+        elif kind == "end":
+            yield self._over(data)
+            yield from self._left(str(data["stage"]))
+
+    def _over(self, data: Mapping[str, Any]) -> str:
+        ran = self._asked - self._reused
+        parts = [f"{pictures(ran)} in {sum(data['seconds'].values()):.1f} s"] if ran else []
+        parts += [f"{pictures(self._reused)} taken from the store"] if self._reused else []
+        parts += [f"peak {device} {gib(int(peak))}" for device, peak in data.get("peak", {}).items()] if ran else []
+        parts += [f"freed {gib(int(self._freed['freed']))}"] if self._freed else []
+        return f"{data['stage']}: {', '.join(parts)}"
+
+    def _left(self, stage: str) -> Iterator[str]:
+        if int(self._freed.get("left", 0)) > 0:
+            found = [f"{x['kind']} {tuple(x['shape'])} {gib(int(x['bytes']))}" for x in self._freed["leftovers"]]
+            yield f"warning: {stage} left {gib(int(self._freed['left']))} behind: {'; '.join(found)}"
+
+
+def verbose(kind: str, data: Mapping[str, Any], line: Callable[[], str]) -> Iterator[str]:
+    """What only those read who asked for everything."""
+    if kind in ("load", "item", "step", "flush"):
+        yield line()
+    elif kind == "loaded":
+        yield f"{data['stage']}: loaded in {float(data['seconds']):.1f} s"
+    elif kind == "reuse":
+        yield f"{data['stage']}: picture {int(data['index']) + 1} taken from the store"
+
+
+def pictures(count: int) -> str:
+    """Such as `1 picture`, `2 pictures`."""
+    return f"{count} picture{'' if count == 1 else 's'}"
+
+
+def _live(stream: Tolerant, line: Callable[[], str]) -> Any:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(file=stream, force_terminal=True)  # type: ignore[arg-type]  # a stream in all that rich asks of it
+    return Live(
+        get_renderable=lambda: Text(line(), no_wrap=True, overflow="ellipsis"),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+        redirect_stdout=False,
+    )
