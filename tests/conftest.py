@@ -1,0 +1,119 @@
+"""Fixtures of the whole suite, above all the cards that the tests run on."""
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+Cards = Callable[..., list[str]]
+
+# Below this a real card has no room for what is not ours: cuBLAS takes 8 to 32 MiB, the caching allocator 20 MiB steps.
+_LEAST_REAL_LIMIT = 256 * 2**20
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep, of each test on cards, the variant that this process can run.
+
+    A process has one `torch.accelerator`, and the simulated one takes it over once loaded. So where CUDA devices are,
+    tests run on those, and `-m "not gpu"` runs them on simulated cards; elsewhere the gpu variants are deselected.
+    """
+    real = [item for item in items if item.get_closest_marker("gpu")]
+    if not real:
+        return
+    kept, dropped = items, real
+    if _real_cards():
+        needless = "real cards are here and a process has one accelerator: -m 'not gpu' for the simulated ones"
+        for item in items:
+            if "sim" in _params(item):
+                item.add_marker(pytest.mark.skip(reason=needless))
+        dropped = [item for item in real if "sim" in getattr(item, "fixturenames", ())]
+    kept = [item for item in items if item not in set(dropped)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+@pytest.fixture
+def sim() -> ModuleType:
+    """The module `tests.sim`, for faults and counters; a test that asks for it never runs on real cards."""
+    return _simulated()
+
+
+@pytest.fixture(params=["sim", pytest.param("cuda", marks=pytest.mark.gpu)])
+def cards(request: pytest.FixtureRequest) -> Iterator[Cards]:
+    """A function of limits in bytes that gives as many devices: `cards(12_000_000, 8_000_000)` -> two names.
+
+    The cards are simulated, or real ones with their memory capped; a real one's cap is 256 MiB at the least.
+    """
+    yield from _sim_cards() if request.param == "sim" else _cuda_cards()
+
+
+def _sim_cards() -> Iterator[Cards]:
+    sim = _simulated()
+
+    def give(*limits: int) -> list[str]:
+        gc.collect()
+        sim.configure(limits)
+        sim.reset()
+        for index in range(len(limits)):
+            _reset_counters(index)
+        return [f"sim:{index}" for index in range(len(limits))]
+
+    yield give
+    sim.reset()
+    gc.collect()
+    sim.withdraw()
+
+
+def _cuda_cards() -> Iterator[Cards]:
+    import torch
+
+    def give(*limits: int) -> list[str]:
+        if len(limits) > _real_cards():
+            pytest.skip(f"needs {len(limits)} cards, there are {_real_cards()}")
+        gc.collect()
+        torch.accelerator.empty_cache()
+        for index, limit in enumerate(limits):
+            total = torch.accelerator.get_memory_info(index)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(limit, _LEAST_REAL_LIMIT) / total), index)
+            _reset_counters(index)
+        return [f"cuda:{index}" for index in range(len(limits))]
+
+    yield give
+    gc.collect()
+    torch.accelerator.empty_cache()
+    for index in range(_real_cards()):
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
+
+
+def _reset_counters(index: int) -> None:
+    import torch
+
+    torch.accelerator.reset_peak_memory_stats(index)
+    torch.accelerator.reset_accumulated_memory_stats(index)
+
+
+def _simulated() -> ModuleType:
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler to build the simulated cards with: {compiler} is not on the path")
+    from tests import sim
+
+    return sim
+
+
+def _real_cards() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _params(item: pytest.Item) -> list[Any]:
+    callspec = getattr(item, "callspec", None)
+    return list(callspec.params.values()) if callspec else []

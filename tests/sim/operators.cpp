@@ -1,0 +1,149 @@
+// The operators that the cards have kernels of their own for, and the ones the tests steer them by.
+#include "faults.h"
+#include "kernels.h"
+#include "memory.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/TensorUtils.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/resize_native.h>
+#include <ATen/ops/set_native.h>
+#include <ATen/ops/view_native.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <cstring>
+
+namespace sim {
+namespace {
+
+constexpr c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
+
+at::Tensor empty(
+    c10::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+    std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  c10::OptionalDeviceGuard guard(device);
+  return at::detail::empty_generic(sizes, allocator(), KEYS, c10::dtype_or_default(dtype), format);
+}
+
+at::Tensor empty_strided(
+    c10::IntArrayRef sizes, c10::IntArrayRef strides, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+    std::optional<at::Device> device, std::optional<bool>) {
+  c10::OptionalDeviceGuard guard(device);
+  return at::detail::empty_strided_generic(sizes, strides, allocator(), KEYS, c10::dtype_or_default(dtype));
+}
+
+at::Tensor as_strided(
+    const at::Tensor& self, c10::IntArrayRef sizes, c10::IntArrayRef strides, std::optional<int64_t> offset) {
+  return at::native::as_strided_tensorimpl(self, sizes, strides, offset);
+}
+
+const at::Tensor& resize(const at::Tensor& self, c10::IntArrayRef sizes, std::optional<at::MemoryFormat> format) {
+  c10::DeviceGuard guard(self.device());
+  return at::native::resize_(self, sizes, format);
+}
+
+at::Tensor& set_storage(
+    at::Tensor& self, c10::Storage source, int64_t offset, c10::IntArrayRef sizes, c10::IntArrayRef strides) {
+  c10::DeviceGuard guard(self.device());
+  return at::native::set_storage_cpu_(self, std::move(source), offset, sizes, strides);
+}
+
+at::Tensor& set_empty(at::Tensor& self) {
+  c10::DeviceGuard guard(self.device());
+  c10::Storage nothing({}, 0, allocator(), /*resizable=*/true);
+  return at::native::set_storage_cpu_(self, std::move(nothing), 0, {0}, {});
+}
+
+int place(const at::Tensor& tensor) {
+  return tensor.is_cpu() ? HOST : tensor.device().index();
+}
+
+at::Tensor host_side(const at::Tensor& tensor) {
+  return tensor.is_cpu() ? tensor : on_host(tensor);
+}
+
+void spoil(const at::Tensor& tensor, Corruption how) {
+  if (how == Corruption::zeros) tensor.zero_();
+  if (how == Corruption::noise) tensor.copy_(tensor.flip(0).to(at::kFloat).mul(-1.7).add(0.3));
+}
+
+at::Tensor copy_from(const at::Tensor& source, const at::Tensor& destination, bool) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const int from = place(source);
+  const int to = place(destination);
+  const at::Tensor written = host_side(destination);
+  if (from == to) {
+    const Work work = Work::kernel(to);
+    written.copy_(host_side(source));
+    return destination;
+  }
+  const int64_t bytes = static_cast<int64_t>(destination.nbytes());
+  const Work work = Work::copy(from, to, bytes);
+  written.copy_(host_side(source));
+  spoil(written, corruption(from, to));
+  count_copy(from, to, bytes);
+  return destination;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor& source, const at::Tensor& destination) {
+  destination.resize_(source.sizes());
+  return copy_from(source, destination, false);
+}
+
+at::Scalar local_scalar(const at::Tensor& tensor) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const int from = place(tensor);
+  const int64_t bytes = static_cast<int64_t>(tensor.nbytes());
+  const Work work = Work::copy(from, HOST, bytes);
+  count_copy(from, HOST, bytes);
+  return on_host(tensor).item();
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  library.impl("empty.memory_format", empty);
+  library.impl("empty_strided", empty_strided);
+  library.impl("as_strided", as_strided);
+  library.impl("view", at::native::view);
+  library.impl("resize_", resize);
+  library.impl("set_.source_Storage_storage_offset", set_storage);
+  library.impl("set_.source_Storage", at::native::set_);
+  library.impl("set_", set_empty);
+  library.impl("_copy_from", copy_from);
+  library.impl("_copy_from_and_resize", copy_from_and_resize);
+  library.impl("_local_scalar_dense", local_scalar);
+
+  // Composites that choose their way by the device: run whole on the host, they go the host's way
+  // and give the host's bits.
+  for (const char* name : {"convolution", "scaled_dot_product_attention"}) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+  }
+}
+
+TORCH_LIBRARY(sim, library) {
+  library.def("configure(int[] limits) -> ()", [](std::vector<int64_t> limits) { configure(limits); });
+  library.def("withdraw() -> ()", withdraw);
+  library.def("device_count() -> int", [] { return static_cast<int64_t>(count()); });
+  library.def("fail_allocation(int card, int nth) -> ()", fail_allocation);
+  library.def("delay(float per_kernel, float per_copied_byte) -> ()", delay);
+  library.def("corrupt(int source, int destination, int how) -> ()", [](int64_t source, int64_t destination, int64_t how) {
+    corrupt(source, destination, static_cast<Corruption>(how));
+  });
+  library.def("set_bfloat16(bool supported) -> ()", set_bfloat16);
+  library.def("bfloat16() -> bool", bfloat16);
+  library.def("clear_faults() -> ()", clear_faults);
+  library.def("copied() -> int[]", copied);
+  library.def("clear_copied() -> ()", clear_copied);
+  library.def("seed(int seed) -> ()", [](int64_t seed) {
+    for (int index = 0; index < count(); ++index) default_generator(index).set_current_seed(seed);
+  });
+}
+
+} // namespace sim
