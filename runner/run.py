@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from runner.artifacts import ArtifactStore, MemoryStore, key_of
+from runner.artifacts import ArtifactStore, key_of, open_store
 from runner.memory import Flushed, Meter
 from runner.plan import Plan, inputs_of
 from runner.request import Request
@@ -80,7 +80,7 @@ def run(
     `stop_after` ends the run behind a stage; `from_stage` computes that stage and those behind it anew. Raises
     BadResult, LoadError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
-    store = store if store is not None else MemoryStore()
+    store = store or open_store("memory", warn=lambda text: emit("warning", {"text": text}))
     name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     keys = chain(plan)
     stages = plan.stages[: STAGES.index(stop_after) + 1] if stop_after else plan.stages

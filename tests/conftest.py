@@ -3,6 +3,7 @@
 import gc
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -117,3 +118,11 @@ def _real_cards() -> int:
 def _params(item: pytest.Item) -> list[Any]:
     callspec = getattr(item, "callspec", None)
     return list(callspec.params.values()) if callspec else []
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random FLUX checkpoint with the guidance embedding; read it, do not change it."""
+    from tests.tiny import flux
+
+    return flux(tmp_path_factory.mktemp("models") / "flux")
