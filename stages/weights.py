@@ -1,0 +1,205 @@
+"""What each component weighs, block by block: its class built on the meta device, held against its files' headers."""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from stages.checkpoint import Component
+from stages.errors import LoadError
+from stages.hub import download
+from stages.shards import read_header
+
+Shapes = Mapping[str, tuple[int, ...] | None]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a loaded component: `blocks` by module name in execution order, `rest` by top-level name.
+
+    A component that its library cannot split is the one block "". `extra` names tensors that only the files have.
+    """
+
+    component: str
+    blocks: Mapping[str, int]
+    rest: Mapping[str, int]
+    extra: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole component."""
+        return sum(self.blocks.values()) + sum(self.rest.values())
+
+
+def weigh(component: Component, dtype: torch.dtype) -> Weights:
+    """The component's bytes at `dtype`, without loading it.
+
+    Raises LoadError when files and config do not belong together: a tensor that is missing or has another shape.
+    """
+    model = skeleton(component, dtype)
+    extra = _compare(component, model)
+    names = _blocks(model)
+    blocks, rest = dict.fromkeys(names, 0), dict[str, int]()
+    for name, size in _sizes(component, model, dtype):
+        block = next((block for block in _prefixes(name) if block in blocks), None)
+        if block is not None:
+            blocks[block] += size
+        else:
+            top = name.split(".", 1)[0]
+            rest[top] = rest.get(top, 0) + size
+    return Weights(component.name, blocks, rest, extra)
+
+
+def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The component's module on the meta device: every shape, no data; LoadError when its config does not fit."""
+    cls = _class(component)
+    try:
+        with _building(dtype):
+            if component.library == "diffusers":
+                model = cls.from_config(cls.load_config(component.folder))
+            else:
+                model = cls(_config(cls, component, dtype))
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise LoadError(f"{component.folder / 'config.json'} does not fit {component.class_name} ({reason:.200}); "
+                        f"fetch it again: {download(component.folder.parent, (component.name,))}") from error
+    assert isinstance(model, nn.Module)
+    return model.to("meta").eval()
+
+
+def _class(component: Component) -> Any:
+    library = {"diffusers": diffusers, "transformers": transformers}[component.library]
+    cls = getattr(library, component.class_name, None)
+    if isinstance(cls, type) and issubclass(cls, nn.Module):
+        return cls
+    raise LoadError(f"{component.library} {library.__version__} has no model class {component.class_name}, which "
+                    f"{component.name} needs; use a model made for this version")
+
+
+@contextmanager
+def _building(dtype: torch.dtype) -> Iterator[None]:
+    """Modules are made on the meta device, as they are for a run at `dtype`, and diffusers' warnings are held back."""
+    default, level = torch.get_default_dtype(), diffusers_logging.get_verbosity()
+    torch.set_default_dtype(dtype)
+    diffusers_logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+        diffusers_logging.set_verbosity(level)
+
+
+def _config(cls: Any, component: Component, dtype: torch.dtype) -> Any:
+    """The config with the run's type throughout, as `from_pretrained` makes it: parts are built by their own."""
+    config = cls.config_class.from_pretrained(component.folder)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    return config
+
+
+def _sizes(component: Component, model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
+    """Bytes of every parameter and buffer; tied ones once."""
+    kept, stored = _float32(component, model, dtype), model.state_dict()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        size = tensor.element_size()
+        if tensor.is_floating_point() and name in stored:
+            if kept(name):
+                size = torch.float32.itemsize
+            elif component.library == "diffusers":
+                # transformers keeps the type that its class gives a tensor; diffusers casts all that it reads.
+                size = dtype.itemsize
+        yield name, tensor.numel() * size
+
+
+def _float32(component: Component, model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether the library keeps a tensor in float32 when the rest is loaded at `dtype`."""
+    if component.library == "diffusers":
+        kept = frozenset(model._keep_in_fp32_modules or ())
+        return lambda name: not kept.isdisjoint(name.split("."))
+    plain = model._keep_in_fp32_modules if dtype == torch.float16 else ()
+    strict = model._keep_in_fp32_modules_strict if dtype in (torch.float16, torch.bfloat16) else ()
+    return _any_of([pattern.replace("*", ".*") for pattern in (*plain, *strict)])
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """The outermost modules of classes that may not be split; [""] when the library cannot split the model."""
+    classes = frozenset(getattr(model, "_no_split_modules", None) or ())
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if type(module).__name__ in classes and not any(outer in found for outer in _prefixes(name)):
+            found.append(name)
+    return found or [""]
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """ "", "a", "a.b" for "a.b.c"."""
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(len(parts)))
+
+
+def _compare(component: Component, model: nn.Module) -> tuple[str, ...]:
+    """The names that only the files have; LoadError for what the model has and the files lack or shape otherwise."""
+    wanted = model.state_dict(keep_vars=True)
+    found = _renamed(component, model)
+    there = {id(wanted[name]) for name in found if name in wanted}
+    optional = _any_of(getattr(model, "_keys_to_ignore_on_load_missing", None))
+    missing = [name for name, tensor in wanted.items() if id(tensor) not in there and not optional(name)]
+    wrong = [
+        f"{name} is {list(shape)} and not {list(wanted[name].shape)}"
+        for name, shape in found.items() if shape is not None and name in wanted and wanted[name].shape != shape
+    ]
+    for what, names in (("asks for {} tensors that the files lack", missing),
+                        ("does not fit the shape of {} tensors in the files", wrong)):
+        if names:
+            raise LoadError(
+                f"{component.folder / 'config.json'} {what.format(len(names))}: {_listed(names)}; config and weights "
+                f"are not of one model: {download(component.folder.parent, (component.name,))} --force-download"
+            )
+    ignored = _any_of(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
+    known = {*wanted, *(name for name, _ in model.named_buffers())}
+    return tuple(sorted(name for name in found if name not in known and not ignored(name)))
+
+
+def _renamed(component: Component, model: Any) -> Shapes:
+    """The shapes in the files under the names that the library gives them on loading; None where it merges tensors."""
+    shapes = {name: entry.shape for path in component.files for name, entry in read_header(path).items()}
+    if component.library == "diffusers":
+        if len(component.files) == 1:
+            model._fix_state_dict_keys_on_load(shapes)
+        return shapes
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, tuple[int, ...] | None] = {}
+    for name, shape in shapes.items():
+        new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if new not in state and name in state:
+            new, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        rule = next((rule for rule in converters if pattern in rule.source_patterns), None)
+        if rule is None:
+            found[new] = shape
+        else:
+            found.update({new.replace(rule.target_patterns[0], target): None for target in rule.target_patterns})
+    return found
+
+
+def _any_of(patterns: Collection[str] | None) -> Callable[[str], bool]:
+    found = re.compile("|".join(f"({pattern})" for pattern in patterns or ()))
+    return lambda name: bool(patterns) and found.search(name) is not None
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
