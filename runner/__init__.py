@@ -1,7 +1,25 @@
-"""How a run happens: plan, run, keep, report."""
+"""How a run happens: plan, run, keep, report.
 
-from runner.plan import Plan, plan
-from runner.request import Request
-from runner.run import Report, run, run_stage
+    from runner import Request, plan, run, run_stage
+"""
 
-__all__ = ["Plan", "Report", "Request", "plan", "run", "run_stage"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runner.plan import Plan, plan
+    from runner.request import Request
+    from runner.run import Picture, Report, run, run_stage
+
+__all__ = ["Picture", "Plan", "Report", "Request", "plan", "run", "run_stage"]
+
+_HOMES = {"Picture": "run", "Plan": "plan", "Report": "run", "Request": "request", "plan": "plan", "run": "run",
+          "run_stage": "run"}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, because the command line imports this package and must answer before torch is imported.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"runner.{_HOMES[name]}"), name)
+    return value

@@ -74,6 +74,7 @@ class Stage:
                               "bytes": sum(file.stat().st_size for file in component.files)})
                 loaded.adopt(component, load(component, place))
             loaded.complete()
+            loaded.pipe.set_progress_bar_config(disable=True)
             self.prepare(loaded.pipe)
             yield loaded
         except BaseException as error:
@@ -175,11 +176,11 @@ class Loaded:
 def load(component: Component, place: Place) -> nn.Module:
     """The component's model at its place; raises LoadError unless every parameter came from the files."""
     library = {"diffusers": diffusers, "transformers": transformers}[component.library]
-    kwargs = {"torch_dtype" if component.library == "diffusers" else "dtype": place.dtype}
-    model, info = getattr(library, component.class_name).from_pretrained(
-        component.folder, device_map=place.placement.device_map, use_safetensors=True, output_loading_info=True,
-        **kwargs,
-    )
+    with without_bars():
+        model, info = getattr(library, component.class_name).from_pretrained(
+            component.folder, dtype=place.dtype, device_map=place.placement.device_map, use_safetensors=True,
+            output_loading_info=True,
+        )
     missing = sorted(info["missing_keys"]) + [n for n, p in model.named_parameters() if p.is_meta]
     if missing:
         raise LoadError(
@@ -187,6 +188,20 @@ def load(component: Component, place: Place) -> nn.Module:
             f"download {component.folder} again"
         )
     return model.eval()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep the libraries' own progress bars off: progress is told through `emit`."""
+    logs = [diffusers.utils.logging, transformers.utils.logging]
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def forget_frames(error: BaseException | None) -> None:

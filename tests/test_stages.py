@@ -25,7 +25,7 @@ def request(prompt: str = "a red circle", seed: int = 7, size: tuple[int, int] =
 
 def whole(flux: Path, dtype: torch.dtype, asked: Request) -> np.ndarray:
     """The unsplit modular pipeline's picture, uint8 [height, width, 3]."""
-    pipe = ModularPipeline.from_pretrained(flux)
+    pipe = ModularPipeline.from_pretrained(str(flux))
     pipe.load_components(dtype=dtype)
     images = pipe(
         prompt=asked.prompt, width=asked.width, height=asked.height, num_inference_steps=asked.steps,
@@ -41,7 +41,7 @@ def test_staged_equals_the_unsplit_modular_pipeline(
     flux: Path, tmp_path: Path, dtype: torch.dtype, kind: str
 ) -> None:
     job = plan("flux", [request()], model=flux, dtype={"": dtype})
-    store = MemoryStore() if kind == "memory" else FolderStore(tmp_path / "store")
+    store = MemoryStore(warn=print) if kind == "memory" else FolderStore(tmp_path / "store", warn=print)
     fresh = run(job, store=store)
     assert np.array_equal(fresh.pictures[0].pixels, whole(flux, dtype, job.requests[0]))
     again = run(job, store=store)
@@ -55,7 +55,7 @@ def test_staged_equals_the_unsplit_modular_pipeline(
 def test_staged_equals_the_classic_pipeline_in_float32(flux: Path) -> None:
     """Only in float32: in bfloat16 the classic pipeline rounds the timestep before it divides, the modular does not."""
     asked = request(seed=3)
-    pipe = FluxPipeline.from_pretrained(flux, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(flux, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
         asked.prompt, width=asked.width, height=asked.height, num_inference_steps=asked.steps,
@@ -77,7 +77,7 @@ def test_each_stage_loads_only_its_own_components(flux: Path) -> None:
 
 
 def test_only_what_later_stages_read_crosses_a_border(flux: Path) -> None:
-    job, store = plan("flux", [request()], model=flux), MemoryStore()
+    job, store = plan("flux", [request()], model=flux), MemoryStore(warn=print)
     (encoded,) = run_stage(job, "encode", store=store)
     assert set(encoded.values) == {"prompt_embeds", "pooled_prompt_embeds"}
     (denoised,) = run_stage(job, "denoise", store=store)
@@ -89,11 +89,11 @@ def test_only_what_later_stages_read_crosses_a_border(flux: Path) -> None:
 
 def test_a_stage_alone_needs_the_one_before(flux: Path) -> None:
     with pytest.raises(ValueError, match="denoise needs the artifacts of encode"):
-        run_stage(plan("flux", [request()], model=flux), "denoise", store=MemoryStore())
+        run_stage(plan("flux", [request()], model=flux), "denoise", store=MemoryStore(warn=print))
 
 
 def test_other_steps_reuse_the_embeddings(flux: Path) -> None:
-    store = MemoryStore()
+    store = MemoryStore(warn=print)
     run(plan("flux", [request()], model=flux), store=store)
     report = run(plan("flux", [request(steps=2)], model=flux), store=store)
     assert [stage.ran for stage in report.stages] == [0, 1, 1]
@@ -134,7 +134,7 @@ def test_a_stage_gives_up_its_models_also_after_an_exception(flux: Path) -> None
 
 def test_an_exception_inside_the_pipeline_frees_the_model(flux: Path) -> None:
     """The frames of a kept traceback would hold the transformer, as they do in a notebook."""
-    job, store = plan("flux", [request()], model=flux), MemoryStore()
+    job, store = plan("flux", [request()], model=flux), MemoryStore(warn=print)
     run_stage(job, "encode", store=store)
     models: list[Any] = []
     denoise = job.stages[1]
@@ -149,7 +149,7 @@ def test_an_exception_inside_the_pipeline_frees_the_model(flux: Path) -> None:
 
 
 def test_a_non_finite_embedding_stops_the_run_by_name(flux: Path) -> None:
-    job, store = plan("flux", [request()], model=flux), MemoryStore()
+    job, store = plan("flux", [request()], model=flux), MemoryStore(warn=print)
     (state,) = run_stage(job, "encode", store=store)
     poisoned = state.tensors()["prompt_embeds"].clone()
     poisoned[0, 0, 0] = float("nan")
@@ -159,7 +159,7 @@ def test_a_non_finite_embedding_stops_the_run_by_name(flux: Path) -> None:
 
 
 def test_a_constant_picture_is_refused(flux: Path) -> None:
-    job, store = plan("flux", [request()], model=flux), MemoryStore()
+    job, store = plan("flux", [request()], model=flux), MemoryStore(warn=print)
     run_stage(job, "encode", store=store)
     (state,) = run_stage(job, "denoise", store=store)
     with job.stages[2].loaded(job.places) as loaded, pytest.raises(BadResult, match="every pixel"):
