@@ -4,24 +4,28 @@ Every path is walked folder by folder without following symlinks, so nothing pla
 """
 
 import errno
+import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stages.errors import StoreError
 
+TMP = "tmp"
 PART = ".part"
+SPARE = 1.2
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# A FIFO would block the open without O_NONBLOCK.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextmanager
 def folder(root: Path, inside: str, *, make: bool = False) -> Iterator[int]:
-    """A descriptor of the folder `inside` (such as "objects/ab"), made durably when `make`."""
+    """A descriptor of the folder `inside` (such as "objects/ab"), made durably when `make`; raises OSError."""
     handle = os.open(root, _FOLDER)
     try:
         for part in filter(None, inside.split("/")):
@@ -57,14 +61,15 @@ def read(root: Path, path: str, *, most: int) -> bytes | None:
             os.close(handle)
 
 
-def write(root: Path, path: str, chunks: Iterable[bytes | memoryview], *, mode: int) -> None:
+def write(root: Path, path: str, chunks: Sequence[bytes | memoryview], *, mode: int) -> None:
     """Put a file at `path` whole: written in tmp/, fsynced, renamed, its folder fsynced; StoreError when it cannot."""
     inside, _, name = path.rpartition("/")
-    held = [memoryview(chunk).cast("B") for chunk in chunks]
-    with explained(root / path, "write", sum(chunk.nbytes for chunk in held)), folder(root, "tmp", make=True) as tmp:
+    size = sum(memoryview(chunk).nbytes for chunk in chunks)
+    with explained(root / path, "write", size), folder(root, TMP, make=True) as tmp:
+        _check_room(tmp, size)
         part = f"{secrets.token_hex(8)}{PART}"
         try:
-            _write_part(tmp, part, held, mode)
+            _write_part(tmp, part, chunks, mode)
             with folder(root, inside, make=True) as parent:
                 os.rename(part, name, src_dir_fd=tmp, dst_dir_fd=parent)
                 os.fsync(parent)
@@ -89,36 +94,34 @@ def explained(path: Path, verb: str, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot {verb} {path}: {_cause(error, path, needed)}") from error
+        code = errno.errorcode.get(error.errno or 0, "unknown")
+        cause = _cause(error, path, needed)
+        raise StoreError(f"cannot {verb} {path}: {error.strerror} [{code}]{cause}") from error
+
+
+def owner(path: Path) -> str:
+    """Who owns `path`, or the nearest folder above that is there."""
+    there = _existing(path)
+    facts = there.stat()
+    return f"{there} belongs to user {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}, we are user {os.geteuid()}"
 
 
 def _cause(error: OSError, path: Path, needed: int) -> str:
-    text = f"{error.strerror} [{errno.errorcode.get(error.errno or 0, error.errno)}]"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{text}; needs {needed:,} bytes, {free(path):,} are free: free some or choose another --artifacts"
+        facts = os.statvfs(_existing(path))
+        room = facts.f_bavail * facts.f_frsize
+        return f"; needs {int(needed * SPARE):,} bytes, {room:,} are free: free some, or choose another --artifacts"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{text}; {_owner(path)}: choose another --artifacts, or have it made writable"
-    if error.errno in (errno.ELOOP, errno.ENOTDIR):
-        return f"{text}; a symlink or a file stands where a folder of the store should be: remove it"
+        return f"; {owner(path)}: have it opened to you, or choose another --artifacts"
+    if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
+        return "; the store has plain files and folders alone, this is something else: remove it"
     if error.errno == errno.EIO:
-        return f"{text}; the disk or its connection fails: look at the system log, or choose another --artifacts"
-    return f"{text}: choose another --artifacts"
-
-
-def free(path: Path) -> int:
-    """The bytes that this process may still write where `path` is or would be."""
-    facts = os.statvfs(_existing(path))
-    return facts.f_bavail * facts.f_frsize
-
-
-def _owner(path: Path) -> str:
-    there = _existing(path)
-    facts = there.lstat()
-    return f"{there} belongs to user {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}, we are {os.geteuid()}"
+        return "; the disk or its connection fails: see the system log, or choose another --artifacts"
+    return ": choose another --artifacts"
 
 
 def _existing(path: Path) -> Path:
-    return next(there for there in (path, *path.parents) if os.path.lexists(there) and not there.is_symlink())
+    return next(there for there in (path, *path.parents) if os.path.exists(there))
 
 
 def _make_folder(name: str, parent: int) -> None:
@@ -129,25 +132,24 @@ def _make_folder(name: str, parent: int) -> None:
     os.fsync(parent)
 
 
-def _write_part(tmp: int, part: str, chunks: list[memoryview], mode: int) -> None:
+def _check_room(tmp: int, size: int) -> None:
+    facts = os.fstatvfs(tmp)
+    # Some network file systems know no sizes and answer 0 for all of them.
+    if facts.f_blocks and facts.f_bavail * facts.f_frsize < size * SPARE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _write_part(tmp: int, part: str, chunks: Sequence[bytes | memoryview], mode: int) -> None:
     handle = os.open(part, _WRITE, 0o600, dir_fd=tmp)
     try:
+        # Tells a sweep that this file's writer lives; where there are no locks its age tells it.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for chunk in chunks:
-            while chunk:
-                chunk = chunk[os.write(handle, chunk) :]
+            left = memoryview(chunk)
+            while left:
+                left = left[os.write(handle, left) :]
         os.fchmod(handle, mode)
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def open_root(path: Path) -> Path:
-    """The folder `path` with its symlinks resolved, made where only its last part is missing."""
-    root = path.resolve()
-    with explained(root, "open"):
-        if not root.exists():
-            if not root.parent.is_dir():
-                raise StoreError(f"{root} cannot be made: {root.parent} does not exist, make it first")
-            root.mkdir(mode=0o700, exist_ok=True)
-        with folder(root, ""):
-            return root

@@ -7,23 +7,19 @@ and dicts as `{"tuple": [...]}` and `{"dict": {...}}`, lists and plain values as
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Union
+from typing import Union, cast
 
 import safetensors.torch
 import torch
 
-from runner.header import METADATA, Spec, compose, strict_json
-from runner.header import parse as parse_header
+from runner.header import LONGEST, METADATA, MOST_BYTES, Spec, compose, is_name, parse, strict_json
 from stages.errors import BadResult, StoreError
 from stages.state import State, Value
 
 JSON = Union[str, int, float, bool, None, "list[JSON]", "dict[str, JSON]"]
 SCHEMA = 1
-LARGEST = 8 * 2**30
-_SAFE_NAME = re.compile(r"[a-z0-9_.]{1,64}")
 
 
 class Damaged(StoreError):
@@ -34,7 +30,7 @@ class Damaged(StoreError):
 class Packed:
     """The bytes of a state, still in the tensors' own memory, and what they hold."""
 
-    chunks: tuple[memoryview, ...]
+    chunks: tuple[bytes | memoryview, ...]
     bytes: int
     tensors: Mapping[str, Spec]
 
@@ -59,109 +55,39 @@ class Unpacked:
 def pack(state: State, *, key: str, stage: str) -> Packed:
     """The bytes of `state`; BadResult where it holds a non-finite value, StoreError where it is too large."""
     tensors: dict[str, torch.Tensor] = {}
-    values = {name: _skeleton(value, name, tensors) for name, value in state.values.items()}
-    _check_finite(tensors, stage)
-    try:
-        text = json.dumps(
-            {"schema": SCHEMA, "key": key, "stage": stage, "values": values, "tags": state.tags}, allow_nan=False
+    values = {name: _skeleton(value, name, tensors, stage) for name, value in state.values.items()}
+    body = {"schema": SCHEMA, "key": key, "stage": stage, "values": values, "tags": state.tags}
+    text = json.dumps(body, allow_nan=False, ensure_ascii=False)
+    header, specs = compose({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, text)
+    chunks: list[bytes | memoryview] = [header, *(_raw(tensors[name]) for name in specs)]
+    size = sum(memoryview(chunk).nbytes for chunk in chunks)
+    if len(header) - 8 > LONGEST or size > MOST_BYTES:
+        raise StoreError(
+            f"stage {stage} gave {size:,} bytes under a header of {len(header):,}; an artifact holds at most "
+            f"{MOST_BYTES:,} under {LONGEST:,}: ask for a shorter prompt or a smaller result"
         )
-    except ValueError as error:
-        raise BadResult(f"stage {stage} gave a non-finite number ({error}): nothing was stored") from error
-    header, ordered = compose({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, text)
-    chunks = (memoryview(header), *(_raw(tensors[name]) for name in ordered))
-    size = sum(chunk.nbytes for chunk in chunks)
-    if size > LARGEST:
-        raise StoreError(f"stage {stage} gave {size:,} bytes; an artifact holds at most {LARGEST:,}: ask for less")
-    return Packed(tuple(chunk for chunk in chunks if chunk.nbytes), size, ordered)
+    return Packed(tuple(chunk for chunk in chunks if len(chunk)), size, specs)
 
 
 def unpack(data: bytes, *, finite: bool = True) -> Unpacked:
     """The state in `data`; Damaged where it is no artifact, BadResult where `finite` and a tensor is not."""
     try:
-        header = parse_header(data)
-        envelope = strict_json(header.metadata)
-        if not isinstance(envelope, dict) or envelope.get("schema") != SCHEMA:
-            raise ValueError("no envelope of schema 1")
+        header = parse(data)
+        body = _mapping(strict_json(header.metadata), {"schema", "key", "stage", "values", "tags"})
+        if body["schema"] != SCHEMA:
+            raise ValueError(f"its envelope is of schema {body['schema']}, this version reads {SCHEMA}")
         tensors = safetensors.torch.load(data)
-        if tensors.keys() != header.tensors.keys():
-            raise ValueError("other tensors than its header names")
-        key, stage, tags = _text(envelope["key"]), _text(envelope["stage"]), _tags(envelope["tags"])
         left = dict(tensors)
-        values = {name: _filled(value, left) for name, value in _mapping(envelope["values"]).items()}
+        values = {name: _filled(value, left) for name, value in _mapping(body["values"]).items()}
         if left:
-            raise ValueError(f"tensors that no value names: {', '.join(left)}")
-    except (ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
-        raise Damaged(f"not an artifact: {error}") from error
+            raise ValueError(f"no value names its tensor {min(left)}")
+        key, stage, tags = _text(body["key"]), _text(body["stage"]), _tags(body["tags"])
+    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise Damaged(f"its bytes are no artifact: {error}") from error
     if finite:
-        _check_finite(tensors, stage)
+        for name, tensor in tensors.items():
+            _check_finite(tensor, name, stage)
     return Unpacked(key, stage, State(values, tags), header.tensors)
-
-
-def _skeleton(value: Value, path: str, tensors: dict[str, torch.Tensor]) -> JSON:
-    if isinstance(value, torch.Tensor):
-        assert value.device.type == "cpu", f"{path} is on {value.device}: only host tensors cross a stage border"
-        name = path if _SAFE_NAME.fullmatch(path) and path != METADATA else f"tensor.{len(tensors)}"
-        while name in tensors:
-            name = f"tensor.{len(tensors)}.{len(name)}"[:64]
-        tensors[name] = value.detach().resolve_conj().resolve_neg().contiguous()
-        return {"tensor": name}
-    if isinstance(value, list):
-        return [_skeleton(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]
-    if isinstance(value, tuple):
-        return {"tuple": [_skeleton(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]}
-    if isinstance(value, Mapping):
-        assert all(isinstance(key, str) for key in value), f"{path} has keys that are no text"
-        return {"dict": {key: _skeleton(item, f"{path}.{key}", tensors) for key, item in value.items()}}
-    assert value is None or isinstance(value, str | int | float), f"{path} is a {type(value)}, no value of a state"
-    return value
-
-
-def _filled(value: JSON, tensors: dict[str, torch.Tensor]) -> Value:
-    if isinstance(value, list):
-        return [_filled(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if len(value) != 1:
-        raise ValueError("a skeleton node with other than one key")
-    ((kind, inner),) = value.items()
-    if kind == "tensor":
-        return tensors.pop(_text(inner))
-    if kind == "tuple" and isinstance(inner, list):
-        return tuple(_filled(item, tensors) for item in inner)
-    if kind == "dict":
-        return {key: _filled(item, tensors) for key, item in _mapping(inner).items()}
-    raise ValueError(f"an unknown skeleton node {kind!r}")
-
-
-def _raw(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _text(value: JSON) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a name that is no text")
-    return value
-
-
-def _mapping(value: JSON) -> dict[str, JSON]:
-    if not isinstance(value, dict):
-        raise ValueError("values that are no mapping")
-    return value
-
-
-def _tags(value: JSON) -> dict[str, tuple[str, ...]]:
-    tags = {}
-    for tag, names in _mapping(value).items():
-        if not isinstance(names, list):
-            raise ValueError("tags that are no list")
-        tags[tag] = tuple(_text(name) for name in names)
-    return tags
-
-
-def _check_finite(tensors: Mapping[str, torch.Tensor], stage: str) -> None:
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise BadResult(f"stage {stage}: tensor {name} holds NaN or infinity; run it again in --dtype float32")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -171,7 +97,79 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype.itemsize == 1:
-        tensor = tensor.to(torch.float32)
-    # The extremes carry NaN and infinity along and need no mask as large as the tensor: 50 times faster.
+        tensor = tensor.float()
+    # The extremes carry NaN and infinity along, and need no mask as large as the tensor: 50 times faster.
     low, high = torch.aminmax(tensor)
     return math.isfinite(low) and math.isfinite(high)
+
+
+def _skeleton(value: Value, path: str, tensors: dict[str, torch.Tensor], stage: str) -> JSON:
+    if isinstance(value, torch.Tensor):
+        assert value.device.type == "cpu", f"{path} is on {value.device}: only host tensors cross a stage border"
+        _check_finite(value, path, stage)
+        name = _name(path, tensors)
+        tensors[name] = value.detach().resolve_conj().resolve_neg().contiguous()
+        return {"tensor": name}
+    if isinstance(value, list):
+        return [_skeleton(item, f"{path}.{index}", tensors, stage) for index, item in enumerate(value)]
+    if isinstance(value, tuple):
+        return {"tuple": [_skeleton(item, f"{path}.{index}", tensors, stage) for index, item in enumerate(value)]}
+    if isinstance(value, Mapping):
+        assert all(isinstance(key, str) for key in value), f"{path} has keys that are no text"
+        return {"dict": {key: _skeleton(item, f"{path}.{key}", tensors, stage) for key, item in value.items()}}
+    assert value is None or isinstance(value, str | int | float), f"{path} is a {type(value)}, no value of a state"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadResult(f"stage {stage} gave {path} = {value}, which no later stage can use: nothing was stored")
+    return value
+
+
+def _name(path: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    name, count = path, len(tensors)
+    while not is_name(name) or name == METADATA or name in tensors:
+        name, count = f"tensor.{count}", count + 1
+    return name
+
+
+def _check_finite(tensor: torch.Tensor, name: str, stage: str) -> None:
+    if not is_finite(tensor):
+        raise BadResult(f"stage {stage}: {name} holds NaN or infinity; compute it again with --dtype float32")
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _filled(value: object, tensors: dict[str, torch.Tensor]) -> Value:
+    if isinstance(value, list):
+        return [_filled(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return cast("str | int | float | bool | None", value)
+    kind, inner = next(iter(value.items()), (None, None))
+    if len(value) == 1 and kind == "tensor" and isinstance(inner, str) and inner in tensors:
+        return tensors.pop(inner)
+    if len(value) == 1 and kind == "tuple" and isinstance(inner, list):
+        return tuple(_filled(item, tensors) for item in inner)
+    if len(value) == 1 and kind == "dict" and isinstance(inner, dict):
+        return {key: _filled(item, tensors) for key, item in inner.items()}
+    raise ValueError(f"its skeleton has {str(value)[:80]}")
+
+
+def _tags(value: object) -> dict[str, tuple[str, ...]]:
+    tags: dict[str, tuple[str, ...]] = {}
+    for tag, names in _mapping(value).items():
+        if not isinstance(names, list):
+            raise ValueError("its tags are no lists")
+        tags[tag] = tuple(_text(name) for name in names)
+    return tags
+
+
+def _mapping(value: object, names: set[str] | None = None) -> dict[str, JSON]:
+    if not isinstance(value, dict) or (names is not None and value.keys() != names):
+        raise ValueError(f"its envelope is not a mapping of {sorted(names or ['names'])}")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"its envelope has {str(value)[:80]} in place of a text")
+    return value

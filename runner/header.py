@@ -68,7 +68,7 @@ def compose(
         end = offset + math.prod(shape) * dtype.itemsize
         entries[name] = {**specs[name], "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, specs
 
@@ -101,13 +101,20 @@ def parse(data: bytes) -> Header:
     return Header(specs, metadata[FIELD])
 
 
+def is_name(text: str) -> bool:
+    """Whether a tensor may be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
 def strict_json(text: str | bytes) -> object:
     """The JSON value in `text`; ValueError for duplicate keys, NaN and infinity as well."""
+    # Left to guess, json takes UTF-16 and UTF-32 as well.
+    text = text if isinstance(text, str) else text.decode("utf-8")
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _checked(name: str, entry: object) -> tuple[int, int]:
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise ValueError(f"a tensor called {name[:80]!r}")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} without dtype, shape and offsets")
