@@ -1,20 +1,20 @@
 """How a run happens: plan, run, keep, report.
 
-    from runner import Request, plan, run, run_stage
+    from runner import Request, make_plan, run_all, run_stage
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runner.plan import Plan, plan
+    from runner.plan import Plan, make_plan
     from runner.request import Request
-    from runner.run import Picture, Report, run, run_stage
+    from runner.run import Picture, Report, run_all, run_stage
 
-__all__ = ["Picture", "Plan", "Report", "Request", "plan", "run", "run_stage"]
+__all__ = ["Picture", "Plan", "Report", "Request", "make_plan", "run_all", "run_stage"]
 
-_HOMES = {"Picture": "run", "Plan": "plan", "Report": "run", "Request": "request", "plan": "plan", "run": "run",
-          "run_stage": "run"}
+_HOMES = {"Picture": "run", "Plan": "plan", "Report": "run", "Request": "request", "make_plan": "plan",
+          "run_all": "run", "run_stage": "run"}
 
 
 def __getattr__(name: str) -> Any:

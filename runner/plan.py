@@ -39,7 +39,7 @@ class Plan:
         return tuple(device.name for device in self.machine.devices)
 
 
-def plan(
+def make_plan(
     family: str,
     requests: Sequence[Request],
     *,

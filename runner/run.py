@@ -66,7 +66,7 @@ class Report:
     keys: Mapping[str, tuple[str, ...]]
 
 
-def run(
+def run_all(
     plan: Plan,
     *,
     store: ArtifactStore | None = None,

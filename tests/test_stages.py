@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, ModularPipeline
 
-from runner import Request, plan, run, run_stage
+from runner import Request, make_plan, run_all, run_stage
 from runner.artifacts import FolderStore, MemoryStore
 from stages.errors import BadResult, LoadError
 from stages.placement import Place, Resident
@@ -40,14 +40,14 @@ def whole(flux: Path, dtype: torch.dtype, asked: Request) -> np.ndarray:
 def test_staged_equals_the_unsplit_modular_pipeline(
     flux: Path, tmp_path: Path, dtype: torch.dtype, kind: str
 ) -> None:
-    job = plan("flux", [request()], model=flux, dtype={"": dtype})
+    job = make_plan("flux", [request()], model=flux, dtype={"": dtype})
     store = MemoryStore(warn=print) if kind == "memory" else FolderStore(tmp_path / "store", warn=print)
-    fresh = run(job, store=store)
+    fresh = run_all(job, store=store)
     assert np.array_equal(fresh.pictures[0].pixels, whole(flux, dtype, job.requests[0]))
-    again = run(job, store=store)
+    again = run_all(job, store=store)
     assert [stage.ran for stage in again.stages] == [0, 0, 0]
     assert np.array_equal(again.pictures[0].pixels, fresh.pictures[0].pixels)
-    decoded = run(job, store=store, from_stage="decode")
+    decoded = run_all(job, store=store, from_stage="decode")
     assert [stage.ran for stage in decoded.stages] == [0, 0, 1]
     assert np.array_equal(decoded.pictures[0].pixels, fresh.pictures[0].pixels)
 
@@ -62,7 +62,7 @@ def test_staged_equals_the_classic_pipeline_in_float32(flux: Path) -> None:
         guidance_scale=asked.guidance, max_sequence_length=asked.text_tokens,
         generator=torch.Generator("cpu").manual_seed(asked.seed),
     ).images
-    assert np.array_equal(run(plan("flux", [asked], model=flux)).pictures[0].pixels, np.asarray(images[0]))
+    assert np.array_equal(run_all(make_plan("flux", [asked], model=flux)).pictures[0].pixels, np.asarray(images[0]))
 
 
 def test_each_stage_loads_only_its_own_components(flux: Path) -> None:
@@ -72,12 +72,12 @@ def test_each_stage_loads_only_its_own_components(flux: Path) -> None:
         if kind == "load":
             loaded.setdefault(data["stage"], []).append(data["component"])
 
-    run(plan("flux", [request()], model=flux), emit=emit)
+    run_all(make_plan("flux", [request()], model=flux), emit=emit)
     assert loaded == {"encode": ["text_encoder", "text_encoder_2"], "denoise": ["transformer"], "decode": ["vae"]}
 
 
 def test_only_what_later_stages_read_crosses_a_border(flux: Path) -> None:
-    job, store = plan("flux", [request()], model=flux), MemoryStore(warn=print)
+    job, store = make_plan("flux", [request()], model=flux), MemoryStore(warn=print)
     (encoded,) = run_stage(job, "encode", store=store)
     assert set(encoded.values) == {"prompt_embeds", "pooled_prompt_embeds"}
     (denoised,) = run_stage(job, "denoise", store=store)
@@ -89,38 +89,38 @@ def test_only_what_later_stages_read_crosses_a_border(flux: Path) -> None:
 
 def test_a_stage_alone_needs_the_one_before(flux: Path) -> None:
     with pytest.raises(ValueError, match="denoise needs the artifacts of encode"):
-        run_stage(plan("flux", [request()], model=flux), "denoise", store=MemoryStore(warn=print))
+        run_stage(make_plan("flux", [request()], model=flux), "denoise", store=MemoryStore(warn=print))
 
 
 def test_other_steps_reuse_the_embeddings(flux: Path) -> None:
     store = MemoryStore(warn=print)
-    run(plan("flux", [request()], model=flux), store=store)
-    report = run(plan("flux", [request(steps=2)], model=flux), store=store)
+    run_all(make_plan("flux", [request()], model=flux), store=store)
+    report = run_all(make_plan("flux", [request(steps=2)], model=flux), store=store)
     assert [stage.ran for stage in report.stages] == [0, 1, 1]
 
 
 def test_one_prompt_many_seeds_is_encoded_once(flux: Path) -> None:
     seen: list[str] = []
     requests = [request(seed=seed, index=seed) for seed in range(3)]
-    report = run(plan("flux", requests, model=flux), emit=lambda kind, data: seen.append(f"{kind} {data.get('stage')}"))
+    report = run_all(make_plan("flux", requests, model=flux), emit=lambda kind, data: seen.append(f"{kind} {data.get('stage')}"))
     assert seen.count("item encode") == 1 and seen.count("item denoise") == 3
     pictures = [picture.pixels for picture in report.pictures]
     assert not np.array_equal(pictures[0], pictures[1])
 
 
 def test_noise_does_not_depend_on_the_other_pictures_of_a_run(flux: Path) -> None:
-    together = run(plan("flux", [request(seed=1), request(seed=2, index=1)], model=flux)).pictures[1]
-    alone = run(plan("flux", [request(seed=2)], model=flux)).pictures[0]
+    together = run_all(make_plan("flux", [request(seed=1), request(seed=2, index=1)], model=flux)).pictures[1]
+    alone = run_all(make_plan("flux", [request(seed=2)], model=flux)).pictures[0]
     assert np.array_equal(together.pixels, alone.pixels)
 
 
 def test_another_guidance_makes_another_picture(flux: Path) -> None:
-    first, second = (run(plan("flux", [request(guidance=g)], model=flux)).pictures[0].pixels for g in (1.0, 9.0))
+    first, second = (run_all(make_plan("flux", [request(guidance=g)], model=flux)).pictures[0].pixels for g in (1.0, 9.0))
     assert not np.array_equal(first, second)
 
 
 def test_a_stage_gives_up_its_models_also_after_an_exception(flux: Path) -> None:
-    job = plan("flux", [request()], model=flux)
+    job = make_plan("flux", [request()], model=flux)
     for stage in job.stages:
         models = []
         with pytest.raises(ZeroDivisionError), stage.loaded(job.places) as loaded:
@@ -134,7 +134,7 @@ def test_a_stage_gives_up_its_models_also_after_an_exception(flux: Path) -> None
 
 def test_an_exception_inside_the_pipeline_frees_the_model(flux: Path) -> None:
     """The frames of a kept traceback would hold the transformer, as they do in a notebook."""
-    job, store = plan("flux", [request()], model=flux), MemoryStore(warn=print)
+    job, store = make_plan("flux", [request()], model=flux), MemoryStore(warn=print)
     run_stage(job, "encode", store=store)
     models: list[Any] = []
     denoise = job.stages[1]
@@ -149,7 +149,7 @@ def test_an_exception_inside_the_pipeline_frees_the_model(flux: Path) -> None:
 
 
 def test_a_non_finite_embedding_stops_the_run_by_name(flux: Path) -> None:
-    job, store = plan("flux", [request()], model=flux), MemoryStore(warn=print)
+    job, store = make_plan("flux", [request()], model=flux), MemoryStore(warn=print)
     (state,) = run_stage(job, "encode", store=store)
     poisoned = state.tensors()["prompt_embeds"].clone()
     poisoned[0, 0, 0] = float("nan")
@@ -159,7 +159,7 @@ def test_a_non_finite_embedding_stops_the_run_by_name(flux: Path) -> None:
 
 
 def test_a_constant_picture_is_refused(flux: Path) -> None:
-    job, store = plan("flux", [request()], model=flux), MemoryStore(warn=print)
+    job, store = make_plan("flux", [request()], model=flux), MemoryStore(warn=print)
     run_stage(job, "encode", store=store)
     (state,) = run_stage(job, "denoise", store=store)
     with job.stages[2].loaded(job.places) as loaded, pytest.raises(BadResult, match="every pixel"):
@@ -169,7 +169,7 @@ def test_a_constant_picture_is_refused(flux: Path) -> None:
 
 
 def test_an_input_that_no_stage_reads_is_refused(flux: Path) -> None:
-    job = plan("flux", [request()], model=flux)
+    job = make_plan("flux", [request()], model=flux)
     with pytest.raises(ValueError, match="no use for eta"):
         split(job.checkpoint, ["prompt", "eta"])
 
@@ -182,7 +182,7 @@ def test_a_missing_tensor_is_not_replaced_by_noise(tmp_path: Path) -> None:
     from tests.tiny import flux
 
     model = flux(tmp_path / "flux")
-    job = plan("flux", [request()], model=model)
+    job = make_plan("flux", [request()], model=model)
     file = model / "text_encoder_2" / "model.safetensors"
     tensors = load_file(file)
     del tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"]

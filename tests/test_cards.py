@@ -1,0 +1,134 @@
+"""What happens on cards with too little memory each: the three stages over two of them."""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runner import Plan, Request, make_plan, run_all, run_stage
+from runner.artifacts import MemoryStore
+from stages.errors import BadResult, StageOutOfMemory
+from stages.machine import probe
+from stages.placement import Place, Placement, Resident, Sharded
+
+Cards = Callable[..., list[str]]
+ASKED = Request("a red circle", 64, 48, 3, 3.5, 7, 32)
+MIB = 2**20
+
+
+def reference(model: Path, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """The picture that the CPU makes."""
+    return run_all(make_plan("flux", [ASKED], model=model, dtype={"": dtype}, devices=["cpu"])).pictures[0].pixels
+
+
+def over(model: Path, devices: list[str], places: dict[str, Placement]) -> Plan:
+    """A plan with its components placed by hand."""
+    job = make_plan("flux", [ASKED], model=model, dtype={"": torch.float32}, devices=["cpu"])
+    there = {name: Place(placement, torch.float32) for name, placement in places.items()}
+    return dataclasses.replace(job, places=there, machine=probe(devices))
+
+
+def halved(first: str, second: str, doubles: int = 2, singles: int = 4) -> Sharded:
+    """A FLUX transformer with the double blocks and the rest on one card, and the single blocks on the other."""
+    rest = ("time_text_embed", "context_embedder", "x_embedder", "norm_out", "proj_out", "pos_embed")
+    blocks = {f"transformer_blocks.{i}": first for i in range(doubles)}
+    blocks |= {f"single_transformer_blocks.{i}": second for i in range(singles)}
+    return Sharded(first, dict.fromkeys(rest, first) | blocks)
+
+
+def spread(devices: list[str]) -> dict[str, Placement]:
+    """Every stage uses both cards."""
+    first, second = devices
+    return {"text_encoder": Resident(first), "text_encoder_2": Resident(second),
+            "transformer": halved(first, second), "vae": Resident(second)}
+
+
+def allocated(devices: list[str]) -> list[int]:
+    gc.collect()
+    return [torch.accelerator.memory_allocated(device) for device in devices]
+
+
+def test_three_stages_over_two_cards_make_the_picture_of_the_cpu(flux: Path, cards: Cards) -> None:
+    expected = reference(flux)
+    devices = cards(40 * MIB, 40 * MIB)
+    left: list[Any] = []
+
+    def emit(kind: str, data: Any) -> None:
+        if kind == "flush":
+            left.append((data["left"], *allocated(devices)))
+
+    made = run_all(over(flux, devices, spread(devices)), emit=emit)
+    assert np.abs(made.pictures[0].pixels.astype(int) - expected).max() <= (0 if devices[0].startswith("sim") else 1)
+    assert left == [(0, 0, 0)] * 3
+    assert all(0 < stage.peak[device] for stage in made.stages[:2] for device in devices)
+
+
+@pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
+def test_nothing_is_left_on_a_card_after_an_exception_in_a_stage(flux: Path, cards: Cards, stage: str) -> None:
+    devices = cards(40 * MIB, 40 * MIB)
+    job, store = over(flux, devices, spread(devices)), MemoryStore(warn=print)
+    model = {"encode": "text_encoder_2", "denoise": "transformer", "decode": "vae"}[stage]
+
+    def fail(*anything: Any) -> None:
+        raise ZeroDivisionError("in the middle")
+
+    for part in job.stages:
+        if part.name == stage:
+            part.prepare = lambda pipe: getattr(pipe, model).register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError) as kept:
+        run_all(job, store=store)
+    assert allocated(devices) == [0, 0] and kept.value is not None
+    assert len(store.keys()) == ["encode", "denoise", "decode"].index(stage)
+
+
+def test_a_stage_over_the_limit_fails_by_name_and_earlier_artifacts_survive(flux: Path, cards: Cards, sim: Any) -> None:
+    devices = cards(2 * MIB, 600_000)
+    everywhere = dict.fromkeys(("text_encoder", "text_encoder_2"), Resident(devices[0]))
+    job = over(flux, devices, {**everywhere, "transformer": Resident(devices[1]), "vae": Resident(devices[0])})
+    store = MemoryStore(warn=print)
+    with pytest.raises(StageOutOfMemory, match=r"denoise ran out of memory .*sim:1 peaked at"):
+        run_all(job, store=store)
+    assert len(store.keys()) == 1 and allocated(devices) == [0, 0]
+    moved = dataclasses.replace(job, places={**job.places, "transformer": Place(Resident(devices[0]), torch.float32)})
+    assert [stage.ran for stage in run_all(moved, store=store).stages] == [0, 1, 1]
+
+
+def test_every_failing_allocation_is_survived(flux: Path, cards: Cards, sim: ModuleType) -> None:
+    """Fail the first, second, third ... allocation of the denoise until the run passes: no leak, no wrong picture."""
+    expected = reference(flux)
+    devices = cards(40 * MIB, 40 * MIB)
+    job = over(flux, devices, spread(devices))
+    tried = {device: 0 for device in devices}
+    for device in devices:
+        store, failing = MemoryStore(warn=print), True
+        run_stage(job, "encode", store=store)
+        nth = 1
+        while failing:
+            sim.fail_allocation(device, nth)
+            try:
+                made = run_all(job, store=store, from_stage="denoise")
+                failing = False
+            except StageOutOfMemory:
+                tried[device] += 1
+            sim.reset()
+            assert allocated(devices) == [0, 0]
+            # Every early one, then ever larger strides: the thousands of allocations of the loop are alike.
+            nth += max(1, nth // 8)
+        assert np.array_equal(made.pictures[0].pixels, expected)
+    print(f"allocations failed: {tried}")
+    assert min(tried.values()) > 20
+
+
+def test_a_copy_that_lies_between_cards_is_not_a_picture(flux: Path, cards: Cards, sim: ModuleType) -> None:
+    devices = cards(40 * MIB, 40 * MIB)
+    job, store = over(flux, devices, spread(devices)), MemoryStore(warn=print)
+    run_stage(job, "encode", store=store)
+    sim.corrupt(devices[0], devices[1], "noise")
+    with pytest.raises((BadResult, ValueError)):
+        run_all(job, store=store)
