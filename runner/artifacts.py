@@ -14,13 +14,14 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from runner import durable, manifest, root
-from runner.envelope import JSON, Damaged, Packed, pack, unpack
+from runner.durable import Chunks
+from runner.envelope import JSON, Damaged, pack, unpack
 from runner.header import MOST_BYTES
 from runner.manifest import Artifact, checked_key, checked_run, is_key, is_run, key_of
 from stages.errors import StoreError
@@ -69,10 +70,10 @@ class _Store(ABC):
         self._strict = strict
 
     @abstractmethod
-    def _read(self, path: str, most: int) -> bytes | None: ...
+    def _read(self, path: str, most: int) -> bytearray | None: ...
 
     @abstractmethod
-    def _write(self, path: str, chunks: Sequence[bytes | memoryview]) -> None: ...
+    def _write(self, files: Mapping[str, Chunks]) -> None: ...
 
     @abstractmethod
     def _names(self, folder: str) -> list[str]: ...
@@ -95,8 +96,8 @@ class _Store(ABC):
     def put(self, key: str, stage: str, state: State, note: Mapping[str, object]) -> Artifact:
         """Store `state` under `key`; BadResult where it is not finite, StoreError where it cannot be stored."""
         packed = pack(state, key=checked_key(key), stage=stage)
-        artifact = Artifact(key, stage, self._write_object(packed), packed.bytes, packed.tensors, dict(note))
-        self._write(_manifest(key), [manifest.write_manifest(artifact)])
+        artifact = Artifact(key, stage, packed.digest(), packed.bytes, packed.tensors, dict(note))
+        self._write({_object(artifact.object): packed.chunks, _manifest(key): [manifest.write_manifest(artifact)]})
         return artifact
 
     def find(self, key: str) -> Artifact | None:
@@ -134,7 +135,7 @@ class _Store(ABC):
         """Store the record of a run in place of its last one."""
         data = self._read(_run(checked_run(run)), manifest.LONGEST)
         sequence = self._next_sequence() if data is None else _sequence(data)
-        self._write(_run(run), [manifest.write_document({"sequence": sequence, "record": dict(record)})])
+        self._write({_run(run): [manifest.write_document({"sequence": sequence, "record": dict(record)})]})
 
     def load_run(self, run: str) -> dict[str, JSON]:
         """The record of a run; StoreError where there is none or it is damaged."""
@@ -153,11 +154,6 @@ class _Store(ABC):
         found = ((run, self._read(_run(run), manifest.LONGEST)) for run in self._names("runs") if is_run(run))
         return [run for _, run in sorted((_sequence(data), run) for run, data in found if data is not None)]
 
-    def _write_object(self, packed: Packed) -> str:
-        digest = packed.digest()
-        self._write(_object(digest), packed.chunks)
-        return digest
-
     def _not_done(self, what: str, error: Damaged) -> None:
         if self._strict:
             raise StoreError(f"{what} is damaged: {error}; run without --strict to compute it again") from error
@@ -171,7 +167,7 @@ class _Store(ABC):
         else:
             found = (self._read(_run(run), manifest.LONGEST) for run in self.runs())
             last = max((_sequence(data) for data in found if data is not None), default=0)
-        self._write("runs/.sequence", [str(last + 1).encode()])
+        self._write({"runs/.sequence": [str(last + 1).encode()]})
         return last + 1
 
 
@@ -183,11 +179,14 @@ class MemoryStore(_Store):
         self._files: dict[str, bytes] = {}
         self._working: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
-    def _read(self, path: str, most: int) -> bytes | None:
-        return self._files.get(path)
+    def _read(self, path: str, most: int) -> bytearray | None:
+        data = self._files.get(path)
+        # A copy: who reads a state may change its tensors.
+        return None if data is None else bytearray(data)
 
-    def _write(self, path: str, chunks: Sequence[bytes | memoryview]) -> None:
-        self._files[path] = b"".join(chunks)
+    def _write(self, files: Mapping[str, Chunks]) -> None:
+        for path, chunks in files.items():
+            self._files[path] = b"".join(chunks)
 
     def _names(self, folder: str) -> list[str]:
         inside = (path.removeprefix(f"{folder}/") for path in self._files if path.startswith(f"{folder}/"))
@@ -213,11 +212,11 @@ class FolderStore(_Store):
         super().__init__(warn, strict)
         self.path = root.open_root(Path(path), ("objects", "stages", "runs"), readonly=readonly)
 
-    def _read(self, path: str, most: int) -> bytes | None:
+    def _read(self, path: str, most: int) -> bytearray | None:
         return durable.read(self.path, path, most=most)
 
-    def _write(self, path: str, chunks: Sequence[bytes | memoryview]) -> None:
-        durable.write(self.path, path, chunks, mode=0o444 if path.startswith("objects/") else 0o600)
+    def _write(self, files: Mapping[str, Chunks]) -> None:
+        durable.write(self.path, files)
 
     def _names(self, folder: str) -> list[str]:
         return durable.names(self.path, folder)
@@ -248,7 +247,7 @@ def _run(run: str) -> str:
     return f"runs/{run}/run.json"
 
 
-def _sequence(data: bytes) -> int:
+def _sequence(data: bytes | bytearray) -> int:
     try:
         sequence = manifest.read_document(data).get("sequence")
     except Damaged:

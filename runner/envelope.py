@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Union, cast
 
-import safetensors.torch
 import torch
 
-from runner.header import LONGEST, METADATA, MOST_BYTES, Spec, compose, is_name, parse, strict_json
+from runner.header import DTYPES, LONGEST, METADATA, MOST_BYTES, Header, Spec, compose, is_name, parse, strict_json
 from stages.errors import BadResult, StoreError
 from stages.state import State, Value
 
@@ -69,20 +68,23 @@ def pack(state: State, *, key: str, stage: str) -> Packed:
     return Packed(tuple(chunk for chunk in chunks if len(chunk)), size, specs)
 
 
-def unpack(data: bytes, *, finite: bool = True) -> Unpacked:
-    """The state in `data`; Damaged where it is no artifact, BadResult where `finite` and a tensor is not."""
+def unpack(data: bytearray, *, finite: bool = True) -> Unpacked:
+    """The state in `data`; Damaged where it is no artifact, BadResult where `finite` and a tensor is not.
+
+    The tensors lie in `data` itself, which is not copied and must not be written to.
+    """
     try:
         header = parse(data)
         body = _mapping(strict_json(header.metadata), {"schema", "key", "stage", "values", "tags"})
         if body["schema"] != SCHEMA:
             raise ValueError(f"its envelope is of schema {body['schema']}, this version reads {SCHEMA}")
-        tensors = safetensors.torch.load(data)
+        tensors = _tensors(data, header)
         left = dict(tensors)
         values = {name: _filled(value, left) for name, value in _mapping(body["values"]).items()}
         if left:
             raise ValueError(f"no value names its tensor {min(left)}")
         key, stage, tags = _text(body["key"]), _text(body["stage"]), _tags(body["tags"])
-    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"its bytes are no artifact: {error}") from error
     if finite:
         for name, tensor in tensors.items():
@@ -137,6 +139,18 @@ def _check_finite(tensor: torch.Tensor, name: str, stage: str) -> None:
 
 def _raw(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _tensors(data: bytearray, header: Header) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, spec in header.tensors.items():
+        count, dtype = math.prod(spec["shape"]), DTYPES[spec["dtype"]]
+        if count:
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=header.begins[name])
+        else:
+            flat = torch.empty(0, dtype=dtype)
+        tensors[name] = flat.reshape(spec["shape"])
+    return tensors
 
 
 def _filled(value: object, tensors: dict[str, torch.Tensor]) -> Value:

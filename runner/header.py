@@ -46,9 +46,10 @@ class Spec(TypedDict):
 
 @dataclass(frozen=True)
 class Header:
-    """The tensors of a file and its one metadata text."""
+    """The tensors of a file, where each begins in it, and its one metadata text."""
 
     tensors: Mapping[str, Spec]
+    begins: Mapping[str, int]
     metadata: str
 
 
@@ -73,32 +74,28 @@ def compose(
     return len(text).to_bytes(8, "little") + text, specs
 
 
-def parse(data: bytes) -> Header:
+def parse(data: bytes | bytearray) -> Header:
     """The header of `data`; ValueError where it is not exactly one that `compose` could have written."""
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 10 or length > min(LONGEST, len(data) - 8):
-        raise ValueError(f"a header of {length:,} bytes in a file of {len(data):,} (at most {LONGEST:,})")
+    if len(data) < 10 or length > min(LONGEST, len(data) - 8) or length % 8:
+        raise ValueError(f"a header of {length:,} bytes in a file of {len(data):,} (at most {LONGEST:,}, by eights)")
     text = data[8 : 8 + length]
     if not text.startswith(b"{"):
         raise ValueError("a header that does not start with a brace")
     entries = strict_json(text)
-    if not isinstance(entries, dict):
-        raise ValueError("a header that is no mapping")
+    assert isinstance(entries, dict), "it starts with a brace"
     metadata = entries.pop(METADATA, None)
     if not isinstance(metadata, dict) or metadata.keys() != {FIELD} or not isinstance(metadata[FIELD], str):
         raise ValueError("no metadata of ours")
-    spans = sorted((*_checked(name, entry), name) for name, entry in entries.items())
-    end = 0
-    for begin, stop, name in spans:
-        if begin != end:
+    end, begins = 8 + length, {}
+    for (begin, stop), name in sorted((_span(name, entry), name) for name, entry in entries.items()):
+        if begin + 8 + length != end:
             raise ValueError(f"a hole or an overlap before {name}")
-        end = stop
-    if end != len(data) - 8 - length:
-        raise ValueError(f"{len(data) - 8 - length:,} bytes of data where the header places {end:,}")
-    specs: dict[str, Spec] = {
-        name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in entries.items()
-    }
-    return Header(specs, metadata[FIELD])
+        begins[name], end = end, stop + 8 + length
+    if end != len(data):
+        raise ValueError(f"{len(data):,} bytes where its header places {end:,}")
+    specs = {name: Spec(dtype=entries[name]["dtype"], shape=entries[name]["shape"]) for name in begins}
+    return Header(specs, begins, metadata[FIELD])
 
 
 def is_name(text: str) -> bool:
@@ -106,14 +103,14 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def strict_json(text: str | bytes) -> object:
+def strict_json(text: str | bytes | bytearray) -> object:
     """The JSON value in `text`; ValueError for duplicate keys, NaN and infinity as well."""
     # Left to guess, json takes UTF-16 and UTF-32 as well.
     text = text if isinstance(text, str) else text.decode("utf-8")
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-def _checked(name: str, entry: object) -> tuple[int, int]:
+def _span(name: str, entry: object) -> tuple[int, int]:
     if not is_name(name):
         raise ValueError(f"a tensor called {name[:80]!r}")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -126,8 +123,8 @@ def _checked(name: str, entry: object) -> tuple[int, int]:
     if len(shape) > 16 or math.prod(max(side, 1) for side in shape) > MOST_BYTES:
         raise ValueError(f"{name} of shape {shape}")
     size = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != size:
-        raise ValueError(f"{name} of {size:,} bytes in a place for {offsets[1] - offsets[0]:,}")
+    if offsets[1] - offsets[0] != size or offsets[0] % DTYPES[dtype].itemsize:
+        raise ValueError(f"{name} of {size:,} bytes at {offsets[0]:,} to {offsets[1]:,}")
     return offsets[0], offsets[1]
 
 

@@ -65,7 +65,7 @@ def write_document(body: Mapping[str, object]) -> bytes:
     return json.dumps(signed, indent=1, allow_nan=False).encode() + b"\n"
 
 
-def read_document(data: bytes) -> dict[str, JSON]:
+def read_document(data: bytes | bytearray) -> dict[str, JSON]:
     """The document in `data`; Damaged where it is torn or edited, StoreError where a newer version wrote it."""
     try:
         document = strict_json(data)
@@ -91,7 +91,7 @@ def write_manifest(artifact: Artifact) -> bytes:
     return write_document({name: getattr(artifact, name) for name in Artifact.__dataclass_fields__})
 
 
-def read_manifest(data: bytes, key: str) -> Artifact:
+def read_manifest(data: bytes | bytearray, key: str) -> Artifact:
     """The artifact of `key`; Damaged where the manifest is another's or does not say what it must."""
     found = read_document(data)
     stage, digest, size = found.get("stage"), found.get("object"), found.get("bytes")
