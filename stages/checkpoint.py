@@ -85,8 +85,12 @@ def _find_on_hub(model: str, revision: str | None, components: Collection[str] |
     root = hub.fetch_index(model, revision)
     index = read_index(root, model)
     wanted = _wanted(index, model, components)
-    weighty = {name: index.parts[name][0] for name in wanted if not weightless(index.parts[name][1])}
-    hub.fetch_components(model, root, wanted, weighty)
+    parts = {name: index.part(name) for name in wanted}
+    weighty = {name: library for name, (library, class_name) in parts.items() if not weightless(class_name)}
+    sizes = hub.fetch_small(model, root, wanted, weighty)
+    for name in wanted:
+        _refuse_code(root / name)
+    hub.fetch_weights(model, root, weighty, sizes)
     return _survey(root, model, f"{model}@{root.name}", components)
 
 
@@ -106,13 +110,12 @@ def _wanted(index: Index, source: str, names: Collection[str] | None) -> tuple[s
 
 
 def _component(root: Path, name: str, index: Index) -> Component:
-    (library, class_name), folder = index.parts[name], root / name
+    (library, class_name), folder = index.part(name), root / name
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
         raise Incomplete(f"{folder} is missing: the index names component {name}, the folder has {there or 'none'}; "
                          f"fetch it: {hub.download(root, (name,))}")
-    for path in sorted(folder.iterdir()):
-        _refuse_code(path)
+    _refuse_code(folder)
     if weightless(class_name):
         _check_small(folder, class_name)
         return Component(name, library, class_name, folder, ())
@@ -123,17 +126,19 @@ def _component(root: Path, name: str, index: Index) -> Component:
     return Component(name, library, class_name, folder, files)
 
 
-def _refuse_code(path: Path) -> None:
-    if path.suffix == ".py":
-        raise LoadError(f"{path} is custom code: refused; use a model of the libraries' own classes")
-    if path.suffix not in SMALL:
-        return
-    size_of(path)
-    if path.name.endswith("config.json"):
-        for key in ("auto_map", "transformers_weights", "custom_pipelines"):
-            if key in read_json(path):
-                raise LoadError(f"{path} has {key}: custom code and foreign files are refused; use a model of the "
-                                f"libraries' own classes")
+def _refuse_code(folder: Path) -> None:
+    """LoadError for what would make a library run code of the model's, or read files that were not checked."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".py" or path.name == "adapter_config.json":
+            raise LoadError(f"{path} is refused: custom code and adapters are not run; use a model of the libraries' "
+                            f"own classes")
+        if path.suffix not in SMALL:
+            continue
+        size_of(path)
+        table = read_json(path) if path.name.endswith("config.json") else {}
+        if key := next((key for key in ("auto_map", "transformers_weights") if table.get(key)), None):
+            raise LoadError(f"{path} is refused for its {key}: custom code and foreign files are not read; use a "
+                            f"model of the libraries' own classes")
 
 
 def _check_small(folder: Path, class_name: str) -> None:

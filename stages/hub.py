@@ -58,10 +58,10 @@ def fetch_index(model: str, revision: str | None) -> Path:
     raise LoadError(f"{model} has no {INDEX}, so it is no model in the diffusers layout; give the id of one that has")
 
 
-def fetch_components(model: str, root: Path, names: Collection[str], weighty: Mapping[str, str]) -> None:
-    """Downloads what `names` need into the snapshot: configs first, then, if the disk has room, the weights.
+def fetch_small(model: str, root: Path, names: Collection[str], weighty: Mapping[str, str]) -> dict[str, int]:
+    """Downloads all but the weights of the components `names`; gives the bytes of every file of the model.
 
-    `weighty` maps the components with weights to their library.
+    `weighty` maps those that have weights to their library; LoadError when theirs are not safetensors.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -69,33 +69,39 @@ def fetch_components(model: str, root: Path, names: Collection[str], weighty: Ma
     with _explained(model, root.name):
         tree = HfApi().list_repo_tree(model, revision=root.name, recursive=True)
         sizes = {item.path: item.size for item in tree if isinstance(item, RepoFile)}
-    inside = {name: _inside(model, name, sizes) for name in names}
-    first = {name: entrance(Path(model, name), library, inside[name]) for name, library in weighty.items()}
-    _fetch(model, root, [f"{name}/{file}" for name, files in inside.items() for file in files if file.endswith(SMALL)])
-    weights = [
-        f"{name}/{file}" for name, library in weighty.items()
-        for file in ([first[name]] if not first[name].endswith(".json") else _shards(root / name, library))
-    ]
-    if absent := [path for path in weights if path not in sizes]:
-        raise LoadError(f"{model} has no {absent[0]}, though its index names it; the model itself is incomplete")
-    _check_disk(model, root, {path: sizes[path] for path in weights})
-    _fetch(model, root, weights)
+    small = []
+    for name in names:
+        files = _inside(model, name, sizes)
+        if name in weighty:
+            entrance(Path(model, name), weighty[name], files)
+        small += [f"{name}/{file}" for file in files if file.endswith(SMALL)]
+    _fetch(model, root, small)
+    return sizes
+
+
+def fetch_weights(model: str, root: Path, weighty: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+    """Downloads the safetensors of components, if the disk has room; their configs are there already."""
+    paths = []
+    for name, library in weighty.items():
+        first = entrance(root / name, library, _inside(model, name, sizes))
+        files = [first] if not first.endswith(".json") else [path.name for path in weight_files(root / name, library)]
+        paths += [f"{name}/{file}" for file in files]
+    if absent := [path for path in paths if path not in sizes]:
+        raise LoadError(f"{model} has no {absent[0]}, though its index names it: the model itself is incomplete")
+    _check_disk(model, root, {path: sizes[path] for path in paths})
+    _fetch(model, root, paths)
 
 
 def _inside(model: str, name: str, paths: Iterable[str]) -> list[str]:
     found = [path.removeprefix(f"{name}/") for path in paths if path.startswith(f"{name}/")]
     files = [file for file in found if "/" not in file]
     if not files:
-        raise LoadError(f"{model} has no folder {name}, though its index names it; the model itself is incomplete")
+        raise LoadError(f"{model} has no folder {name}, though its index names it: the model itself is incomplete")
     if code := [file for file in files if file.endswith(".py")]:
         raise LoadError(
             f"{model} has custom code ({name}/{code[0]}): refused; use a model of the libraries' own classes"
         )
     return files
-
-
-def _shards(folder: Path, library: str) -> list[str]:
-    return [path.name for path in weight_files(folder, library)]
 
 
 def _check_disk(model: str, root: Path, sizes: Mapping[str, int]) -> None:
@@ -139,22 +145,26 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
         raise LoadError(f"{model} has no revision {revision}; choose one of "
                         f"https://huggingface.co/{model}/commits/main, or leave --revision out") from error
     except errors.RepositoryNotFoundError as error:
-        near = _near(model, cached_ids())
-        hint = f" (in the cache: {', '.join(near)})" if near else ""
-        raise LoadError(f"the hub knows no model {model}{hint}, or it is private: check the spelling at "
+        raise LoadError(f"the hub knows no model {model}{_nearest(model)}, or it is private: check the spelling at "
                         f"https://huggingface.co/{model}, and for a private model: {_token()}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         why = "HF_HUB_OFFLINE is set" if settings.HF_HUB_OFFLINE else f"{settings.ENDPOINT} cannot be reached"
-        raise LoadError(f"{model} is not in the cache and {why}; {_get_it(model, revision)}") from error
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            why = _answered(model, error.__cause__.response.status_code)
+        raise LoadError(
+            f"{model} is not in the cache{_nearest(model)} and {why}; {_get_it(model, revision)}"
+        ) from error
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 401:
-            raise LoadError(f"the hub refused the token for {model} (401): run `hf auth login` with a valid one; "
-                            f"{_token()}") from error
-        raise LoadError(f"the hub answered {status} for {model}; try again later") from error
-    except errors.HTTPError as error:
+        raise LoadError(_answered(model, error.response.status_code)) from error
+    except errors.HTTPError as error:  # the HTTP library's own, which differs between versions of the hub's
         raise LoadError(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
                         f"again: what has arrived is kept") from error
+
+
+def _answered(model: str, status: int) -> str:
+    if status == 401:
+        return f"the hub refused the token for {model} (401): run `hf auth login` with a valid one; {_token()}"
+    return f"the hub answered {status} for {model}: try again later"
 
 
 def _gated(model: str) -> str:
@@ -182,13 +192,17 @@ def no_folder(model: str, folder: Path) -> LoadError:
     """The error for a path that is not there, or is no folder, with what is nearest to it."""
     if folder.exists():
         return LoadError(f"{model} is a file; give a folder with model_index.json, or a hub id")
-    near = [str(folder.parent / name) for name in _near(folder.name, _folders(folder.parent))]
+    return LoadError(f"no model at {model}{_nearest(model)}; give a folder with model_index.json, or a hub id such as "
+                     f"black-forest-labs/FLUX.1-dev")
+
+
+def _nearest(model: str) -> str:
+    folder = Path(model).expanduser()
+    folders = [str(folder.parent / name) for name in _near(folder.name, _folders(folder.parent))]
     cached = _near(model, cached_ids())
-    what = "; ".join(
-        f"{kind}: {', '.join(found)}" for kind, found in (("nearest folder", near), ("in the cache", cached)) if found
-    )
-    return LoadError(f"no model at {model}{f' ({what})' if what else ''}; give a folder with model_index.json, or a "
-                     f"hub id such as black-forest-labs/FLUX.1-dev")
+    hints = [f"{kind}: {', '.join(names)}" for kind, names in (("nearest folder", folders), ("in the cache", cached))
+             if names]
+    return f" ({'; '.join(hints)})" if hints else ""
 
 
 def cached_ids() -> list[str]:

@@ -15,10 +15,21 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class Index:
-    """The pipeline class, and of each component that is present its library and class."""
+    """The pipeline class, and the library and class of every component that the model has."""
 
+    path: Path
     pipeline: str
-    parts: Mapping[str, tuple[str, str]]
+    parts: Mapping[str, tuple[object, object]]
+
+    def part(self, name: str) -> tuple[str, str]:
+        """Library and class of a component; LoadError when they are not of the libraries that are trusted."""
+        library, class_name = self.parts[name]
+        if library in LIBRARIES and isinstance(class_name, str) and _NAME.fullmatch(class_name):
+            return str(library), class_name
+        raise LoadError(
+            f"{self.path} takes {name} from {library!r} ({class_name!r}): custom code is refused, only "
+            f"{' and '.join(LIBRARIES)} are allowed; use a model of their own classes"
+        )
 
 
 def read_index(root: Path, source: str) -> Index:
@@ -61,7 +72,7 @@ def _read(path: Path, source: str) -> Index:
     if "auto_map" in table:
         raise LoadError(f"{path} has an auto_map: custom code is refused; use a model of diffusers' own classes")
     parts = {name: _part(path, name, value, source) for name, value in table.items() if _is_part(name, value)}
-    return Index(pipeline, parts)
+    return Index(path, pipeline, parts)
 
 
 def _is_part(name: str, value: object) -> bool:
@@ -72,19 +83,11 @@ def _is_part(name: str, value: object) -> bool:
     return value != [None, None] and all(isinstance(item, str | None) for item in value)
 
 
-def _part(path: Path, name: str, value: object, source: str) -> tuple[str, str]:
+def _part(path: Path, name: str, value: object, source: str) -> tuple[object, object]:
     assert isinstance(value, list)
-    library, class_name = value[:2]
-    if len(value) == 3:
-        library, class_name = _modular(path, name, value, source)
     if not _NAME.fullmatch(name):
-        raise LoadError(f"{path} has a component named {name!r}, which is no plain name: refused")
-    if library not in LIBRARIES or not isinstance(class_name, str) or not _NAME.fullmatch(class_name):
-        raise LoadError(
-            f"{path} takes {name} from {library!r} ({class_name!r}): custom code is refused, only "
-            f"{' and '.join(LIBRARIES)} are allowed; use a model of their own classes"
-        )
-    return library, class_name
+        raise LoadError(f"{path} names a component {name!r}, which is no plain name: use an untouched copy")
+    return _modular(path, name, value, source) if len(value) == 3 else (value[0], value[1])
 
 
 def _modular(path: Path, name: str, value: list[object], source: str) -> tuple[object, object]:
