@@ -24,11 +24,14 @@ def split(checkpoint: Checkpoint, inputs: Collection[str]) -> tuple[Encode, Deno
 
     Inputs have diffusers' names, such as "prompt"; "seed" stands for a generator.
 
-    Raises LoadError where diffusers has no pipeline blocks for the model, and ValueError where an input is read
-    by no stage.
+    Raises LoadError where diffusers has no pipeline blocks for the model or they make no images, and ValueError
+    where an input is read by no stage.
     """
     groups = _groups(_blocks(checkpoint), inputs)
     decode = Decode(checkpoint, groups["decode"], reads=frozenset(), tags=frozenset())
+    if "images" not in decode.blocks.output_names:
+        made = " and ".join(decode.blocks.output_names)
+        raise LoadError(f"{checkpoint.pipeline} makes {made}, not images: choose a model that makes images")
     denoise = Denoise(checkpoint, groups["denoise"], *_reads([decode]))
     encode = Encode(checkpoint, groups["encode"], *_reads([denoise, decode]))
     unread = sorted(set(inputs) - encode.inputs - denoise.inputs - decode.inputs)

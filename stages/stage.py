@@ -1,10 +1,10 @@
 """A stage: load its own components, run every request, let go of all of it."""
 
+import logging
 import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import diffusers
@@ -20,6 +20,9 @@ from stages.state import State, Value
 
 Emit = Callable[[str, Mapping[str, object]], None]
 Inputs = Mapping[str, Value]
+
+# Every nesting level of blocks logs the whole traceback of an error that is raised all the same.
+logging.getLogger(ModularPipeline.__module__).addFilter(lambda record: "Error in block" not in record.getMessage())
 
 
 def silent(kind: str, data: Mapping[str, object]) -> None:
@@ -50,7 +53,13 @@ class Stage:
     def inputs(self) -> frozenset[str]:
         """The names that the stage's pipeline blocks read; "seed" stands for a generator."""
         names = frozenset(name for name in self.blocks.input_names if name)
-        return names | {"seed"} if "generator" in names else names
+        names |= {"seed"} if "generator" in names else set()
+        return names | {"guidance_scale"} if self.guided else names
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance reaches the blocks through a component, the guider, instead of an input."""
+        return any(spec.name == "guider" for spec in self.blocks.expected_components)
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -59,53 +68,66 @@ class Stage:
         known = [self.checkpoint.components[spec.name] for spec in specs if spec.name in self.checkpoint.components]
         return tuple(component for component in known if component.files)
 
-    @contextmanager
-    def loaded(self, places: Places, emit: Emit = silent) -> Iterator["Loaded"]:
-        """Load the components to their places; on leaving, also by an exception, nothing of them is kept.
+    def loaded(self, places: Places, emit: Emit = silent) -> "Loaded":
+        """The stage with its components at their places, for a `with` statement.
 
-        Raises LoadError for a component that did not arrive whole.
+        Entering raises LoadError for a component that did not arrive whole; on leaving, also by an exception,
+        nothing of them is kept.
         """
-        home = places[self.components[0].name].placement.entry
-        loaded = Loaded(self, self.blocks.init_pipeline(str(self.checkpoint.path)), places, home)
-        try:
-            for component in self.components:
-                place = places[component.name]
-                emit("load", {"stage": self.name, "component": component.name, "device": place.placement.entry,
-                              "bytes": sum(file.stat().st_size for file in component.files)})
-                loaded.adopt(component, load(component, place))
-            loaded.complete()
-            loaded.pipe.set_progress_bar_config(disable=True)
-            self.prepare(loaded.pipe)
-            yield loaded
-        except BaseException as error:
-            forget_frames(error)
-            raise
-        finally:
-            loaded.release()
+        return Loaded(self, places, emit)
 
     def prepare(self, pipe: ModularPipeline) -> None:
         """Finish the loaded pipeline; a stage that has something to add overrides this."""
 
     def arguments(self, inputs: Inputs, emit: Emit) -> dict[str, Any]:
         """The inputs that this stage's blocks read."""
-        return {name: value for name, value in inputs.items() if name in self.inputs and name != "seed"}
+        return {name: value for name, value in inputs.items() if name in self.blocks.input_names}
 
     def result(self, values: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
         """The values after the stage, as they are handed over."""
         return dict(values)
 
+    def forget(self) -> None:
+        """Drop what the last request left in the stage."""
 
-@dataclass
+
 class Loaded:
-    """A stage with its components in memory; owned by the `with` statement that made it."""
+    """A stage with its components in memory, for as long as its `with` statement lasts."""
 
-    stage: Stage
-    pipe: Any
-    places: Places
-    home: str
-
-    def __post_init__(self) -> None:
+    def __init__(self, stage: Stage, places: Places, emit: Emit) -> None:
+        self.stage, self.places, self.pipe = stage, places, None
+        self._emit = emit
         self._models: list[weakref.ref[nn.Module]] = []
+
+    def __enter__(self) -> "Loaded":
+        self.pipe: Any = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
+        try:
+            for component in self.stage.components:
+                place = self.places[component.name]
+                self._emit("load", {"stage": self.stage.name, "component": component.name,
+                                    "device": place.placement.entry,
+                                    "bytes": sum(file.stat().st_size for file in component.files)})
+                self.adopt(component, load(component, place))
+            self.complete()
+            self.pipe.set_progress_bar_config(disable=True)
+            self.stage.prepare(self.pipe)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        for name in list(self.pipe.components):
+            setattr(self.pipe, name, None)
+        self.pipe = None
+        self.stage.forget()
+        if error is not None:
+            detach(error)
+
+    @property
+    def home(self) -> str:
+        """The device that takes the stage's inputs: that of the first component."""
+        return self.places[self.stage.components[0].name].placement.entry
 
     def adopt(self, component: Component, model: nn.Module) -> None:
         """Take the one reference to a loaded model."""
@@ -137,6 +159,11 @@ class Loaded:
         Raises BadResult naming the stage and the value when a result is not finite.
         """
         arguments = self.stage.arguments(inputs, emit)
+        if self.stage.guided:
+            # A guider decides in encode whether there are negative embeddings, and in denoise what they do; families
+            # ship it on or off, so it is always set.
+            scale = {"guidance_scale": inputs["guidance_scale"]} if guides(inputs) else {}
+            self.pipe.update_components(guider=self.pipe.guider.new(enabled=guides(inputs), **scale))
         before = PipelineState(
             values={name: self._entered(value) for name, value in state.values.items()},
             kwargs_mapping={tag: list(names) for tag, names in state.tags.items()},
@@ -152,14 +179,8 @@ class Loaded:
         passed = state.only([n for n in state.values if n in self.stage.reads])
         return passed.merged(new)
 
-    def release(self) -> None:
-        """Drop every component, so that no reference to this object or its pipeline keeps a model alive."""
-        for name in list(self.pipe.components):
-            setattr(self.pipe, name, None)
-        self.pipe = None
-
     def leftovers(self) -> list[nn.Module]:
-        """The models that somebody still holds after `release`."""
+        """The models that somebody still holds after the `with` statement."""
         return [model for reference in self._models if (model := reference()) is not None]
 
     def _entered(self, value: Any) -> Any:
@@ -171,6 +192,12 @@ class Loaded:
         if isinstance(value, list | tuple):
             return type(value)(self._entered(item) for item in value)
         return value
+
+
+def guides(inputs: Inputs) -> bool:
+    """Whether the inputs ask for guidance away from the negative prompt; a scale of 1 or less does not."""
+    scale = inputs.get("guidance_scale")
+    return isinstance(scale, int | float) and scale > 1
 
 
 def load(component: Component, place: Place) -> nn.Module:
@@ -204,14 +231,19 @@ def without_bars() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def forget_frames(error: BaseException | None) -> None:
-    """Clear what the frames of an error hold.
+def detach(error: BaseException) -> None:
+    """Make an error forget the frames that it passed, and keep their description as a note.
 
-    A traceback keeps every frame alive, and with it the model that ran: in a notebook, until the next error.
+    A traceback holds every frame, and each frame its function with what that encloses: in torch, the module that
+    ran. In a notebook the model would stay until the next error; clearing the frames' variables is not enough.
     """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    link: BaseException | None = error
+    while link is not None:
+        if link.__traceback__ is not None:
+            error.add_note("".join(traceback.format_tb(link.__traceback__)).rstrip())
+            traceback.clear_frames(link.__traceback__)
+            link.__traceback__ = None
+        link = link.__cause__ or link.__context__
 
 
 def to_host(value: Any) -> Value:
