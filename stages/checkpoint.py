@@ -119,7 +119,9 @@ def _component(root: Path, name: str, index: Index) -> Component:
     if weightless(class_name):
         _check_small(folder, class_name)
         return Component(name, library, class_name, folder, ())
-    read_json(folder / "config.json")
+    if read_json(folder / "config.json").get("quantization_config"):
+        raise LoadError(f"{folder} holds quantized weights, which are not run; use a model in bfloat16 or float32, "
+                        f"such as the one that it was made from")
     files = weight_files(folder, library)
     for path in files:
         read_header(path)

@@ -263,12 +263,13 @@ def test_variants_are_refused_by_name(model: Path) -> None:
     ("model_index.json", "null", "JSON NoneType"),
     ("transformer/config.json", '{"auto_map": {"AutoModel": "evil.Model"}}', "auto_map: custom code"),
     ("text_encoder/config.json", '{"transformers_weights": "../../x.safetensors"}', "transformers_weights"),
+    ("transformer/config.json", '{"quantization_config": {"load_in_4bit": true}}', "quantized weights"),
     ("transformer/model.py", "raise SystemExit", "custom code and adapters are not run"),
     ("text_encoder/adapter_config.json", "{}", "custom code and adapters are not run"),
 ])
 def test_damaged_or_foreign_files(model: Path, path: str, text: str, words: str) -> None:
     (model / path).write_text(text)
-    refused(model, str(model / path), words)
+    refused(model, str((model / path).parent), words)
 
 
 @pytest.mark.parametrize("name", ["config.json", "../scheduler/scheduler_config.json"])
