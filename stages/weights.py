@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.models.modeling_utils import no_init_weights
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
@@ -93,7 +94,7 @@ def _building(dtype: torch.dtype) -> Iterator[None]:
     torch.set_default_dtype(dtype)
     diffusers_logging.set_verbosity_error()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             yield
     finally:
         torch.set_default_dtype(default)
