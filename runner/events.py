@@ -1,6 +1,7 @@
 """What happens in a run is told through one callable; here it is, and the text that it may carry."""
 
 import json
+import os
 import time
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -61,6 +62,7 @@ class Tolerant:
         try:
             return self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
         except OSError:
+            self._leave()
             return len(text)
 
     def flush(self) -> None:
@@ -68,7 +70,7 @@ class Tolerant:
         try:
             self._stream.flush()
         except OSError:
-            return
+            self._leave()
 
     def isatty(self) -> bool:
         """Whether a person is likely to watch."""
@@ -77,3 +79,9 @@ class Tolerant:
     def fileno(self) -> int:
         """The number of the file below."""
         return self._stream.fileno()
+
+    def _leave(self) -> None:
+        # What the stream still holds would be written, and fail, once more when the process ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)

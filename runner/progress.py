@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
-from runner.events import Emit, Tolerant, clean, gib
+from runner.events import Tolerant, clean, gib
 
 HEARTBEAT = 10.0
 
@@ -26,7 +26,9 @@ class Status:
 
     def see(self, kind: str, data: Mapping[str, Any]) -> None:
         """Take an event in."""
-        if kind == "stage":
+        if kind == "begin":
+            self._now(str(data["what"]))
+        elif kind == "stage":
             self._stage = str(data["stage"])
             self._reset("starting")
         elif kind == "load":
@@ -64,10 +66,10 @@ def minutes(seconds: float) -> str:
 
 
 class Progress:
-    """Tells people how a run goes; `with Progress(sys.stderr) as emit: ...`.
+    """An emit that tells people how a run goes, with a live line inside of `with progress: ...`.
 
-    `verbosity` is -1 for silence, 0, or 1 for every event; `heartbeat` is the longest silence, in seconds, of a
-    stage that is at work while nobody watches a terminal.
+    `verbosity` is -1 for silence, 0, or 1 for every event; `heartbeat` is the longest silence, in seconds, while
+    nobody watches a terminal.
     """
 
     def __init__(self, stream: TextIO, *, verbosity: int = 0, heartbeat: float = HEARTBEAT) -> None:
@@ -75,35 +77,36 @@ class Progress:
         self._verbosity = verbosity
         self._heartbeat = heartbeat
         self._status = Status()
-        self._ended = Summary()
+        self._summary = Summary()
         self._told = time.monotonic()
         self._over = threading.Event()
         self._live: Any = None
 
-    def __enter__(self) -> Emit:
-        if self._verbosity >= 0:
-            if self._stream.isatty():
-                self._live = _live(self._stream, self._status.line)
-                self._live.start()
-            else:
-                threading.Thread(target=self._beat, daemon=True).start()
-        return self._emit
+    def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
+        self._status.see(kind, data)
+        self._summary.see(kind, data)
+        if self._verbosity < 0:
+            return
+        for line in self._summary.lines(kind, data):
+            self._say(line)
+        if self._verbosity > 0:
+            for line in verbose(kind, data, self._status.line):
+                self._say(line)
+
+    def __enter__(self) -> "Progress":
+        if self._verbosity >= 0 and self._stream.isatty():
+            self._live = _live(self._stream, self._status.line)
+            self._live.start()
+        elif self._verbosity >= 0:
+            self._over.clear()
+            threading.Thread(target=self._beat, daemon=True).start()
+        return self
 
     def __exit__(self, *raised: object) -> None:
         self._over.set()
         if self._live is not None:
             self._live.stop()
-
-    def _emit(self, kind: str, data: Mapping[str, Any]) -> None:
-        self._status.see(kind, data)
-        self._ended.see(kind, data)
-        if self._verbosity < 0:
-            return
-        for line in self._ended.lines(kind, data):
-            self._say(line)
-        if self._verbosity > 0:
-            for line in verbose(kind, data, self._status.line):
-                self._say(line)
+            self._live = None
 
     def _say(self, line: str) -> None:
         self._told = time.monotonic()
@@ -151,7 +154,7 @@ class Summary:
         parts = [f"{pictures(ran)} in {sum(data['seconds'].values()):.1f} s"] if ran else []
         parts += [f"{pictures(self._reused)} taken from the store"] if self._reused else []
         parts += [f"peak {device} {gib(int(peak))}" for device, peak in data.get("peak", {}).items()] if ran else []
-        parts += [f"freed {gib(int(self._freed['freed']))}"] if self._freed else []
+        parts += [f"freed {gib(int(self._freed['freed']))}"] if self._freed.get("freed") else []
         return f"{data['stage']}: {', '.join(parts)}"
 
     def _left(self, stage: str) -> Iterator[str]:

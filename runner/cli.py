@@ -1,0 +1,157 @@
+"""The command line: options in, paths of pictures out; nothing heavy is imported before all of it is checked."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Annotated, Literal
+
+import typer
+
+from runner.events import Tolerant, clean
+from stages.errors import BadResult, LoadError, PlanError, StoreError
+from stages.families import FAMILIES, Family
+
+CODES: tuple[tuple[type[Exception], int], ...] = (
+    (LoadError, 3), (PlanError, 4), (MemoryError, 4), (StoreError, 5), (BadResult, 6), (ValueError, 2),
+)
+MESSAGE = 4000
+
+app = typer.Typer(
+    name="runner",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make pictures with diffusion models that are larger than your cards, stage by stage.",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of every family; calling them makes the pictures."""
+
+    ctx: typer.Context
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to draw; - reads standard input.")] = None
+    model: Annotated[str | None, typer.Option(metavar="ID|FOLDER|demo", help="Another checkpoint.")] = None
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="A commit, tag or branch of the model.")] = None
+    steps: Annotated[str | None, typer.Option(metavar="N", help="Denoise steps, 1 to 1000.")] = None
+    guidance: Annotated[str | None, typer.Option(metavar="X", help="Guidance scale, 0 to 30.")] = None
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels.")] = None
+    seed: Annotated[str | None, typer.Option(metavar="N", help="Seed of the first picture; -1: random.")] = None
+    count: Annotated[str | None, typer.Option(metavar="N", help="Pictures to make, 1 to 64; seeds count up.")] = None
+    like: Annotated[str | None, typer.Option(metavar="PICTURE", help="Repeat a picture; options change it.")] = None
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="A .png file, a folder/, or a template: {index} {seed} {prompt} {run}."),
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False
+    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Say nothing in the picture file.")] = False
+    dtype: Annotated[
+        list[str] | None, typer.Option(metavar="[COMPONENT=]TYPE", help="float32, bfloat16, float16; repeatable.")
+    ] = None
+    device: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Such as cuda:0, cpu; repeatable.")] = None
+    artifacts: Annotated[str | None, typer.Option(metavar="DIR|memory", help="Where stages keep results.")] = None
+    stop_after: Annotated[Literal["encode", "denoise"] | None, typer.Option(help="End the run there.")] = None
+    from_stage: Annotated[
+        Literal["encode", "denoise", "decode"] | None, typer.Option(help="Compute anew from there on.")
+    ] = None
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse damaged artifacts instead of redoing them.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False
+    log: Annotated[str | None, typer.Option(metavar="FILE", help="Append every event to FILE as a JSON line.")] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors.")] = False
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, library warnings included.")] = False
+
+    def __call__(self) -> None:
+        from runner.make import make
+
+        make(str(self.ctx.info_name), self)
+
+
+def _about(family: Family) -> str:
+    size = "{}x{}".format(*family.size)
+    guidance = "no guidance" if family.guidance is None else f"guidance {family.guidance:g}"
+    model = "the small model that comes with it" if family.repo == "demo" else family.repo
+    return f"Make pictures with {model}: {size}, {family.steps} steps, {guidance}."
+
+
+for _family in FAMILIES.values():
+    app.command(_family.name, help=_about(_family))(Options)
+
+
+@app.command()
+def inspect(
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or a path inside the store.")],
+    artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="The store.")] = None,
+) -> Callable[[], None]:
+    """Show what an artifact holds: names, shapes, types, ranges and non-finite values."""
+    from runner.look import look
+
+    return partial(look, artifact, artifacts)
+
+
+def main() -> int:
+    """Answer the command line of this process; the exit code."""
+    # Set whatever the user has: it stops code that a model brings.
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup and the like ignore a signal on purpose.
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
+    return answer(sys.argv[1:])
+
+
+def answer(words: Sequence[str]) -> int:
+    """Answer one command line, errors in one line included; the exit code."""
+    try:
+        job = app(list(words) or ["--help"], standalone_mode=False)
+        if not callable(job):
+            return int(job)
+        job()
+        return 0
+    except typer.TyperException as error:
+        return _refuse(_usage(error), 2)
+    except Stopped as stopped:
+        return _refuse(f"stopped by {stopped.signal.name}; what was finished is kept", 128 + stopped.signal)
+    except KeyboardInterrupt:
+        return _refuse("interrupted; what was finished is kept, the same command goes on from there", 130)
+    except Exception as error:  # the last one to answer for the process: a line and an exit code, not a traceback
+        return _failed(error, verbose=not {"-v", "--verbose"}.isdisjoint(words))
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks the process to end; like Ctrl-C it runs every `finally` on its way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def _usage(error: typer.TyperException) -> str:
+    text, _, close = error.format_message().partition(" (Possible options: ")
+    return f"{text}. Did you mean {close.removesuffix(')').replace(', ', ' or ')}?" if close else text
+
+
+def _failed(error: Exception, *, verbose: bool) -> int:
+    if verbose:
+        Tolerant(sys.stderr).write("".join(traceback.format_exception(error)))
+    code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
+    if code != 1:
+        return _refuse(str(error), code)
+    hint = "" if verbose else " -> run again with -v to see where"
+    return _refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code)
+
+
+def _refuse(message: str, code: int) -> int:
+    stderr = Tolerant(sys.stderr)
+    stderr.write(f"error: {clean(message[: 2 * MESSAGE])}\n")
+    stderr.flush()
+    return code

@@ -1,0 +1,143 @@
+"""What a command line asks for, checked as a whole before anything heavy is imported."""
+
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner import names, picture
+from runner.picture import Like
+from runner.request import COUNT, PROMPT_BYTES, SEED, STEPS, Request, ask, read_guidance, read_size, read_whole, shown
+from stages.families import FAMILIES, Family
+
+DTYPES = ("float32", "bfloat16", "float16")
+STAGES = ("encode", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class Order:
+    """The checked order: which model, which requests, which files, and how to go about it.
+
+    `paths` is empty for a run that stops before there are pictures; `dtype` maps components ("" for all others) to
+    names of types.
+    """
+
+    family: str
+    model: str | None
+    revision: str | None
+    requests: tuple[Request, ...]
+    run: str
+    paths: tuple[Path, ...]
+    dtype: Mapping[str, str]
+    devices: tuple[str, ...]
+    store: str
+    like: Like | None
+
+
+def order(family: str, said: Any) -> Order:
+    """The order in the options `said` of a command line; ValueError for the first thing that cannot be."""
+    like = picture.like(said.like) if said.like is not None else None
+    model = said.model if said.model is not None or like is None else model_of(like)
+    if model == "":
+        raise ValueError("--model is empty -> name a hub id, a folder or demo")
+    chosen = FAMILIES["demo" if model == "demo" else family]
+    if like is not None and like.family != chosen.name:
+        raise ValueError(f"{said.like} was made by {like.family} -> runner {like.family} --like {said.like}")
+    requests = _requests(said, chosen, like.request if like is not None else None)
+    _check_stages(said)
+    run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    return Order(
+        family=family,
+        model=model,
+        revision=like.revision if like is not None and said.revision is said.model is None else said.revision,
+        requests=tuple(requests),
+        run=run,
+        paths=() if said.stop_after else tuple(names.choose(said.out, requests, run=run, overwrite=said.overwrite)),
+        dtype=read_dtypes(said.dtype or ()) or (like.dtype if like is not None else {}),
+        devices=tuple(_device(device) for device in said.device or ()),
+        store=said.artifacts or str(default_store()),
+        like=like if said.model is None else None,
+    )
+
+
+def model_of(like: Like) -> str:
+    """The model of a picture, as --model takes it: the demo checkpoint lies elsewhere on another machine."""
+    return "demo" if like.family == "demo" else like.model
+
+
+def read_dtypes(texts: Sequence[str]) -> dict[str, str]:
+    """Types by component from `bfloat16` (all, under "") and `vae=float32`; ValueError for another or a second one."""
+    found: dict[str, str] = {}
+    for text in texts:
+        component, _, dtype = text.rpartition("=")
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype {shown(text)}: choose one of {', '.join(DTYPES)}, or COMPONENT=TYPE")
+        if component in found:
+            raise ValueError(f"--dtype is said twice for {shown(component) if component else 'all components'}")
+        found[component] = dtype
+    return found
+
+
+def default_store() -> Path:
+    """The folder where artifacts are kept unless --artifacts says otherwise: in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    home = os.path.expanduser("~")
+    if not os.path.isabs(cache) and not os.path.isabs(home):
+        raise ValueError("there is no home folder to keep artifacts in -> --artifacts DIR, or --artifacts memory")
+    return (Path(cache) if os.path.isabs(cache) else Path(home) / ".cache") / "stagerun" / "store"
+
+
+def _requests(said: Any, family: Family, before: Request | None) -> list[Request]:
+    options: dict[str, Any] = {}
+    if before is not None:
+        options = {name: getattr(before, name) for name in ("prompt", "steps", "guidance", "seed", "text_tokens")}
+        options["size"] = before.width, before.height
+    told = ((name, getattr(said, name), read) for name, read in READERS.items())
+    options |= {name: read(text) for name, text, read in told if text is not None}
+    if "prompt" not in options:
+        raise ValueError('there is no prompt -> --prompt "a red circle", or --prompt - to read it')
+    return ask(options.pop("prompt"), family, **options)
+
+
+def _read_prompt(text: str) -> str:
+    """The prompt, from standard input where it is `-`, then without the line end behind it."""
+    if text != "-":
+        return text
+    data = sys.stdin.buffer.read(PROMPT_BYTES + 3)
+    if len(data.rstrip(b"\r\n")) > PROMPT_BYTES:
+        raise ValueError(f"the prompt has more than {PROMPT_BYTES:,} bytes -> shorten it")
+    try:
+        return data.decode().replace("\r\n", "\n").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not valid UTF-8 at byte {error.start} -> write it again in UTF-8") from None
+
+
+def _check_stages(said: Any) -> None:
+    last = said.stop_after or "decode"
+    if said.stop_after and said.out is not None:
+        raise ValueError(f"--stop-after {last} makes no picture -> leave --out out")
+    if said.from_stage and STAGES.index(said.from_stage) > STAGES.index(last):
+        raise ValueError(f"--from-stage {said.from_stage} comes after --stop-after {last} -> leave one of them out")
+    if said.from_stage in STAGES[1:] and said.artifacts == "memory":
+        raise ValueError(f"--from-stage {said.from_stage} needs artifacts of a run before -> --artifacts DIR")
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch("[a-z]{1,16}(:[0-9]{1,3})?", text):
+        raise ValueError(f"--device {shown(text)} is no device -> such as cpu, cuda:0")
+    return text
+
+
+READERS: dict[str, Callable[[str], Any]] = {
+    "prompt": _read_prompt,
+    "size": read_size,
+    "steps": lambda text: read_whole("steps", text, 1, STEPS),
+    "guidance": read_guidance,
+    "seed": lambda text: read_whole("seed", text, -1, SEED),
+    "count": lambda text: read_whole("count", text, 1, COUNT),
+}

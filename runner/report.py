@@ -1,0 +1,53 @@
+"""Where the time and the memory of a run went, for people and for programs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.events import gib
+
+if TYPE_CHECKING:
+    from runner.run import Report
+
+PARTS = ("load", "compute", "save", "flush")
+
+
+def lines(report: "Report", seconds: Mapping[str, float]) -> list[str]:
+    """The table at the end of a run: a line per stage, and one that splits the `total` of `seconds`.
+
+    `seconds` are the parts outside of the stages, such as imports, and the `total`.
+    """
+    devices = list(dict.fromkeys(device for stage in report.stages for device in stage.peak))
+    rows = [["stage", "made", "re-used", *(f"{part} s" for part in PARTS), *(f"peak {d}" for d in devices)]]
+    for stage in report.stages:
+        times = [f"{stage.seconds[part]:.2f}" for part in PARTS]
+        peaks = [gib(stage.peak[device]) if device in stage.peak else "" for device in devices]
+        rows.append([stage.stage, str(stage.ran), str(stage.reused), *times, *peaks])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    table = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [*table, spent(report, seconds)]
+
+
+def spent(report: "Report", seconds: Mapping[str, float]) -> str:
+    """Such as `total 8.1 s: imports 4.2, plan 0.6, encode 0.5, denoise 2.0, decode 0.4, pictures 0.1, other 0.3`."""
+    parts = {name: value for name, value in seconds.items() if name != "total"}
+    parts |= {stage.stage: sum(stage.seconds.values()) for stage in report.stages}
+    parts["other"] = max(0.0, seconds["total"] - sum(parts.values()))
+    return f"total {seconds['total']:.1f} s: {', '.join(f'{name} {value:.1f}' for name, value in parts.items())}"
+
+
+def document(
+    report: "Report", paths: Sequence[Path], cards: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """The run as one JSON object: its pictures with what made them, its artifacts, stages and seconds."""
+    return {
+        "run": report.run,
+        "pictures": [{"path": str(path), **card} for path, card in zip(paths, cards, strict=True)],
+        "artifacts": {stage.stage: list(report.keys[stage.stage]) for stage in report.stages},
+        "stages": [
+            {"stage": stage.stage, "made": stage.ran, "reused": stage.reused, "seconds": dict(stage.seconds),
+             "peak": dict(stage.peak), "left": stage.flushed.left}
+            for stage in report.stages
+        ],
+        "seconds": dict(seconds),
+    }
