@@ -15,6 +15,12 @@ from stages.errors import BadResult
 from stages.stage import Emit, Inputs, Stage
 from stages.weights import skeleton
 
+OnStep = Callable[[int, int, Any], None]
+
+
+def unheard(step: int, steps: int, block_state: Any) -> None:
+    """The `OnStep` of those who do not listen."""
+
 
 class StepEvents(ModularPipelineBlocks):
     """A pipeline block at the end of a denoise loop: diffusers' modular loops have no callback per step."""
@@ -23,7 +29,7 @@ class StepEvents(ModularPipelineBlocks):
 
     def __init__(self) -> None:
         super().__init__()
-        self.on_step: Callable[[int, int, Any], None] = lambda step, steps, block_state: None
+        self.on_step: OnStep = unheard
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StepEvents":
         # init_pipeline deep-copies the blocks, and a copy would not hear who listens to the original.
@@ -67,6 +73,10 @@ class Denoise(Stage):
             arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
         return arguments
 
+    def forget(self) -> None:
+        """Drop the listener of the last request, which holds a tensor on the device."""
+        self.steps.on_step = unheard
+
 
 class Watch:
     """Tells of every step, and stops a run whose latents are no longer finite."""
@@ -83,6 +93,7 @@ class Watch:
             self._finite = torch.isfinite(latents).all()
         if step + 1 == steps:
             self._check(step)
+            self._finite = None
         self._emit("step", {"stage": "denoise", "step": step + 1, "steps": steps})
 
     def _check(self, step: int) -> None:

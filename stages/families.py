@@ -7,9 +7,10 @@ from dataclasses import dataclass
 class Family:
     """What a family is run with unless the user says otherwise.
 
-    `guidance` is None where the model takes no guidance; `text_tokens` is the longest prompt in tokens;
-    `size` is (width, height) in pixels; `patch` is what the transformer packs of the latents along an edge. `requires` names modules that upstream imports only when they are
-    installed but calls all the same, so they are checked before anything is downloaded.
+    `guidance` is None where the model takes no guidance; `text_tokens` is the longest prompt in tokens; `size` is
+    (width, height) in pixels; `patch` is what the transformer packs of the latents along an edge. `requires` names
+    modules that upstream imports only when they are installed but calls all the same, so they are checked before
+    anything is downloaded.
     """
 
     name: str

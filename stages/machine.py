@@ -81,7 +81,7 @@ def _has_bfloat16(name: str) -> bool:
     module = torch.get_device_module(torch.device(name).type)
     if module is torch.cuda:
         with torch.cuda.device(name):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     ask = getattr(module, "is_bf16_supported", None)
     return bool(ask()) if ask else True
 

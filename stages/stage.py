@@ -95,12 +95,13 @@ class Loaded:
     """A stage with its components in memory, for as long as its `with` statement lasts."""
 
     def __init__(self, stage: Stage, places: Places, emit: Emit) -> None:
-        self.stage, self.places, self.pipe = stage, places, None
+        self.stage, self.places = stage, places
+        self.pipe: Any = None
         self._emit = emit
         self._models: list[weakref.ref[nn.Module]] = []
 
     def __enter__(self) -> "Loaded":
-        self.pipe: Any = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
+        self.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
         try:
             for component in self.stage.components:
                 place = self.places[component.name]
@@ -214,6 +215,7 @@ def load(component: Component, place: Place) -> nn.Module:
             f"{component.name}: {len(missing)} parameters are not in the files, first {missing[0]}: "
             f"download {component.folder} again"
         )
+    assert isinstance(model, nn.Module)
     return model.eval()
 
 

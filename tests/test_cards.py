@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,14 +74,14 @@ def test_three_stages_over_two_cards_make_the_picture_of_the_cpu(flux: Path, car
 def test_nothing_is_left_on_a_card_after_an_exception_in_a_stage(flux: Path, cards: Cards, stage: str) -> None:
     devices = cards(40 * MIB, 40 * MIB)
     job, store = over(flux, devices, spread(devices)), MemoryStore(warn=print)
-    model = {"encode": "text_encoder_2", "denoise": "transformer", "decode": "vae"}[stage]
+    model = {"encode": "text_encoder_2", "denoise": "transformer", "decode": "vae.decoder"}[stage]
 
     def fail(*anything: Any) -> None:
         raise ZeroDivisionError("in the middle")
 
     for part in job.stages:
         if part.name == stage:
-            part.prepare = lambda pipe: getattr(pipe, model).register_forward_hook(fail)
+            part.prepare = lambda pipe: attrgetter(model)(pipe).register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError) as kept:
         run_all(job, store=store)
     assert allocated(devices) == [0, 0] and kept.value is not None
