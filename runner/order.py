@@ -49,7 +49,7 @@ def order(family: str, said: Any) -> Order:
     if like is not None and like.family != chosen.name:
         raise ValueError(f"{said.like} was made by {like.family} -> runner {like.family} --like {said.like}")
     requests = _requests(said, chosen, like.request if like is not None else None)
-    _check_stages(said)
+    _check_together(said)
     run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     return Order(
         family=family,
@@ -117,7 +117,9 @@ def _read_prompt(text: str) -> str:
         raise ValueError(f"the prompt is not valid UTF-8 at byte {error.start} -> write it again in UTF-8") from None
 
 
-def _check_stages(said: Any) -> None:
+def _check_together(said: Any) -> None:
+    if said.quiet and said.verbose:
+        raise ValueError("--quiet and --verbose contradict each other -> leave one of them out")
     last = said.stop_after or "decode"
     if said.stop_after and said.out is not None:
         raise ValueError(f"--stop-after {last} makes no picture -> leave --out out")
