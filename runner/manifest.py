@@ -62,7 +62,7 @@ def write_document(body: Mapping[str, object]) -> bytes:
     """`body` as JSON with our schema and its own sha256: safe to read by eye, not to edit by hand."""
     document = {"schema": SCHEMA, **body}
     signed = {**document, "sha256": hashlib.sha256(_canonical(document)).hexdigest()}
-    return json.dumps(signed, indent=1, allow_nan=False).encode() + b"\n"
+    return json.dumps(signed, indent=1, allow_nan=False).encode()
 
 
 def read_document(data: bytes | bytearray) -> dict[str, JSON]:
