@@ -120,11 +120,30 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_copy_from_and_resize", copy_from_and_resize);
   library.impl("_local_scalar_dense", local_scalar);
 
-  // Composites that choose their way by the device: run whole on the host, they go the host's way
-  // and give the host's bits.
-  for (const char* name : {"convolution", "scaled_dot_product_attention"}) {
-    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+  library.impl("set_.source_Tensor", at::native::set_tensor_);
+}
+
+// Where torch has a composite kernel as well as the host's own, it would pick the composite, whose
+// bits differ. And some composites choose their way by the device. So name all of these.
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  const auto hosts = torch::CppFunction::makeFromBoxedFunction<&run_on_host>;
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (name.getNamespace() != "aten") continue;
+    const auto op = c10::Dispatcher::singleton().findOp(name);
+    if (!op || op->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) continue;
+    if (op->hasKernelForDispatchKey(c10::DispatchKey::CPU) && op->hasSchema()) {
+      library.impl(name.overload_name.empty() ? name.name.c_str() : (name.name + "." + name.overload_name).c_str(), hosts());
+    }
   }
+  for (const char* name : {"conj_physical_", "convolution", "scaled_dot_product_attention"}) library.impl(name, hosts());
+}
+
+// The host's copy reads conjugated and negated views; resolving them first would copy, without end.
+TORCH_LIBRARY_IMPL(aten, Conjugate, library) {
+  library.impl("_copy_from", torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(aten, Negative, library) {
+  library.impl("_copy_from", torch::CppFunction::makeFallthrough());
 }
 
 TORCH_LIBRARY(sim, library) {
