@@ -29,7 +29,8 @@ def open_root(path: Path, layout: Collection[str], *, readonly: bool) -> Path:
                 raise StoreError(f"there is no artifact store {root}")
             if not root.parent.is_dir():
                 raise StoreError(f"cannot make {root}: {root.parent} does not exist, make it first")
-            root.mkdir(mode=0o700, exist_ok=True)
+            with folder(root.parent, root.name, make=True):
+                pass
         if not root.is_dir():
             raise StoreError(f"{root} is not a folder: choose another --artifacts")
         _check_ours(root, layout)

@@ -37,8 +37,13 @@ def strace(worker: Worker, tmp_path_factory: pytest.TempPathFactory) -> None:
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     order = {"do": "put", "folder": str(tmp_path_factory.mktemp("probe") / "store")}
-    if worker.do(order, trace=["-e", "inject=fsync:signal=SIGKILL:when=1"]).codes != [-9]:
-        pytest.skip("strace may not trace processes here")
+    try:
+        worker.start(order, trace=["-e", "inject=fsync:signal=SIGKILL:when=1"])
+    except OSError as error:
+        worker.end()
+        pytest.skip(str(error))
+    if worker.end().codes != [-9]:
+        pytest.skip("strace cannot inject a signal here")
 
 
 def assert_whole_or_nothing(folder: Path) -> bool:
