@@ -136,8 +136,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _usage(error: typer.TyperException) -> str:
-    text, _, close = error.format_message().partition(" (Possible options: ")
-    return f"{text}. Did you mean {close.removesuffix(')').replace(', ', ' or ')}?" if close else text
+    # Only an unknown option has possibilities, the closest first; its own message sorts them by name.
+    close = vars(error).get("possibilities")
+    return f"{error.message}. Did you mean {close[0]}?" if close else error.format_message()
 
 
 def _failed(error: Exception, *, verbose: bool) -> int:
