@@ -14,9 +14,12 @@ import torch
 
 from runner import Plan, Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
-from stages.errors import BadResult, StageOutOfMemory
+from runner.plan import inputs_of
+from stages.errors import StageOutOfMemory
 from stages.machine import probe
 from stages.placement import Place, Placement, Resident, Sharded
+from stages.state import State
+from tests import tiny
 
 Cards = Callable[..., list[str]]
 ASKED = Request("a red circle", 64, 48, 3, 3.5, 7, 32)
@@ -67,7 +70,7 @@ def test_three_stages_over_two_cards_make_the_picture_of_the_cpu(flux: Path, car
     made = run_all(over(flux, devices, spread(devices)), emit=emit)
     assert np.abs(made.pictures[0].pixels.astype(int) - expected).max() <= (0 if devices[0].startswith("sim") else 1)
     assert left == [(0, 0, 0)] * 3
-    assert all(0 < stage.peak[device] for stage in made.stages[:2] for device in devices)
+    assert all(stage.peak[device] > 0 for stage in made.stages[:2] for device in devices)
 
 
 @pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
@@ -88,7 +91,9 @@ def test_nothing_is_left_on_a_card_after_an_exception_in_a_stage(flux: Path, car
     assert len(store.keys()) == ["encode", "denoise", "decode"].index(stage)
 
 
-def test_a_stage_over_the_limit_fails_by_name_and_earlier_artifacts_survive(flux: Path, cards: Cards, sim: Any) -> None:
+def test_a_stage_over_the_limit_fails_by_name_and_earlier_artifacts_survive(
+    flux: Path, cards: Cards, sim: ModuleType
+) -> None:
     devices = cards(2 * MIB, 600_000)
     everywhere = dict.fromkeys(("text_encoder", "text_encoder_2"), Resident(devices[0]))
     job = over(flux, devices, {**everywhere, "transformer": Resident(devices[1]), "vae": Resident(devices[0])})
@@ -100,36 +105,35 @@ def test_a_stage_over_the_limit_fails_by_name_and_earlier_artifacts_survive(flux
     assert [stage.ran for stage in run_all(moved, store=store).stages] == [0, 1, 1]
 
 
-def test_every_failing_allocation_is_survived(flux: Path, cards: Cards, sim: ModuleType) -> None:
-    """Fail the first, second, third ... allocation of the denoise until the run passes: no leak, no wrong picture."""
-    expected = reference(flux)
+def test_every_failing_allocation_of_a_denoise_is_survived(tmp_path: Path, cards: Cards, sim: ModuleType) -> None:
+    """Fail the first, second, third ... allocation until the stage passes: no hang, no leak, no wrong latents."""
+    model = tiny.flux(tmp_path / "flux", doubles=1, singles=1)
     devices = cards(40 * MIB, 40 * MIB)
-    job = over(flux, devices, spread(devices))
-    tried = {device: 0 for device in devices}
+    first, second = devices
+    job = over(model, devices, {**spread(devices), "transformer": halved(first, second, 1, 1)})
+    store = MemoryStore(warn=print)
+    embeddings = run_stage(job, "encode", store=store)[0]
+    inputs = inputs_of(dataclasses.replace(ASKED, steps=1))
+    expected = denoised(job, embeddings, inputs)
+    gc.collect()
+    gc.freeze()  # What is here stays: hundreds of collections need not look at it.
     for device in devices:
-        store, failing = MemoryStore(warn=print), True
-        run_stage(job, "encode", store=store)
-        nth = 1
-        while failing:
-            sim.fail_allocation(device, nth)
+        tried = 0
+        while True:
+            sim.fail_allocation(device, tried + 1)
             try:
-                made = run_all(job, store=store, from_stage="denoise")
-                failing = False
-            except StageOutOfMemory:
-                tried[device] += 1
-            sim.reset()
+                latents = denoised(job, embeddings, inputs)
+                break
+            except torch.OutOfMemoryError:
+                tried += 1
+            finally:
+                sim.reset()
             assert allocated(devices) == [0, 0]
-            # Every early one, then ever larger strides: the thousands of allocations of the loop are alike.
-            nth += max(1, nth // 8)
-        assert np.array_equal(made.pictures[0].pixels, expected)
-    print(f"allocations failed: {tried}")
-    assert min(tried.values()) > 20
+        print(f"{device}: {tried} allocations failed, one at a time")
+        assert tried > 20 and torch.equal(latents, expected)
+    gc.unfreeze()
 
 
-def test_a_copy_that_lies_between_cards_is_not_a_picture(flux: Path, cards: Cards, sim: ModuleType) -> None:
-    devices = cards(40 * MIB, 40 * MIB)
-    job, store = over(flux, devices, spread(devices)), MemoryStore(warn=print)
-    run_stage(job, "encode", store=store)
-    sim.corrupt(devices[0], devices[1], "noise")
-    with pytest.raises((BadResult, ValueError)):
-        run_all(job, store=store)
+def denoised(job: Plan, embeddings: State, inputs: dict[str, Any]) -> torch.Tensor:
+    with job.stages[1].loaded(job.places) as loaded:
+        return loaded.run(embeddings, inputs).tensors()["latents"]
