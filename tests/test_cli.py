@@ -19,6 +19,7 @@ from PIL import Image
 
 from runner import make
 from runner.cli import answer
+from runner.order import default_store
 from stages.errors import BadResult, LoadError, PlanError, StageOutOfMemory, StoreError
 
 BAD = [
@@ -113,6 +114,14 @@ def test_refusals_import_nothing_heavy_and_answer_in_half_a_second() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert bad.returncode == 2
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_the_store_is_in_the_cache_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_store() == tmp_path / "cache" / "stagerun" / "store"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for unset in ("", "not/absolute"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert default_store() == tmp_path / ".cache" / "stagerun" / "store"
 
 
 def test_a_mistyped_family_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,7 +283,13 @@ def test_the_token_is_written_nowhere(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_its_exit_code_and_no_torn_file(flux: Path, number: int, code: int) -> None:
     words = base(flux, "--prompt", "x", "--out", "x.png", "--steps", "1000", "--artifacts", "store", "--log", "log")
-    child = subprocess.Popen([sys.executable, "-m", "runner", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "runner", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell starts background jobs with Ctrl-C ignored, and so are their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while '"step"' not in (Path("log").read_text() if Path("log").exists() else "") and time.monotonic() < deadline:
         time.sleep(0.05)

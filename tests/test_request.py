@@ -101,6 +101,7 @@ def test_ask_refuses_a_wrap_around_and_what_the_family_does_not_take() -> None:
         ask("x", FAMILIES["flux-schnell"], guidance=3.0)
     with pytest.raises(ValueError, match="steps must be"):
         ask("x", FAMILIES["flux"], steps=0)
+    assert len(ask("x", FAMILIES["flux"], count=64)) == 64
     for count in (0, -1, 65, 10**9):
         with pytest.raises(ValueError, match="1 to 64"):
             ask("x", FAMILIES["flux"], count=count)
