@@ -1,10 +1,10 @@
 // The simulated cards as torch devices: the current card, streams, events and hooks.
 #include "faults.h"
+#include "kernels.h"
 #include "memory.h"
+#include "pinned.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
-#include <c10/core/CPUAllocator.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -92,10 +92,11 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     return index < 0 ? getCurrentDevice() : exchangeDevice(index);
   }
 
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
-    return at::detail::getDefaultCPUGenerator();
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex index) const override {
+    return default_generator(index < 0 ? current() : index);
   }
-  at::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  at::Allocator* getPinnedMemoryAllocator() const override { return pinned_allocator(); }
+  bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
     c10::DeviceGuard guard(storage.device());
     c10::DataPtr resized = allocator()->allocate(bytes);

@@ -92,6 +92,18 @@ at::Tensor copy_from_and_resize(const at::Tensor& source, const at::Tensor& dest
   return copy_from(source, destination, false);
 }
 
+// Lets `tensor.data = other` cross between a card and the host, so that `Module.to` keeps its parameters, tied
+// ones included, as it does with the accelerators that torch knows.
+bool can_take_data(const at::Tensor& tensor, const at::Tensor& other) {
+  const auto plain = [](const at::Tensor& t) {
+    return t.layout() == at::kStrided && (t.is_cpu() || t.device().type() == c10::DeviceType::PrivateUse1);
+  };
+  return plain(tensor) && plain(other);
+}
+
+// Nothing is reused before a stream is done with it: everything is done when its call returns.
+void record_stream(at::Tensor&, c10::Stream) {}
+
 at::Scalar local_scalar(const at::Tensor& tensor) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   const int from = place(tensor);
@@ -119,6 +131,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("_copy_from", copy_from);
   library.impl("_copy_from_and_resize", copy_from_and_resize);
   library.impl("_local_scalar_dense", local_scalar);
+  library.impl("_has_compatible_shallow_copy_type", can_take_data);
+  library.impl("record_stream", record_stream);
 
   library.impl("set_.source_Tensor", at::native::set_tensor_);
 }
