@@ -1,0 +1,5 @@
+"""The demo checkpoint: a small FLUX trained on drawings of colored shapes."""
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"

@@ -1,0 +1,155 @@
+"""The demo's transformer and the training of it, with both text encoders, by flow matching on cached latents."""
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import FluxTransformer2DModel
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
+
+from runner.demo.latents import CHANNELS, GRID, Latents
+from runner.demo.muon import Muon
+from runner.demo.phase import Phase, learning_rate
+from runner.demo.scenes import training_caption
+from runner.demo.text import CLIP_TOKENS, CLIP_WIDTH, T5_WIDTH, TEXT_TOKENS
+
+BATCH = 48
+HEADS, HEAD = 3, 64
+ADAM_PEAK = 1.5e-3
+MUON_PEAK = 3e-3
+AVERAGE = 0.997
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    """FLUX's layout, small: 2 double and 4 single blocks, 3 heads of 64; every block starts as the identity."""
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * CHANNELS,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=HEAD,
+        num_attention_heads=HEADS,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=CLIP_WIDTH,
+        axes_dims_rope=(8, 28, 28),
+        guidance_embeds=False,
+    )
+    for name, weights in model.named_parameters():
+        if "norm" in name and ".linear." in name:
+            torch.nn.init.zeros_(weights)
+    # Gates at one with the way out of each block at zero: gradients reach both from the first step.
+    width = HEADS * HEAD
+    for block in model.transformer_blocks:
+        for norm in (block.norm1, block.norm1_context):
+            norm.linear.bias.data[2 * width : 3 * width] = 1
+            norm.linear.bias.data[5 * width :] = 1
+        for out in (block.attn.to_out[0], block.attn.to_add_out, block.ff.net[2], block.ff_context.net[2]):
+            torch.nn.init.zeros_(out.weight)
+    for block in model.single_transformer_blocks:
+        block.norm.linear.bias.data[2 * width :] = 1
+        torch.nn.init.zeros_(block.proj_out.weight)
+    torch.nn.init.zeros_(model.proj_out.weight)
+    return model
+
+
+class Painter(torch.nn.Module):
+    """Both text encoders and the transformer, from token ids to the flow's velocity."""
+
+    def __init__(self, clip: CLIPTextModel, t5: T5EncoderModel, transformer: FluxTransformer2DModel) -> None:
+        super().__init__()
+        self.clip, self.t5, self.transformer = clip, t5, transformer
+        spots = torch.arange(GRID, dtype=torch.float32)
+        rows, columns = torch.meshgrid(spots, spots, indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("text_places", torch.zeros(TEXT_TOKENS, 3), persistent=False)
+
+    def forward(self, clip_ids: torch.Tensor, t5_ids: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The velocity (batch, tokens, 64) at time t (batch), 0 the picture and 1 the noise."""
+        velocity: torch.Tensor = self.transformer(
+            hidden_states=x,
+            encoder_hidden_states=self.t5(t5_ids)[0],
+            pooled_projections=self.clip(clip_ids).pooler_output,
+            timestep=t,
+            img_ids=self.places,
+            txt_ids=self.text_places,
+            return_dict=False,
+        )[0]
+        return velocity
+
+
+def painter_optimizers(painter: Painter) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest."""
+    hidden: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
+    for name, weights in painter.named_parameters():
+        block = "blocks." in name or "t5.encoder.block" in name
+        matrix = weights.ndim == 2 and "norm" not in name and "relative" not in name
+        (hidden if block and matrix else rest).append(weights)
+    adam = torch.optim.AdamW([{"params": rest, "peak": ADAM_PEAK}], lr=ADAM_PEAK, betas=(0.9, 0.98), weight_decay=0.0)
+    return [adam, Muon(hidden, MUON_PEAK)]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> torch.Tensor:
+    """Ids (texts, length), padded as the pipeline pads them."""
+    ids: torch.Tensor = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+@dataclass(frozen=True)
+class Studio:
+    """What painting is learnt with: the weights, their trailing average, both tokenizers and the latents."""
+
+    painter: Painter
+    average: Painter
+    clip_tokenizer: CLIPTokenizer
+    t5_tokenizer: T5Tokenizer
+    latents: Latents
+
+    def loss(self, rng: random.Random, device: torch.device) -> torch.Tensor:
+        """The flow-matching error on one batch: logit-normal times, a little nearer the noise than the picture."""
+        picks = [rng.randrange(len(self.latents.scenes)) for _ in range(BATCH)]
+        texts = [training_caption(rng, self.latents.scenes[pick]) for pick in picks]
+        clean = self.latents.values[picks].float().to(device)
+        noise = torch.randn_like(clean)
+        t = torch.sigmoid(torch.randn(BATCH, device=device) + 0.4)
+        mixed = torch.lerp(clean, noise, t[:, None, None])
+        clip_ids = token_ids(self.clip_tokenizer, texts, CLIP_TOKENS).to(device)
+        t5_ids = token_ids(self.t5_tokenizer, texts, TEXT_TOKENS).to(device)
+        velocity: torch.Tensor = self.painter(clip_ids, t5_ids, mixed, t)
+        return (velocity - (noise - clean)).square().mean()
+
+    @torch.no_grad()
+    def trail(self, steps: int) -> None:
+        """Move the average toward the weights, fast at first."""
+        keep = min(AVERAGE, (steps + 1) / (steps + 20))
+        for trailing, weights in zip(self.average.parameters(), self.painter.parameters(), strict=True):
+            trailing.lerp_(weights, 1 - keep)
+
+
+def train_painter(phase: Phase, studio: Studio, device: torch.device, every: Callable[[], None]) -> None:
+    """Learn until the budget is spent, the rate falling to zero with it; `every` is called about once a minute."""
+    rng = random.Random(f"painter/{phase.steps}")
+
+    def step(fraction: float) -> float:
+        learning_rate(phase.optimizers, min(1.0, (phase.steps + 1) / 150) * min(1.0, 1.3 * (1 - fraction)) + 1e-3)
+        loss = studio.loss(rng, device)
+        for optimizer in phase.optimizers:
+            optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(studio.painter.parameters(), 1.0)
+        for optimizer in phase.optimizers:
+            optimizer.step()
+        studio.trail(phase.steps)
+        return float(loss.detach())
+
+    phase.run(step, every)
+
+
+def trailing_copy(painter: Painter) -> Painter:
+    """A second painter for the average of the weights."""
+    return copy.deepcopy(painter).requires_grad_(False)

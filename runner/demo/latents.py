@@ -1,0 +1,70 @@
+"""The drawings' latents, encoded once for the whole training of the transformer."""
+
+import random
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+
+from runner.demo.scenes import Pair, Scene, Solo, every_solo, held_out, pixels_of, random_pair
+from runner.demo.shapes import SIDE
+
+CHANNELS = 16
+GRID = SIDE // 16
+PAIRS = 14000
+BATCH = 32
+KINDS: dict[str, type[Scene]] = {"Solo": Solo, "Pair": Pair}
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Scenes and their latents (scenes, tokens, 64), shifted, scaled and packed as the transformer sees them."""
+
+    scenes: list[Scene]
+    values: torch.Tensor
+    shift: float
+    scale: float
+
+
+def _training_scenes() -> list[Scene]:
+    """Every one-shape scene that is not held out, and a sample of the two-shape scenes."""
+    rng = random.Random(5)
+    scenes: list[Scene] = [scene for scene in every_solo() if not held_out(scene)]
+    enough = len(scenes) + PAIRS
+    while len(scenes) < enough:
+        pair = random_pair(rng)
+        if not held_out(pair):
+            scenes.append(pair)
+    return scenes
+
+
+@torch.no_grad()
+def encode_scenes(autoencoder: AutoencoderKL, device: torch.device) -> Latents:
+    """The latents of the training scenes, as float16 on the host."""
+    scenes = _training_scenes()
+    modes = []
+    for start in range(0, len(scenes), BATCH):
+        pixels = np.stack([pixels_of(scene) for scene in scenes[start : start + BATCH]])
+        pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        modes.append(autoencoder.encode(pictures.to(device)).latent_dist.mode().cpu())
+    latents = torch.cat(modes)
+    shift, scale = latents.mean().item(), 1 / latents.std().item()
+    packed = FluxPipeline._pack_latents((latents - shift) * scale, len(scenes), CHANNELS, 2 * GRID, 2 * GRID)
+    return Latents(scenes, packed.half(), shift, scale)
+
+
+def save_latents(latents: Latents, path: Path) -> None:
+    """Write them whole: to a file beside, then in its place."""
+    draft = path.with_suffix(".draft")
+    told = [[type(scene).__name__, *astuple(scene)] for scene in latents.scenes]
+    torch.save({"scenes": told, "packed": latents.values, "shift": latents.shift, "scale": latents.scale}, draft)
+    draft.replace(path)
+
+
+def load_latents(path: Path) -> Latents:
+    """What `save_latents` wrote."""
+    saved = torch.load(path, weights_only=True)
+    scenes = [KINDS[kind](*words) for kind, *words in saved["scenes"]]
+    return Latents(scenes, saved["packed"], saved["shift"], saved["scale"])

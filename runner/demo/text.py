@@ -1,0 +1,105 @@
+"""The demo's two tokenizers and text encoders, in FLUX's layout: CLIP with BPE, T5 with sentencepiece."""
+
+import io
+import random
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from runner.demo.scenes import training_scene
+
+TEXT_TOKENS = 20
+CLIP_TOKENS = 32
+CLIP_WIDTH = 64
+T5_WIDTH = 192
+
+
+def sample_captions(count: int) -> list[str]:
+    """Captions enough to hold every word and every wording."""
+    rng = random.Random(0)
+    return [training_scene(rng)[0] for _ in range(count)]
+
+
+def build_clip_tokenizer(folder: Path, corpus: Sequence[str]) -> CLIPTokenizer:
+    """A byte-level BPE learnt from the corpus, in CLIP's two files."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # CLIP's vocabulary holds every byte twice, inside a word and at its end, so that no text is unknown.
+    singles = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    bpe.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        ),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    _, merges = (Path(path) for path in bpe.model.save(str(folder)))
+    pairs = [line for line in merges.read_text().splitlines() if line and not line.startswith("#")]
+    words = [*singles, *("".join(pair.split()) for pair in pairs), start, end]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    return CLIPTokenizer(vocab=vocabulary, merges=[tuple(p.split()) for p in pairs], model_max_length=CLIP_TOKENS)
+
+
+def build_t5_tokenizer(folder: Path, corpus: Sequence[str]) -> T5Tokenizer:
+    """A sentencepiece unigram model of whole words, letters for the rest, blind to case."""
+    words = sorted({word for text in corpus for word in text.replace(",", " ").replace(".", " ").split()})
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*corpus, *string.ascii_lowercase * 50]),
+        model_writer=written,
+        user_defined_symbols=["\u2581" + word for word in words],
+        vocab_size=160,
+        hard_vocab_limit=False,
+        normalization_rule_name="nmt_nfkc_cf",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(written.getvalue())
+    return T5Tokenizer.from_pretrained(folder, extra_ids=0, model_max_length=TEXT_TOKENS)
+
+
+def build_clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """One layer of CLIP text: only its pooled output is used."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=CLIP_WIDTH,
+            intermediate_size=4 * CLIP_WIDTH,
+            projection_dim=CLIP_WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=CLIP_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """Two layers of T5: its last hidden state is the prompt's embedding."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=T5_WIDTH,
+            d_kv=32,
+            d_ff=512,
+            num_layers=2,
+            num_heads=6,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )

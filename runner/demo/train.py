@@ -1,0 +1,119 @@
+"""Trains the demo checkpoint from nothing, on a CPU or an accelerator; interrupted and started again, it goes on.
+
+python -m runner.demo.train [--out FOLDER] [--state FOLDER] [--minutes-vae M] [--minutes M]
+"""
+
+import argparse
+import copy
+import json
+import os
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from runner.demo import CHECKPOINT
+from runner.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
+from runner.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
+from runner.demo.latents import Latents, encode_scenes, load_latents, save_latents
+from runner.demo.phase import Phase
+from runner.demo.text import (
+    build_clip_encoder,
+    build_clip_tokenizer,
+    build_t5_encoder,
+    build_t5_tokenizer,
+    sample_captions,
+)
+
+LOSSES = "losses.jsonl"
+
+
+def trained_autoencoder(state: Path, minutes: float, device: torch.device) -> AutoencoderKL:
+    """The autoencoder after its budget of training."""
+    torch.manual_seed(0)
+    model = build_autoencoder().to(device)
+    optimizer = autoencoder_optimizer(model)
+    phase = Phase("autoencoder", minutes * 60, state, state / LOSSES, {"autoencoder": model}, [optimizer])
+    phase.load()
+    train_autoencoder(phase, model, device)
+    return model.eval().requires_grad_(False)
+
+
+def cached_latents(state: Path, autoencoder: AutoencoderKL, device: torch.device) -> Latents:
+    """The training scenes' latents, from the state folder or encoded now."""
+    path = state / "latents.pt"
+    if not path.exists():
+        save_latents(encode_scenes(autoencoder, device), path)
+    return load_latents(path)
+
+
+def tokenizers(state: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """Both tokenizers; learning them takes no time and always gives the same."""
+    corpus = sample_captions(4000)
+    return build_clip_tokenizer(state / "tokenizer", corpus), build_t5_tokenizer(state / "tokenizer_2", corpus)
+
+
+def export(out: Path, state: Path, studio: Studio, autoencoder: AutoencoderKL) -> None:
+    """Write the trailing average as a FluxPipeline folder in float16: half of float32's size, and no rounding seen."""
+    best = copy.deepcopy(studio.average).cpu().half()
+    vae = copy.deepcopy(autoencoder).cpu().half()
+    vae.register_to_config(shift_factor=studio.latents.shift, scaling_factor=studio.latents.scale)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=best.clip,
+        tokenizer=studio.clip_tokenizer,
+        text_encoder_2=best.t5,
+        tokenizer_2=studio.t5_tokenizer,
+        transformer=best.transformer,
+    )
+    pipe.save_pretrained(out)
+    # The sentencepiece model itself, which save_pretrained leaves out in favor of tokenizer.json.
+    (out / "tokenizer_2" / "spiece.model").write_bytes((state / "tokenizer_2" / "spiece.model").read_bytes())
+
+
+def thin(log: Path, kept: Path, lines: int = 120) -> None:
+    """Keep about so many of the log's lines, spread evenly, and the last of each phase."""
+    entries = log.read_text().splitlines()
+    stride = max(1, len(entries) // lines)
+    phases = [json.loads(entry)["phase"] for entry in entries]
+    last = {len(phases) - 1 - phases[::-1].index(phase) for phase in phases}
+    picked = [entry for index, entry in enumerate(entries) if index % stride == 0 or index in last]
+    kept.write_text("\n".join(picked) + "\n")
+
+
+def train(out: Path, state: Path, minutes_vae: float, minutes: float) -> None:
+    """Train what is still to train, and write the checkpoint to `out` every few minutes and at the end."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    state.mkdir(parents=True, exist_ok=True)
+    autoencoder = trained_autoencoder(state, minutes_vae, device)
+    latents = cached_latents(state, autoencoder, device)
+    clip_tokenizer, t5_tokenizer = tokenizers(state)
+    torch.manual_seed(1)
+    painter = Painter(build_clip_encoder(clip_tokenizer), build_t5_encoder(t5_tokenizer), build_transformer())
+    painter = painter.to(device)
+    studio = Studio(painter, trailing_copy(painter), clip_tokenizer, t5_tokenizer, latents)
+    modules: dict[str, torch.nn.Module] = {"painter": painter, "average": studio.average}
+    phase = Phase("painter", minutes * 60, state, state / LOSSES, modules, painter_optimizers(painter))
+    phase.load()
+    train_painter(phase, studio, device, lambda: export(out, state, studio, autoencoder))
+    export(out, state, studio, autoencoder)
+    thin(state / LOSSES, out.parent / LOSSES)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(prog="python -m runner.demo.train", description="Train the demo checkpoint.")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
+    parser.add_argument("--state", type=Path, default=Path("demo-training"), help="folder to go on from")
+    parser.add_argument("--minutes-vae", type=float, default=17.0, help="budget of the autoencoder")
+    parser.add_argument("--minutes", type=float, default=90.0, help="budget of the text encoders and transformer")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    train(options.out, options.state, options.minutes_vae, options.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The demo's drawings, captions, held-out split and judge; the trained checkpoint has its own test."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from runner.demo.judge import judge, score
+from runner.demo.scenes import (
+    POSITIONS,
+    RADII,
+    RELATIONS,
+    Pair,
+    Prompt,
+    Solo,
+    captions,
+    draw,
+    exam_prompts,
+    held_out,
+    mirrored,
+    random_pair,
+    random_solo,
+    training_scene,
+)
+from runner.demo.shapes import COLORS, SHAPES, SIDE
+
+SOLOS, PAIRS = exam_prompts()
+
+
+def test_drawings_are_deterministic_and_sized() -> None:
+    first = [draw(training_scene(random.Random(3))[1]).tobytes() for _ in range(2)]
+    assert first[0] == first[1]
+    assert draw(training_scene(random.Random(4))[1]).size == (SIDE, SIDE)
+    assert draw(training_scene(random.Random(4))[1]).tobytes() != first[0]
+
+
+def test_edges_are_blended_and_insides_pure() -> None:
+    colors = draw(Solo("red", "circle", "large", "in the center", "white")).getcolors(SIDE * SIDE)
+    assert colors is not None
+    pure = {rgb for count, rgb in colors if count > 500}
+    assert pure == {COLORS["red"], COLORS["white"]}
+    assert len(colors) > 20
+
+
+def test_captions_name_every_attribute() -> None:
+    for text in captions(Solo("red", "circle", "small", "on the left", "blue")):
+        assert all(word in text for word in ("red", "circle", "small", "on the left", "blue"))
+    for text in captions(Pair("red", "circle", "above", "blue", "square", "white")):
+        assert text.index("red circle") < text.index("above") < text.index("blue square") < text.index("white")
+
+
+def test_training_never_draws_what_is_held_out() -> None:
+    rng = random.Random(0)
+    drawn = {training_scene(rng)[1] for _ in range(4000)}
+    asked = {prompt.scene for prompt in SOLOS + PAIRS}
+    assert len(drawn) > 3000
+    assert not any(held_out(scene) for scene in drawn)
+    assert not drawn & asked
+    assert not {mirrored(scene) for scene in drawn if isinstance(scene, Pair)} & asked
+
+
+def test_a_pair_told_the_other_way_is_the_same_picture() -> None:
+    pair = Pair("red", "circle", "below", "blue", "square", "white")
+    assert mirrored(pair) == Pair("blue", "square", "above", "red", "circle", "white")
+    assert draw(mirrored(pair)).tobytes() == draw(pair).tobytes()
+    assert held_out(mirrored(pair)) == held_out(pair)
+
+
+def exam_prompts_are_fixed_held_out_and_distinct() -> None:
+    assert (len(SOLOS), len(PAIRS)) == (100, 50)
+    assert all(held_out(prompt.scene) for prompt in SOLOS + PAIRS)
+    assert len({prompt.scene for prompt in SOLOS + PAIRS}) == 150
+    assert len({prompt.seed for prompt in SOLOS + PAIRS}) == 150
+    assert exam_prompts() == (SOLOS, PAIRS)
+    assert {prompt.scene.shape for prompt in SOLOS} == set(SHAPES)
+
+
+@pytest.mark.parametrize("prompts", [SOLOS, PAIRS], ids=["one shape", "two shapes"])
+def test_the_judge_passes_every_true_drawing(prompts: list[Prompt]) -> None:
+    result = score(prompts, (draw(prompt.scene) for prompt in prompts))
+    assert result.passed == result.of == len(prompts), result.wrong[:3]
+
+
+def _other(rng: random.Random, names: object, *taken: str) -> str:
+    return rng.choice([name for name in names if name not in taken])  # type: ignore[attr-defined]
+
+
+def test_the_judge_sees_each_wrong_attribute_of_one_shape() -> None:
+    rng = random.Random(1)
+    for prompt in SOLOS[:30]:
+        scene = prompt.scene
+        assert isinstance(scene, Solo)
+        changes = {
+            "color": replace(scene, color=_other(rng, COLORS, scene.color, scene.background)),
+            "background": replace(scene, background=_other(rng, COLORS, scene.color, scene.background)),
+            "shape": replace(scene, shape=_other(rng, SHAPES, scene.shape)),
+            "size": replace(scene, size=_other(rng, RADII, scene.size)),
+            "position": replace(scene, position=_other(rng, POSITIONS, scene.position)),
+        }
+        for attribute, wrong in changes.items():
+            verdict = judge(draw(wrong), scene)
+            assert [name for name, right in verdict.right.items() if not right] == [attribute], (wrong, verdict)
+
+
+def test_the_judge_sees_each_wrong_attribute_of_two_shapes() -> None:
+    rng = random.Random(2)
+    for prompt in PAIRS[:20]:
+        scene = prompt.scene
+        assert isinstance(scene, Pair)
+        colors = (scene.color, scene.other_color, scene.background)
+        changes = {
+            "colors": replace(scene, color=_other(rng, COLORS, *colors)),
+            "background": replace(scene, background=_other(rng, COLORS, *colors)),
+            "shapes": replace(scene, other_shape=_other(rng, SHAPES, scene.other_shape)),
+            "relation": replace(scene, relation=_other(rng, RELATIONS, scene.relation)),
+        }
+        for attribute, wrong in changes.items():
+            verdict = judge(draw(wrong), scene)
+            assert not verdict.right[attribute], (wrong, verdict)
+
+
+def test_the_judge_binds_colors_to_shapes() -> None:
+    scene = Pair("red", "circle", "above", "blue", "square", "white")
+    swapped = Pair("red", "square", "above", "blue", "circle", "white")
+    verdict = judge(draw(swapped), scene)
+    assert [name for name, right in verdict.right.items() if not right] == ["things"]
+
+
+def test_every_drawing_passes_as_itself_alone() -> None:
+    rng = random.Random(5)
+    scenes = [random_solo(rng) for _ in range(60)] + [random_pair(rng) for _ in range(30)]
+    for scene, other in zip(scenes, scenes[1:] + scenes[:1], strict=True):
+        assert judge(draw(scene), scene).passed
+        assert type(scene) is not type(other) or scene == other or not judge(draw(other), scene).passed
+
+
+def test_blank_noisy_and_crowded_pictures_fail() -> None:
+    scene = Solo("red", "circle", "small", "in the center", "white")
+    crowded = draw(scene)
+    crowded.paste(COLORS["green"], (8, 8, 34, 34))
+    noise = Image.frombytes("RGB", (SIDE, SIDE), random.Random(0).randbytes(SIDE * SIDE * 3))
+    for picture in (Image.new("RGB", (SIDE, SIDE), COLORS["white"]), noise, crowded):
+        assert not judge(picture, scene).passed
+    assert not judge(draw(scene), Pair("red", "circle", "above", "blue", "square", "white")).passed
+
+
+def test_the_judge_refuses_another_size() -> None:
+    with pytest.raises(ValueError, match="128x128, got 64x64"):
+        judge(Image.new("RGB", (64, 64)), SOLOS[0].scene)
