@@ -24,11 +24,26 @@ class Family:
     patch: int = 2
 
 
+MEGAPIXEL = (1024, 1024)
+
 FAMILIES = {
     family.name: family
     for family in (
-        Family("flux", "black-forest-labs/FLUX.1-dev", "FluxPipeline", 28, 3.5, 512, (1024, 1024)),
-        Family("flux-schnell", "black-forest-labs/FLUX.1-schnell", "FluxPipeline", 4, None, 256, (1024, 1024)),
+        Family("flux", "black-forest-labs/FLUX.1-dev", "FluxPipeline", 28, 3.5, 512, MEGAPIXEL),
+        Family("flux-schnell", "black-forest-labs/FLUX.1-schnell", "FluxPipeline", 4, None, 256, MEGAPIXEL),
+        # The defaults of Flux2Pipeline; its PixtralProcessor asks for torchvision even to read text.
+        Family("flux2", "black-forest-labs/FLUX.2-dev", "Flux2Pipeline", 50, 4.0, 512, MEGAPIXEL, ("torchvision",)),
+        # Distilled to 4 steps without guidance; the base model has the defaults of Flux2KleinPipeline.
+        Family("flux2-klein", "black-forest-labs/FLUX.2-klein-4B", "Flux2KleinPipeline", 4, None, 512, MEGAPIXEL),
+        Family(
+            "flux2-klein-base", "black-forest-labs/FLUX.2-klein-base-4B", "Flux2KleinPipeline", 50, 4.0, 512, MEGAPIXEL
+        ),
+        # Steps, guidance and tokens are the defaults of QwenImagePipeline; 1328 is the square that it was trained on.
+        Family("qwen-image", "Qwen/Qwen-Image", "QwenImagePipeline", 50, 4.0, 512, (1328, 1328)),
+        # Steps and tokens are the defaults of StableDiffusion3Pipeline; 3.5 is the guidance of this model's card.
+        Family("sd3", "stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline", 28, 3.5, 256, MEGAPIXEL),
+        # Distilled to 8 steps without guidance, as in the example of ZImagePipeline.
+        Family("z-image", "Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline", 8, None, 512, MEGAPIXEL),
         Family("demo", "demo", "FluxPipeline", 16, None, 24, (128, 128)),
     )
 }
