@@ -58,6 +58,13 @@ class Denoise(Stage):
             if isinstance(block, LoopSequentialPipelineBlocks):
                 block.sub_blocks.insert("step_events", self.steps, len(block.sub_blocks))
 
+    @property
+    def scale_factor(self) -> int:
+        """Pixels per latent along an edge, as the family's own pipeline class reads it off the VAE."""
+        pipe = self.blocks.init_pipeline(str(self.checkpoint.path))
+        self.prepare(pipe)
+        return int(pipe.vae_scale_factor)
+
     def prepare(self, pipe: ModularPipeline) -> None:
         """Lend the pipeline the VAE's skeleton: without a VAE, diffusers falls back to constants for its geometry."""
         vae = self.checkpoint.components.get("vae")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stages.stage import Emit, Inputs, Stage, guides
+from stages.stage import Emit, Inputs, Stage
 
 
 class Encode(Stage):
@@ -11,10 +11,10 @@ class Encode(Stage):
     name = "encode"
 
     def arguments(self, inputs: Inputs, emit: Emit) -> dict[str, Any]:
-        """The inputs, and the empty negative prompt where guidance has need of one."""
+        """The inputs, and the empty negative prompt where one is read."""
         arguments = super().arguments(inputs, emit)
-        if self.guided and guides(inputs) and "negative_prompt" in self.blocks.input_names:
-            # For others this is the default; Stable Diffusion 3 makes no negative embeddings without it, and then
-            # guides away from the prompt itself, which changes nothing.
+        if "negative_prompt" in self.blocks.input_names:
+            # For most families this is the default; Stable Diffusion 3 makes no negative embeddings without it, and
+            # then guides away from the prompt itself, which changes nothing.
             arguments.setdefault("negative_prompt", "")
         return arguments
