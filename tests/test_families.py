@@ -1,0 +1,219 @@
+"""Every family that is named runs staged as it runs whole, bit for bit; the rest is refused by name."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import ModularPipeline
+from diffusers.modular_pipelines.modular_pipeline import (
+    MODULAR_PIPELINE_MAPPING,
+    LoopSequentialPipelineBlocks,
+    ModularPipelineBlocks,
+)
+
+from runner.artifacts import MemoryStore, key_of
+from stages.checkpoint import Checkpoint, check, find
+from stages.errors import LoadError
+from stages.families import FAMILIES
+from stages.placement import Place, Resident
+from stages.split import _groups, split
+from stages.state import State, Value
+from tests import tiny_families as tiny
+
+INPUTS: dict[str, Value] = {
+    "prompt": "a red circle", "width": 64, "height": 48, "num_inference_steps": 2, "seed": 7,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, its tiny checkpoint, and a guidance other than none if it takes one."""
+
+    family: str
+    build: Callable[[Path], Path]
+    guidance: float | None
+    tokens: int = 64
+
+    def inputs(self, **changes: Value) -> dict[str, Value]:
+        guidance = {} if self.guidance is None else {"guidance_scale": self.guidance}
+        return INPUTS | {"max_sequence_length": self.tokens} | guidance | changes
+
+
+# Where there are 224 tokens the template alone has near 200 bytes, and a byte is a token of the tiny tokenizers.
+CASES = {
+    "flux2": Case("flux2", tiny.flux2, 4.0, tokens=224),
+    "flux2-klein": Case("flux2-klein", tiny.klein, None),
+    "flux2-klein-base": Case("flux2-klein-base", lambda folder: tiny.klein(folder, distilled=False), 4.0),
+    "qwen-image": Case("qwen-image", tiny.qwen_image, 4.0, tokens=224),
+    "sd3": Case("sd3", tiny.sd3, 5.0),
+    "z-image": Case("z-image", tiny.z_image, None),
+    # The base model of Z-Image takes the guidance that Turbo ships without.
+    "z-image-base": Case("z-image", tiny.z_image, 4.0),
+}
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A tiny model, and per stage the artifacts of a staged run, `asked` last and its variations before it."""
+
+    case: Case
+    model: Path
+    artifacts: Mapping[str, Sequence[State]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are slower on several threads, most of all where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def staged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Staged:
+    case = CASES[request.param]
+    model = case.build(tmp_path_factory.mktemp(request.param) / "model")
+    variations = [case.inputs(prompt="two small green squares")]
+    if case.guidance is not None:
+        variations.append(case.inputs(guidance_scale=2.0))
+    return Staged(case, model, run(model, [*variations, case.inputs()]))
+
+
+def run(model: Path, requests: Sequence[Mapping[str, Value]]) -> dict[str, list[State]]:
+    """Per stage the artifacts of the requests, each read back from the store before the next stage begins."""
+    stages = split(find(model), list(requests[0]))
+    places = {part.name: Place(Resident("cpu"), torch.float32) for stage in stages for part in stage.components}
+    store, before, artifacts = MemoryStore(warn=print), [State() for _ in requests], {}
+    for stage in stages:
+        keys = [key_of({"stage": stage.name, "index": index}) for index, _ in enumerate(requests)]
+        with stage.loaded(places) as loaded:
+            for key, state, inputs in zip(keys, before, requests, strict=True):
+                store.put(key, stage.name, loaded.run(state, inputs), {})
+        before = artifacts[stage.name] = [stored for key in keys if (stored := store.get(key)) is not None]
+    return artifacts
+
+
+class Keep(ModularPipelineBlocks):
+    """A pipeline block that keeps the values that pass it."""
+
+    model_name = "test"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Keep":
+        return self
+
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        self.values = State(dict(state.values)).tensors()
+        return components, state
+
+
+def whole(case: Case, model: Path) -> tuple[torch.Tensor, dict[str, Keep]]:
+    """The unsplit modular pipeline's picture, uint8 [height, width, 3], and its values where we split it."""
+    blocks = ModularPipeline.from_pretrained(str(model)).blocks
+    kept = {"encode": Keep(), "denoise": Keep()}
+    for offset, (name, keep) in enumerate(kept.items()):
+        blocks.sub_blocks.insert(f"after_{name}", keep, list(blocks.sub_blocks).index("denoise") + offset)
+    pipe = blocks.init_pipeline(str(model))
+    pipe.load_components(dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    inputs = {name: value for name, value in case.inputs().items() if name != "seed"}
+    if "guider" in pipe.components:
+        scale = {} if case.guidance is None else {"guidance_scale": inputs.pop("guidance_scale")}
+        pipe.update_components(guider=pipe.guider.new(enabled=case.guidance is not None, **scale))
+    if case.family == "sd3":
+        # Without it the pipeline makes no negative embeddings: see test_upstream.
+        inputs["negative_prompt"] = ""
+    generator = torch.Generator("cpu").manual_seed(7)
+    images = pipe(**inputs, output_type="pt", generator=generator, output="images")
+    return (images[0].permute(1, 2, 0) * 255).round().to(torch.uint8), kept
+
+
+def test_staged_equals_the_unsplit_pipeline(staged: Staged) -> None:
+    pixels, kept = whole(staged.case, staged.model)
+    assert torch.equal(staged.artifacts["decode"][-1].tensors()["pixels"], pixels)
+    for stage, keep in kept.items():
+        artifact = staged.artifacts[stage][-1].tensors()
+        assert artifact
+        for path, tensor in artifact.items():
+            assert torch.equal(tensor, keep.values[path]), (stage, path)
+
+
+def test_the_prompt_and_the_guidance_reach_the_latents(staged: Staged) -> None:
+    """Pixels hide what a tiny random model makes of a prompt, so its latents are compared."""
+    latents = [state.tensors()["latents"] for state in staged.artifacts["denoise"]]
+    assert len(latents) == (2 if staged.case.guidance is None else 3)
+    for index, one in enumerate(latents):
+        assert not any(torch.equal(one, other) for other in latents[:index])
+
+
+def test_guidance_is_an_input_of_every_stage_that_it_changes(staged: Staged) -> None:
+    """The key of an artifact has the inputs of its stage: without this one, another guidance would find the old."""
+    stages = {stage.name: stage for stage in split(find(staged.model), list(staged.case.inputs()))}
+    assert "guidance_scale" not in stages["decode"].inputs
+    assert ("guidance_scale" in stages["denoise"].inputs) == (staged.case.family != "flux2-klein")
+    guided = {"z-image", "qwen-image", "flux2-klein-base"}
+    assert ("guidance_scale" in stages["encode"].inputs) == (staged.case.family in guided)
+
+
+def test_the_model_is_of_its_family_and_tells_its_scale_factor(staged: Staged) -> None:
+    checkpoint = find(staged.model)
+    check(checkpoint, family=FAMILIES[staged.case.family])
+    assert split(checkpoint, list(INPUTS))[1].scale_factor == 8
+
+
+def test_every_family_with_a_name_has_a_case() -> None:
+    assert {case.family for case in CASES.values()} | {"flux", "flux-schnell", "demo"} == set(FAMILIES)
+
+
+def test_an_input_that_the_family_does_not_read_is_refused(tmp_path: Path) -> None:
+    checkpoint = find(tiny.klein(tmp_path / "klein"))
+    with pytest.raises(ValueError, match="Flux2KleinPipeline has no use for guidance_scale: leave it out"):
+        split(checkpoint, [*INPUTS, "guidance_scale"])
+
+
+def test_a_model_that_makes_videos_is_refused(tmp_path: Path) -> None:
+    checkpoint = find(tiny.wan(tmp_path / "wan"))
+    with pytest.raises(LoadError, match="WanPipeline makes videos, not images"):
+        split(checkpoint, list(INPUTS))
+
+
+def test_a_model_without_pipeline_blocks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    with pytest.raises(LoadError, match="has no modular blocks for PixArtAlphaPipeline"):
+        split(Checkpoint(tmp_path, "pixart", "sha256:0", "PixArtAlphaPipeline", {}), list(INPUTS))
+
+
+def test_the_rule_of_the_split_covers_every_family_of_diffusers() -> None:
+    """Before `denoise`, `denoise` with its one loop, after it; all 34 families and their variants."""
+    names = {choose() for choose in MODULAR_PIPELINE_MAPPING.values()}
+    assert len(MODULAR_PIPELINE_MAPPING) == len(names) == 34
+    names |= {name for name in dir(diffusers) if re.fullmatch(r"\w+ModularPipeline", name)}
+    others = {}
+    for name in names:
+        groups = _groups(getattr(diffusers, name)().blocks, list(INPUTS))
+        assert all(groups[stage].sub_blocks for stage in ("encode", "denoise", "decode")), name
+        loops = [block for block in groups["denoise"].sub_blocks.values()
+                 if isinstance(block, LoopSequentialPipelineBlocks)]
+        assert len(loops) == 1, name
+        if "images" not in groups["decode"].output_names:
+            others[name.removesuffix("ModularPipeline")] = groups["decode"].output_names[0]
+    assert others == OTHERS
+
+
+# What we refuse by name, because it makes no images.
+OTHERS = {
+    "Cosmos3Distilled": "videos", "Cosmos3Omni": "videos", "Echo": "videos", "Helios": "videos",
+    "HeliosPyramid": "videos", "HeliosPyramidDistilled": "videos", "HunyuanVideo15": "videos", "LTX": "videos",
+    "LTX2": "videos", "LTX25": "videos", "MiniMaxH3": "videos", "MiniMaxMusic3": "audios", "Wan": "videos",
+    "Wan22": "videos", "Wan22Image2Video": "videos", "Wan22Vace": "videos", "WanAnimate2": "videos",
+    "WanAnimate2Distilled": "videos", "WanImage2Video": "videos",
+}
