@@ -211,7 +211,7 @@ def pictures_of(model: Path, prompts: Iterable[Prompt], steps: int = STEPS, batc
     import torch
     from diffusers import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     waiting = list(prompts)
     for start in range(0, len(waiting), batch):

@@ -1,0 +1,119 @@
+"""The demo's training: whole-word tokenizers, phases that go on where they stopped, and an export that draws."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from runner.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
+from runner.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
+from runner.demo.latents import GRID, Latents, load_latents, save_latents
+from runner.demo.muon import Muon, orthogonal
+from runner.demo.phase import Phase
+from runner.demo.scenes import training_scene
+from runner.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder, sample_captions
+from runner.demo.train import export, thin, tokenizers
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Studio]:
+    folder = tmp_path_factory.mktemp("state")
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = tokenizers(folder)
+    painter = Painter(build_clip_encoder(clip_tokenizer), build_t5_encoder(t5_tokenizer), build_transformer())
+    rng = random.Random(0)
+    scenes = [training_scene(rng)[1] for _ in range(8)]
+    latents = Latents(scenes, torch.randn(8, GRID * GRID, 64).half(), 0.1, 0.7)
+    return folder, Studio(painter, trailing_copy(painter), clip_tokenizer, t5_tokenizer, latents)
+
+
+def test_every_word_of_the_captions_is_one_token(studio: tuple[Path, Studio]) -> None:
+    _, built = studio
+    corpus = sample_captions(2000)
+    words = {word.strip(",.") for text in corpus for word in text.split()}
+    assert len(words) > 30
+    assert all(len(built.t5_tokenizer(word).input_ids) == 2 for word in words)
+    assert all(len(built.clip_tokenizer(word).input_ids) == 3 for word in words)
+    assert max(len(built.t5_tokenizer(text).input_ids) for text in corpus) <= TEXT_TOKENS
+    assert max(len(built.clip_tokenizer(text).input_ids) for text in corpus) <= CLIP_TOKENS
+    assert built.t5_tokenizer("A Red circle").input_ids == built.t5_tokenizer("a red circle").input_ids
+
+
+def test_a_phase_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    def begin(budget: float) -> tuple[Phase, torch.nn.Linear]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 4)
+        return Phase("toy", budget, tmp_path, tmp_path / "log", {"layer": layer}, [Muon([layer.weight], 0.1)]), layer
+
+    phase, layer = begin(0.02)
+
+    def step(_: float) -> float:
+        loss = layer(torch.ones(2, 4)).square().mean()
+        torch.autograd.backward(loss)
+        phase.optimizers[0].step()
+        return float(loss.detach())
+
+    phase.run(step)
+    assert phase.steps > 0
+    again, other = begin(0.02)
+    assert not torch.equal(layer.weight, other.weight)
+    again.load()
+    assert (again.steps, again.spent) == (phase.steps, phase.spent)
+    assert torch.equal(layer.weight, other.weight)
+    again.run(step)
+    assert again.steps == phase.steps
+
+
+def test_muon_makes_directions_orthogonal() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 16, 64), (2, 64, 16)):
+        spread = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert spread.min() > 0.5 and spread.max() < 1.5
+
+
+def test_latents_come_back_from_disk(studio: tuple[Path, Studio], tmp_path: Path) -> None:
+    latents = studio[1].latents
+    save_latents(latents, tmp_path / "latents.pt")
+    again = load_latents(tmp_path / "latents.pt")
+    assert again.scenes == latents.scenes
+    assert torch.equal(again.values, latents.values)
+    assert (again.shift, again.scale) == (latents.shift, latents.scale)
+
+
+def test_one_step_of_each_kind_and_an_export_that_draws(studio: tuple[Path, Studio], tmp_path: Path) -> None:
+    folder, built = studio
+    autoencoder = build_autoencoder()
+    before = [weights.clone() for weights in autoencoder.parameters()]
+    phase = Phase("a", 1e-6, folder, folder / "log", {"a": autoencoder}, [autoencoder_optimizer(autoencoder)])
+    train_autoencoder(phase, autoencoder, CPU)
+    assert phase.steps == 1
+    assert any(not torch.equal(old, new) for old, new in zip(before, autoencoder.parameters(), strict=True))
+
+    assert not built.average.transformer.proj_out.weight.any()
+    phase = Phase("p", 1e-6, folder, folder / "log", {"p": built.painter}, painter_optimizers(built.painter))
+    train_painter(phase, built, CPU, lambda: None)
+    assert built.average.transformer.proj_out.weight.any()
+
+    export(tmp_path, folder, built, autoencoder)
+    assert (tmp_path / "tokenizer_2" / "spiece.model").exists()
+    assert not list(tmp_path.rglob("*.bin"))
+    pipe = FluxPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.vae.config.shift_factor == 0.1
+    made = pipe("a red circle", height=128, width=128, num_inference_steps=1, max_sequence_length=TEXT_TOKENS)
+    assert made.images[0].size == (128, 128)
+
+
+def test_a_thinned_log_keeps_each_phase_s_last_line(tmp_path: Path) -> None:
+    lines = [json.dumps({"phase": phase, "step": step}) for phase in ("a", "b") for step in range(301)]
+    (tmp_path / "log").write_text("\n".join(lines) + "\n")
+    thin(tmp_path / "log", tmp_path / "kept", lines=20)
+    kept = [json.loads(line) for line in (tmp_path / "kept").read_text().splitlines()]
+    assert len(kept) < 30
+    assert {"phase": "a", "step": 300} in kept
+    assert kept[-1] == {"phase": "b", "step": 300}
