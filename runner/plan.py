@@ -1,7 +1,7 @@
 """The plan: which model, which requests, and where every component goes, before anything is loaded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -55,8 +55,10 @@ def make_plan(
     chosen = family_of(family, model)
     require(chosen.requires)
     source = CHECKPOINT if chosen.repo == "demo" and model in (None, "demo") else model or chosen.repo
+    check(find(source, revision=revision, components=()), family=chosen)
     checkpoint = find(source, revision=revision)
-    check(checkpoint, family=chosen)
+    if source == CHECKPOINT:
+        checkpoint = replace(checkpoint, source="demo")
     check_sizes(requests, size_multiple(checkpoint, chosen))
     machine = probe(devices)
     stages = split(checkpoint, inputs_of(requests[0]))

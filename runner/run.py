@@ -17,8 +17,8 @@ from runner.artifacts import ArtifactStore, key_of, open_store
 from runner.memory import Flushed, Meter
 from runner.plan import Plan, inputs_of
 from runner.request import Request
-from stages.errors import StageOutOfMemory
-from stages.stage import Emit, Stage, silent
+from stages.errors import StageOutOfMemory, StoreError
+from stages.stage import Emit, Loaded, Stage, silent
 from stages.state import State
 
 STAGES = ("encode", "denoise", "decode")
@@ -91,10 +91,13 @@ def run_all(
     record = {"model": plan.checkpoint.identity, "requests": [vars(r) for r in plan.requests],
               "stages": {stage.name: list(keys[stage.name]) for stage in stages}}
     store.save_run(name, {**record, "status": "running"})
+    warned: list[str] = []
     for index, stage in enumerate(stages):
         before = keys[stages[index - 1].name] if index else None
-        reports.append(Shift(plan, stage, store, emit).work(keys[stage.name], before, todo[stage.name]))
-    store.save_run(name, {**record, "status": "done"})
+        anew = from_stage is not None and STAGES.index(stage.name) >= STAGES.index(from_stage)
+        shift = Shift(plan, stage, store, keeping(emit, warned), anew)
+        reports.append(shift.work(keys[stage.name], before, todo[stage.name]))
+    store.save_run(name, {**record, "status": "done", "warnings": list(warned)})
     pictures = () if stop_after in ("encode", "denoise") else tuple(
         Picture(request.index, request, key, store, facts(plan))
         for request, key in zip(plan.requests, keys["decode"], strict=True)
@@ -155,6 +158,7 @@ class Shift:
     stage: Stage
     store: ArtifactStore
     emit: Emit
+    anew: bool = False
 
     def work(self, keys: Sequence[str], before: Sequence[str] | None, todo: Sequence[int]) -> StageReport:
         """Compute `todo`, the indices of the requests whose artifact is missing; `before` are the keys to read."""
@@ -190,12 +194,24 @@ class Shift:
             self.emit("loaded", {"stage": self.stage.name, "seconds": seconds["load"]})
             for position, (key, index) in enumerate(sorted(first.items(), key=lambda item: item[1])):
                 self.emit("item", {"stage": self.stage.name, "index": position, "of": len(first)})
-                state = State() if before is None else self.store.get(before[index])
-                assert state is not None, "the stage before has run"
-                with timed(seconds, "compute"):
-                    result = loaded.run(state, inputs_of(self.plan.requests[index]), self.emit)
-                with timed(seconds, "save"):
-                    self.store.put(key, self.stage.name, result, self._note())
+                with self.store.working(key):
+                    # Another process may have made it while this one loaded or waited.
+                    if self.anew or self.store.get(key) is None:
+                        self._make(loaded, key, index, before, seconds)
+
+    def _make(
+        self, loaded: Loaded, key: str, index: int, before: Sequence[str] | None, seconds: dict[str, float]
+    ) -> None:
+        state = State() if before is None else self.store.get(before[index])
+        if state is None:
+            raise StoreError(
+                f"the artifact {before[index][:12] if before else ''} that {self.stage.name} reads was there and is "
+                f"now gone or damaged: run again, and it will be computed anew"
+            )
+        with timed(seconds, "compute"):
+            result = loaded.run(state, inputs_of(self.plan.requests[index]), self.emit)
+        with timed(seconds, "save"):
+            self.store.put(key, self.stage.name, result, self._note())
 
     def _note(self) -> dict[str, Any]:
         return {"model": self.plan.checkpoint.identity, "torch": torch.__version__,
@@ -205,6 +221,17 @@ class Shift:
         used = ", ".join(f"{device} peaked at {peak / 2**30:.2f} GiB" for device, peak in meter.peak().items())
         text = str(error).splitlines()[0]
         return f"{self.stage.name} ran out of memory ({used}): {text} The artifacts of earlier stages are kept."
+
+
+def keeping(emit: Emit, texts: list[str]) -> Emit:
+    """The same emit, which also keeps the text of every warning for the run's record."""
+
+    def kept(kind: str, data: Mapping[str, object]) -> None:
+        if kind == "warning":
+            texts.append(str(data["text"]))
+        emit(kind, data)
+
+    return kept
 
 
 def out_of_memory(error: BaseException) -> bool:

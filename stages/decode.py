@@ -14,9 +14,9 @@ class Decode(Stage):
 
     name = "decode"
 
-    def arguments(self, inputs: Inputs, emit: Emit) -> dict[str, Any]:
+    def arguments(self, pipe: Any, inputs: Inputs, emit: Emit) -> dict[str, Any]:
         """The inputs, and the wish for numbers: a non-finite value must be seen before it is rounded to a pixel."""
-        return {**super().arguments(inputs, emit), "output_type": "pt"}
+        return {**super().arguments(pipe, inputs, emit), "output_type": "pt"}
 
     def result(self, values: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
         """One picture as `pixels`, uint8 [height, width, 3]; raises BadResult for one that is none."""

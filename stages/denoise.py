@@ -71,10 +71,10 @@ class Denoise(Stage):
         if vae is not None and "vae" not in pipe.components:
             pipe.vae = skeleton(vae)
 
-    def arguments(self, inputs: Inputs, emit: Emit) -> dict[str, Any]:
+    def arguments(self, pipe: Any, inputs: Inputs, emit: Emit) -> dict[str, Any]:
         """The inputs, and one CPU generator per picture: its noise depends on no card, rank or lane."""
         self.steps.on_step = Watch(emit)
-        arguments = super().arguments(inputs, emit)
+        arguments = super().arguments(pipe, inputs, emit)
         seed = inputs.get("seed")
         if "seed" in self.inputs and isinstance(seed, int):
             arguments["generator"] = torch.Generator("cpu").manual_seed(seed)

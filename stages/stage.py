@@ -79,7 +79,7 @@ class Stage:
     def prepare(self, pipe: ModularPipeline) -> None:
         """Finish the loaded pipeline; a stage that has something to add overrides this."""
 
-    def arguments(self, inputs: Inputs, emit: Emit) -> dict[str, Any]:
+    def arguments(self, pipe: Any, inputs: Inputs, emit: Emit) -> dict[str, Any]:
         """The inputs that this stage's blocks read."""
         return {name: value for name, value in inputs.items() if name in self.blocks.input_names}
 
@@ -159,7 +159,7 @@ class Loaded:
 
         Raises BadResult naming the stage and the value when a result is not finite.
         """
-        arguments = self.stage.arguments(inputs, emit)
+        arguments = self.stage.arguments(self.pipe, inputs, emit)
         if self.stage.guided:
             # A guider decides in encode whether there are negative embeddings, and in denoise what they do; families
             # ship it on or off, so it is always set.

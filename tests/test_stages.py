@@ -15,8 +15,10 @@ from runner.artifacts import FolderStore, MemoryStore
 from stages.errors import BadResult, LoadError
 from stages.placement import Place, Resident
 from stages.split import split
+from stages.state import State
 
 STEPS, TOKENS = 3, 32
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 3, "seed": 1}
 
 
 def request(prompt: str = "a red circle", seed: int = 7, size: tuple[int, int] = (64, 48), **more: Any) -> Request:
@@ -53,7 +55,7 @@ def test_staged_equals_the_unsplit_modular_pipeline(
 
 
 def test_staged_equals_the_classic_pipeline_in_float32(flux: Path) -> None:
-    """Only in float32: in bfloat16 the classic pipeline rounds the timestep before it divides, the modular does not."""
+    """Only in float32: in bfloat16 the classic pipeline rounds the timestep before dividing, the modular does not."""
     asked = request(seed=3)
     pipe = FluxPipeline.from_pretrained(flux, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -102,7 +104,11 @@ def test_other_steps_reuse_the_embeddings(flux: Path) -> None:
 def test_one_prompt_many_seeds_is_encoded_once(flux: Path) -> None:
     seen: list[str] = []
     requests = [request(seed=seed, index=seed) for seed in range(3)]
-    report = run_all(make_plan("flux", requests, model=flux), emit=lambda kind, data: seen.append(f"{kind} {data.get('stage')}"))
+
+    def emit(kind: str, data: Any) -> None:
+        seen.append(f"{kind} {data.get('stage')}")
+
+    report = run_all(make_plan("flux", requests, model=flux), emit=emit)
     assert seen.count("item encode") == 1 and seen.count("item denoise") == 3
     pictures = [picture.pixels for picture in report.pictures]
     assert not np.array_equal(pictures[0], pictures[1])
@@ -115,7 +121,8 @@ def test_noise_does_not_depend_on_the_other_pictures_of_a_run(flux: Path) -> Non
 
 
 def test_another_guidance_makes_another_picture(flux: Path) -> None:
-    first, second = (run_all(make_plan("flux", [request(guidance=g)], model=flux)).pictures[0].pixels for g in (1.0, 9.0))
+    jobs = [make_plan("flux", [request(guidance=guidance)], model=flux) for guidance in (1.0, 9.0)]
+    first, second = (run_all(job).pictures[0].pixels for job in jobs)
     assert not np.array_equal(first, second)
 
 
@@ -135,15 +142,12 @@ def test_a_stage_gives_up_its_models_also_after_an_exception(flux: Path) -> None
 def test_an_exception_inside_the_pipeline_frees_the_model(flux: Path) -> None:
     """The frames of a kept traceback would hold the transformer, as they do in a notebook."""
     job, store = make_plan("flux", [request()], model=flux), MemoryStore(warn=print)
-    run_stage(job, "encode", store=store)
     models: list[Any] = []
-    denoise = job.stages[1]
-    with pytest.raises(RuntimeError) as kept:
-        with denoise.loaded(job.places) as loaded:
-            models.append(weakref.ref(loaded.pipe.transformer))
-            state = run_stage(job, "encode", store=store)[0]
-            broken = type(state)({**state.values, "prompt_embeds": state.tensors()["prompt_embeds"][..., :-1]}, state.tags)
-            loaded.run(broken, {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 1})
+    (state,) = run_stage(job, "encode", store=store)
+    embeds = state.tensors()["prompt_embeds"][..., :-1]
+    with pytest.raises(RuntimeError) as kept, job.stages[1].loaded(job.places) as loaded:
+        models.append(weakref.ref(loaded.pipe.transformer))
+        loaded.run(State({**state.values, "prompt_embeds": embeds}, state.tags), SMALL)
     gc.collect()
     assert kept.value is not None and models[0]() is None
 
@@ -154,8 +158,7 @@ def test_a_non_finite_embedding_stops_the_run_by_name(flux: Path) -> None:
     poisoned = state.tensors()["prompt_embeds"].clone()
     poisoned[0, 0, 0] = float("nan")
     with job.stages[1].loaded(job.places) as loaded, pytest.raises(BadResult, match=r"not finite after step 1\b"):
-        loaded.run(type(state)({**state.values, "prompt_embeds": poisoned}, state.tags),
-                   {"width": 64, "height": 64, "num_inference_steps": 3, "seed": 1})
+        loaded.run(State({**state.values, "prompt_embeds": poisoned}, state.tags), SMALL)
 
 
 def test_a_constant_picture_is_refused(flux: Path) -> None:
@@ -189,3 +192,19 @@ def test_a_missing_tensor_is_not_replaced_by_noise(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(LoadError, match="not in the files"):
         load(job.checkpoint.components["text_encoder_2"], Place(Resident("cpu"), torch.float32))
+
+
+def test_the_end_of_a_prompt_that_no_encoder_sees_is_told(flux: Path) -> None:
+    told: list[str] = []
+
+    def emit(kind: str, data: Any) -> None:
+        if kind == "warning":
+            told.append(str(data["text"]))
+
+    store = MemoryStore(warn=print)
+    long = "a red circle " * 40 + "and a small zebra"
+    run_all(make_plan("flux", [request()], model=flux), store=store, emit=emit, stop_after="encode")
+    assert told == []
+    report = run_all(make_plan("flux", [request(long)], model=flux), store=store, emit=emit, stop_after="encode")
+    (text,) = told
+    assert "zebra" in text and store.load_run(report.run)["warnings"] == [text]
