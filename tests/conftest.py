@@ -5,13 +5,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
 Cards = Callable[..., list[str]]
 
-# Below this a real card has no room for what is not ours: cuBLAS takes 8 to 32 MiB, the caching allocator 20 MiB steps.
+# Below this a real card has no room beside what is not ours: cuBLAS takes 8 to 32 MiB, torch reserves 20 MiB steps.
 _LEAST_REAL_LIMIT = 256 * 2**20
 
 
@@ -25,17 +24,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     real = [item for item in items if item.get_closest_marker("gpu")]
     if not real:
         return
-    kept, dropped = items, real
-    if _real_cards():
-        needless = "real cards are here and a process has one accelerator: -m 'not gpu' for the simulated ones"
+    if not _real_cards():
+        dropped = real
+    else:
+        dropped = [item for item in real if _simulates(item)]
+        reason = "real cards are here, and a process has one accelerator: -m 'not gpu' runs the simulated ones"
         for item in items:
-            if "sim" in _params(item):
-                item.add_marker(pytest.mark.skip(reason=needless))
-        dropped = [item for item in real if "sim" in getattr(item, "fixturenames", ())]
-    kept = [item for item in items if item not in set(dropped)]
+            if _simulates(item):
+                item.add_marker(pytest.mark.skip(reason=reason))
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+        gone = set(dropped)
+        items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture
@@ -115,9 +115,10 @@ def _real_cards() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _params(item: pytest.Item) -> list[Any]:
+def _simulates(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    return list(callspec.params.values()) if callspec else []
+    on_sim = callspec is not None and callspec.params.get("cards") == "sim"
+    return on_sim or "sim" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,9 @@ import torch
 
 from tests.sim.build import build
 
-__all__ = ["bfloat16", "configure", "copied", "corrupt", "delay", "fail_allocation", "reset", "reset_copied", "withdraw"]
+__all__ = [
+    "bfloat16", "configure", "copied", "corrupt", "delay", "fail_allocation", "reset", "reset_copied", "withdraw",
+]
 
 torch.ops.load_library(build())
 _backend = torch.ops.sim
@@ -83,18 +85,29 @@ def _index(device: str | int) -> int:
     return named.index
 
 
+def _card(device: str | int | torch.device) -> int:
+    index = device if isinstance(device, int) else torch.device(device).index
+    return torch.accelerator.current_device_index() if index is None else index
+
+
 def _device_module() -> ModuleType:
-    """What torch, diffusers and accelerate look for under `torch.sim`."""
+    """What torch and the libraries on it look for under `torch.sim`."""
     module = ModuleType("torch.sim")
-    module.is_available = lambda: bool(_backend.device_count())
-    module.device_count = _backend.device_count
-    module.current_device = torch.accelerator.current_device_index
-    module.set_device = torch.accelerator.set_device_index
-    module.is_bf16_supported = _backend.bfloat16
-    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16] if _backend.bfloat16() else [torch.float16]
-    module.manual_seed_all = module.manual_seed = _backend.seed
-    module.is_initialized = lambda: True
-    module._is_in_bad_fork = lambda: False
+    vars(module).update(
+        is_available=lambda: bool(_backend.device_count()),
+        is_initialized=lambda: True,
+        _is_in_bad_fork=lambda: False,
+        device_count=_backend.device_count,
+        current_device=torch.accelerator.current_device_index,
+        set_device=torch.accelerator.set_device_index,
+        get_device_name=lambda device="sim": "simulated card",
+        is_bf16_supported=_backend.bfloat16,
+        get_amp_supported_dtype=lambda: [torch.float16] + [torch.bfloat16] * _backend.bfloat16(),
+        manual_seed=_backend.seed,
+        manual_seed_all=_backend.seed,
+        get_rng_state=lambda device="sim": _backend.get_rng_state(_card(device)),
+        set_rng_state=lambda state, device="sim": _backend.set_rng_state(state, _card(device)),
+    )
     return module
 
 

@@ -64,9 +64,19 @@ at::Tensor host_side(const at::Tensor& tensor) {
   return tensor.is_cpu() ? tensor : on_host(tensor);
 }
 
+// What a broken link leaves: nothing, or bytes of no meaning, the same ones in every run.
 void spoil(const at::Tensor& tensor, Corruption how) {
   if (how == Corruption::zeros) tensor.zero_();
-  if (how == Corruption::noise) tensor.copy_(tensor.flip(0).to(at::kFloat).mul(-1.7).add(0.3));
+  if (how != Corruption::noise) return;
+  const at::Tensor noise = tensor.new_empty(tensor.sizes());
+  auto* bytes = static_cast<uint8_t*>(noise.mutable_data_ptr());
+  const uint8_t meaningful = tensor.scalar_type() == at::kBool ? 1 : 255;
+  uint32_t state = 1;
+  for (size_t i = 0; i < noise.nbytes(); ++i) {
+    state = state * 1664525 + 1013904223;
+    bytes[i] = (state >> 24) & meaningful;
+  }
+  tensor.copy_(noise);
 }
 
 at::Tensor copy_from(const at::Tensor& source, const at::Tensor& destination, bool) {
@@ -174,6 +184,10 @@ TORCH_LIBRARY(sim, library) {
   library.def("clear_faults() -> ()", clear_faults);
   library.def("copied() -> int[]", copied);
   library.def("clear_copied() -> ()", clear_copied);
+  library.def("get_rng_state(int card) -> Tensor", [](int64_t card) { return default_generator(card).get_state(); });
+  library.def("set_rng_state(Tensor state, int card) -> ()", [](const at::Tensor& state, int64_t card) {
+    default_generator(card).set_state(state);
+  });
   library.def("seed(int seed) -> ()", [](int64_t seed) {
     for (int index = 0; index < count(); ++index) default_generator(index).set_current_seed(seed);
   });
