@@ -4,26 +4,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import ModularPipeline
 from diffusers.modular_pipelines.modular_pipeline import (
     MODULAR_PIPELINE_MAPPING,
     LoopSequentialPipelineBlocks,
-    ModularPipelineBlocks,
 )
 
-from runner.artifacts import MemoryStore, key_of
 from stages.checkpoint import Checkpoint, check, find
 from stages.errors import LoadError
 from stages.families import FAMILIES
-from stages.placement import Place, Resident
 from stages.split import _groups, split
 from stages.state import State, Value
 from tests import tiny_families as tiny
+from tests.staging import run_staged, run_whole
 
 INPUTS: dict[str, Value] = {
     "prompt": "a red circle", "width": 64, "height": 48, "num_inference_steps": 2, "seed": 7,
@@ -82,63 +78,13 @@ def staged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     variations = [case.inputs(prompt="two small green squares")]
     if case.guidance is not None:
         variations.append(case.inputs(guidance_scale=2.0))
-    return Staged(case, model, run(model, [*variations, case.inputs()]))
-
-
-def run(model: Path, requests: Sequence[Mapping[str, Value]]) -> dict[str, list[State]]:
-    """Per stage the artifacts of the requests, each read back from the store before the next stage begins."""
-    stages = split(find(model), list(requests[0]))
-    places = {part.name: Place(Resident("cpu"), torch.float32) for stage in stages for part in stage.components}
-    store, before, artifacts = MemoryStore(warn=print), [State() for _ in requests], {}
-    for stage in stages:
-        keys = [key_of({"stage": stage.name, "index": index}) for index, _ in enumerate(requests)]
-        with stage.loaded(places) as loaded:
-            for key, state, inputs in zip(keys, before, requests, strict=True):
-                store.put(key, stage.name, loaded.run(state, inputs), {})
-        before = artifacts[stage.name] = [stored for key in keys if (stored := store.get(key)) is not None]
-    return artifacts
-
-
-class Keep(ModularPipelineBlocks):
-    """A pipeline block that keeps the values that pass it."""
-
-    model_name = "test"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, Any] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Keep":
-        return self
-
-    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        self.values = State(dict(state.values)).tensors()
-        return components, state
-
-
-def whole(case: Case, model: Path) -> tuple[torch.Tensor, dict[str, Keep]]:
-    """The unsplit modular pipeline's picture, uint8 [height, width, 3], and its values where we split it."""
-    blocks = ModularPipeline.from_pretrained(str(model)).blocks
-    kept = {"encode": Keep(), "denoise": Keep()}
-    for offset, (name, keep) in enumerate(kept.items()):
-        blocks.sub_blocks.insert(f"after_{name}", keep, list(blocks.sub_blocks).index("denoise") + offset)
-    pipe = blocks.init_pipeline(str(model))
-    pipe.load_components(dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    inputs = {name: value for name, value in case.inputs().items() if name != "seed"}
-    if "guider" in pipe.components:
-        scale = {} if case.guidance is None else {"guidance_scale": inputs.pop("guidance_scale")}
-        pipe.update_components(guider=pipe.guider.new(enabled=case.guidance is not None, **scale))
-    if case.family == "sd3":
-        # Without it the pipeline makes no negative embeddings: see test_upstream.
-        inputs["negative_prompt"] = ""
-    generator = torch.Generator("cpu").manual_seed(7)
-    images = pipe(**inputs, output_type="pt", generator=generator, output="images")
-    return (images[0].permute(1, 2, 0) * 255).round().to(torch.uint8), kept
+    return Staged(case, model, run_staged(model, [*variations, case.inputs()]))
 
 
 def test_staged_equals_the_unsplit_pipeline(staged: Staged) -> None:
-    pixels, kept = whole(staged.case, staged.model)
+    # Without a negative prompt SD3 guides by nothing: see test_upstream.
+    negative: dict[str, Value] = {"negative_prompt": ""} if staged.case.family == "sd3" else {}
+    pixels, kept = run_whole(staged.model, staged.case.inputs(**negative))
     assert torch.equal(staged.artifacts["decode"][-1].tensors()["pixels"], pixels)
     for stage, keep in kept.items():
         artifact = staged.artifacts[stage][-1].tensors()
