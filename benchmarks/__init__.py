@@ -1,0 +1,1 @@
+"""What the README says in numbers and pictures, made by scripts that anyone can run."""

@@ -1,0 +1,74 @@
+"""Every command of the README runs; large models stand in as tiny ones of the same classes."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.families import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+RUNS = [line[line.index("python -m runner") :] for line in LINES if "python -m runner" in line]
+INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install -q "
+
+
+def run(line: str, folder: Path, *more: str) -> list[str]:
+    """The lines that a command prints when it is run in `folder` with more options."""
+    words = [*shlex.split(line.replace("python", sys.executable, 1)), *more]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+    return done.stdout.splitlines()
+
+
+def test_there_are_two_commands_that_install() -> None:
+    """The second is what continuous integration runs (test_lint.py), the first differs in what follows the install."""
+    installing = [line for line in LINES if "pip install" in line]
+    assert [line.startswith(INSTALL) for line in installing] == [True, True]
+    assert all(line.startswith(INSTALL) or line in RUNS for line in LINES)
+
+
+def test_the_first_command_ends_with_a_picture(tmp_path: Path) -> None:
+    (first,) = (line for line in RUNS if "--model demo" in line)
+    assert run(first, tmp_path, "--device", "cpu") == ["demo.png"]
+    assert Image.open(tmp_path / "demo.png").size == (128, 128)
+
+
+def test_every_other_command_runs(flux: Path, tmp_path: Path) -> None:
+    small = ("--model", str(flux), "--size", "64x48", "--device", "cpu")
+    for line in RUNS:
+        if "--model demo" in line:
+            continue
+        more = small if "--like" not in line else ("--model", str(flux), "--device", "cpu")
+        steps = ("--steps", "2") if "--steps" not in line and "--like" not in line else ()
+        printed = run(line, tmp_path, *more, *steps)
+        assert printed and all((tmp_path / path).exists() for path in printed)
+    shots = [np.asarray(Image.open(tmp_path / name)) for name in ("more-steps.png", "decoded-again.png",
+                                                                  "the-same-pixels.png")]
+    assert all(np.array_equal(shots[0], shot) for shot in shots)
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    check = "\nassert picture.shape == (128, 128, 3) and len(embeddings) == len(latents) == 1"
+    subprocess.run([sys.executable, "-c", code + check], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"demo"}))
+def test_every_family_is_listed_with_its_defaults(family: str) -> None:
+    listed = FAMILIES[family]
+    size, guidance = "x".join(map(str, listed.size)), "-" if listed.guidance is None else listed.guidance
+    assert f"| `{family}` | {listed.repo} | {size} | {listed.steps} | {guidance} |" in README
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_what_the_readme_links_to_is_there(path: str) -> None:
+    assert (ROOT / path).exists()
