@@ -57,7 +57,6 @@ def _sim_cards() -> Iterator[Cards]:
     sim = _simulated()
 
     def give(*limits: int) -> list[str]:
-        gc.collect()
         sim.configure(limits)
         sim.reset()
         for index in range(len(limits)):
@@ -66,7 +65,6 @@ def _sim_cards() -> Iterator[Cards]:
 
     yield give
     sim.reset()
-    gc.collect()
     sim.withdraw()
 
 
