@@ -16,6 +16,7 @@ import transformers
 from runner.artifacts import ArtifactStore, key_of, open_store
 from runner.memory import Flushed, Meter
 from runner.plan import Plan, inputs_of
+from runner.readahead import read_ahead
 from runner.request import Request
 from stages.errors import StageOutOfMemory, StoreError
 from stages.stage import Emit, Loaded, Stage, silent
@@ -95,7 +96,7 @@ def run_all(
     for index, stage in enumerate(stages):
         before = keys[stages[index - 1].name] if index else None
         anew = from_stage is not None and STAGES.index(stage.name) >= STAGES.index(from_stage)
-        shift = Shift(plan, stage, store, keeping(emit, warned), anew)
+        shift = Shift(plan, stage, store, keeping(emit, warned), anew, following(stages, index, todo))
         reports.append(shift.work(keys[stage.name], before, todo[stage.name]))
     store.save_run(name, {**record, "status": "done", "warnings": list(warned)})
     pictures = () if stop_after in ("encode", "denoise") else tuple(
@@ -159,6 +160,7 @@ class Shift:
     store: ArtifactStore
     emit: Emit
     anew: bool = False
+    following: Stage | None = None
 
     def work(self, keys: Sequence[str], before: Sequence[str] | None, todo: Sequence[int]) -> StageReport:
         """Compute `todo`, the indices of the requests whose artifact is missing; `before` are the keys to read."""
@@ -192,6 +194,9 @@ class Shift:
         with self.stage.loaded(self.plan.places, self.emit) as loaded:
             seconds["load"] = time.perf_counter() - start
             self.emit("loaded", {"stage": self.stage.name, "seconds": seconds["load"]})
+            if self.following is not None:
+                files = [file for component in self.following.components for file in component.files]
+                self.emit("readahead", {"stage": self.following.name, "bytes": read_ahead(files)})
             for position, (key, index) in enumerate(sorted(first.items(), key=lambda item: item[1])):
                 self.emit("item", {"stage": self.stage.name, "index": position, "of": len(first)})
                 with self.store.working(key):
@@ -221,6 +226,11 @@ class Shift:
         used = ", ".join(f"{device} peaked at {peak / 2**30:.2f} GiB" for device, peak in meter.peak().items())
         text = str(error).splitlines()[0]
         return f"{self.stage.name} ran out of memory ({used}): {text} The artifacts of earlier stages are kept."
+
+
+def following(stages: Sequence[Stage], index: int, todo: Mapping[str, Sequence[int]]) -> Stage | None:
+    """The stage behind stage `index` that will be loaded, if there is one."""
+    return next((stage for stage in stages[index + 1 :] if todo[stage.name]), None)
 
 
 def keeping(emit: Emit, texts: list[str]) -> Emit:
