@@ -31,6 +31,7 @@ def lost(pipe: Any, tokenizer: str, inputs: Inputs) -> str:
     FLUX.1 the cut in CLIP is usual, and harmless while T5 reads on.
     """
     reader = getattr(pipe, tokenizer)
+    reader = getattr(reader, "tokenizer", reader)  # FLUX.2 has a processor, which holds one.
     limit = reader.model_max_length
     if "CLIP" not in type(reader).__name__ and isinstance(inputs.get("max_sequence_length"), int):
         limit = inputs["max_sequence_length"]
