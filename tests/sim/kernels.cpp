@@ -112,7 +112,8 @@ class Call {
         if (value.toDevice().type() == c10::DeviceType::PrivateUse1) device_ = indexed(value.toDevice());
         value = c10::Device(c10::DeviceType::CPU);
       } else if (value.isGenerator()) {
-        TORCH_CHECK(false, "Expected a 'sim' device type for generator but found '", value.toGenerator().device(), "'");
+        const c10::Device found = value.toGenerator().device();
+        TORCH_CHECK(false, "Expected a 'sim' device type for generator but found '", found, "'");
       } else if (value.isNone() && formal.name() == "generator") {
         value = default_generator(card_index());
       }

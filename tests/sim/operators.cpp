@@ -137,14 +137,13 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("resize_", resize);
   library.impl("set_.source_Storage_storage_offset", set_storage);
   library.impl("set_.source_Storage", at::native::set_);
+  library.impl("set_.source_Tensor", at::native::set_tensor_);
   library.impl("set_", set_empty);
   library.impl("_copy_from", copy_from);
   library.impl("_copy_from_and_resize", copy_from_and_resize);
   library.impl("_local_scalar_dense", local_scalar);
   library.impl("_has_compatible_shallow_copy_type", can_take_data);
   library.impl("record_stream", record_stream);
-
-  library.impl("set_.source_Tensor", at::native::set_tensor_);
 }
 
 // Where torch has a composite kernel as well as the host's own, it would pick the composite, whose
@@ -156,10 +155,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
     const auto op = c10::Dispatcher::singleton().findOp(name);
     if (!op || op->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) continue;
     if (op->hasKernelForDispatchKey(c10::DispatchKey::CPU) && op->hasSchema()) {
-      library.impl(name.overload_name.empty() ? name.name.c_str() : (name.name + "." + name.overload_name).c_str(), hosts());
+      library.impl(c10::toString(name).c_str(), hosts());
     }
   }
-  for (const char* name : {"conj_physical_", "convolution", "scaled_dot_product_attention"}) library.impl(name, hosts());
+  for (const char* name : {"conj_physical_", "convolution", "scaled_dot_product_attention"}) {
+    library.impl(name, hosts());
+  }
 }
 
 // The host's copy reads conjugated and negated views; resolving them first would copy, without end.
@@ -176,15 +177,17 @@ TORCH_LIBRARY(sim, library) {
   library.def("device_count() -> int", [] { return static_cast<int64_t>(count()); });
   library.def("fail_allocation(int card, int nth) -> ()", fail_allocation);
   library.def("delay(float per_kernel, float per_copied_byte) -> ()", delay);
-  library.def("corrupt(int source, int destination, int how) -> ()", [](int64_t source, int64_t destination, int64_t how) {
-    corrupt(source, destination, static_cast<Corruption>(how));
+  library.def("corrupt(int source, int destination, int how) -> ()", [](int64_t from, int64_t to, int64_t how) {
+    corrupt(from, to, static_cast<Corruption>(how));
   });
   library.def("set_bfloat16(bool supported) -> ()", set_bfloat16);
   library.def("bfloat16() -> bool", bfloat16);
   library.def("clear_faults() -> ()", clear_faults);
   library.def("copied() -> int[]", copied);
   library.def("clear_copied() -> ()", clear_copied);
-  library.def("get_rng_state(int card) -> Tensor", [](int64_t card) { return default_generator(card).get_state(); });
+  library.def("get_rng_state(int card) -> Tensor", [](int64_t card) {
+    return default_generator(card).get_state();
+  });
   library.def("set_rng_state(Tensor state, int card) -> ()", [](const at::Tensor& state, int64_t card) {
     default_generator(card).set_state(state);
   });

@@ -28,7 +28,9 @@ struct PinnedAllocator final : at::HostAllocator {
     if (bytes > 0) pinned.insert(host->get());
     return {host->get(), host, &unpin, c10::Device(c10::DeviceType::CPU)};
   }
-  void copy_data(void* dest, const void* src, std::size_t bytes) const override { default_copy_data(dest, src, bytes); }
+  void copy_data(void* dest, const void* src, std::size_t bytes) const override {
+    default_copy_data(dest, src, bytes);
+  }
   bool record_event(void*, void*, c10::Stream) override { return true; }
   void empty_cache() override {}
   at::HostStats get_stats() override { return {}; }
