@@ -44,6 +44,6 @@ FAMILIES = {
         Family("sd3", "stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline", 28, 3.5, 256, MEGAPIXEL),
         # Distilled to 8 steps without guidance, as in the example of ZImagePipeline.
         Family("z-image", "Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline", 8, None, 512, MEGAPIXEL),
-        Family("demo", "demo", "FluxPipeline", 16, None, 24, (128, 128)),
+        Family("demo", "demo", "FluxPipeline", 16, None, 20, (128, 128)),
     )
 }
