@@ -1,29 +1,34 @@
 """The plan: which model, which requests, and where every component goes, before anything is loaded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from runner.demo import CHECKPOINT
+from runner.ladder import Rung
+from runner.limits import limited, read_machine
+from runner.placing import Need, Placer
 from runner.request import Request, nearest
+from runner.wishes import read_wishes
 from stages.checkpoint import Checkpoint, check, find
-from stages.dtypes import choose
-from stages.errors import PlanError
 from stages.families import FAMILIES, Family
-from stages.files import read_json
 from stages.machine import Machine, probe
 from stages.placement import Place, Resident
 from stages.split import require, split
 from stages.stage import Stage
 from stages.state import Value
-from stages.weights import Weights, weigh
+from stages.weights import Weights
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do: its model, its requests, its stages, and the place of every component."""
+    """What a run will do: its model, its requests, its stages, and the place of every component.
+
+    `needs` are the bytes on each device in each stage, `rungs` what was tried to place it, `reasons` why a component
+    has its type.
+    """
 
     family: Family
     checkpoint: Checkpoint
@@ -32,11 +37,21 @@ class Plan:
     stages: tuple[Stage, ...]
     places: Mapping[str, Place]
     weights: Mapping[str, Weights]
+    needs: Mapping[str, Mapping[str, Need]] = field(default_factory=dict)
+    rungs: Mapping[str, tuple[Rung, ...]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    lanes: int = 1
 
     @property
     def devices(self) -> tuple[str, ...]:
         """The names of the devices that the run may use."""
         return tuple(device.name for device in self.machine.devices)
+
+    @property
+    def tile(self) -> int | None:
+        """The pixels along a side of the tiles that pictures are decoded in; None where they are decoded whole."""
+        sides = (place.placement.tile for place in self.places.values() if isinstance(place.placement, Resident))
+        return next((side for side in sides if side is not None), None)
 
 
 def make_plan(
@@ -47,23 +62,57 @@ def make_plan(
     revision: str | None = None,
     dtype: Mapping[str, torch.dtype] | None = None,
     devices: Sequence[str] = (),
+    machine: str | Machine | None = None,
+    max_memory: str | None = None,
+    place: Sequence[str] = (),
+    allow_offload: bool = False,
+    lanes: int = 1,
 ) -> Plan:
-    """Find and check the model, and place every component.
+    """Find and check the model, and place every component where it fits together with its activations.
 
-    `dtype` maps component names to types ("" stands for all others). Raises LoadError, PlanError or ValueError.
+    `dtype` maps component names to types ("" stands for all others). `machine` is one that need not be here, such as
+    "2x16GB"; `max_memory`, `place` and `allow_offload` are those of the command line; `lanes` requests are denoised
+    at once. Raises LoadError, PlanError or ValueError.
     """
     chosen = family_of(family, model)
-    require(chosen.requires)
+    there = read_machine(machine) if isinstance(machine, str) else machine or probe(devices)
+    if max_memory is not None:
+        there = limited(there, max_memory)
+    if there.here:
+        require(chosen.requires)
     source = CHECKPOINT if chosen.repo == "demo" and model in (None, "demo") else model or chosen.repo
     check(find(source, revision=revision, components=()), family=chosen)
     checkpoint = find(source, revision=revision)
     if source == CHECKPOINT:
         checkpoint = replace(checkpoint, source="demo")
-    check_sizes(requests, size_multiple(checkpoint, chosen))
-    machine = probe(devices)
     stages = split(checkpoint, inputs_of(requests[0]))
-    places, weights = _place(stages, machine, dtype or {})
-    return Plan(chosen, checkpoint, tuple(requests), machine, stages, places, weights)
+    multiple = stages[1].scale_factor * chosen.patch
+    check_sizes(requests, multiple)
+    most = largest(requests)
+    placer = Placer(there, inputs_of(most), dtype or {}, read_wishes(place, stages), allow_offload, lanes,
+                    smaller(most, multiple))
+    placed = placer.place(stages)
+    return Plan(chosen, checkpoint, tuple(requests), there, stages, placed.places, placed.weights, placed.needs,
+                placed.rungs, placed.reasons, lanes)
+
+
+def largest(requests: Sequence[Request]) -> Request:
+    """A request that takes at least as much memory as any of these: the most pixels, tokens and words of all."""
+    widest = max(requests, key=lambda request: request.width * request.height)
+    longest = max((request.prompt for request in requests), key=lambda prompt: len(prompt.encode()))
+    # A second step finds what the first one left; later ones find the same.
+    return replace(widest, prompt=longest, text_tokens=max(request.text_tokens for request in requests),
+                   steps=min(2, max(request.steps for request in requests)))
+
+
+def smaller(request: Request, multiple: int) -> dict[str, float]:
+    """Smaller sizes of the same shape, the largest first, with their part of the request's pixels."""
+    found = {}
+    for part in (0.875, 0.75, 0.625, 0.5, 0.375, 0.25):
+        width, height = (int(side * part) // multiple * multiple for side in (request.width, request.height))
+        if width and height:
+            found[f"{width}x{height}"] = width * height / (request.width * request.height)
+    return found
 
 
 def family_of(name: str, model: str | Path | None) -> Family:
@@ -84,12 +133,6 @@ def inputs_of(request: Request) -> dict[str, Value]:
     return inputs if request.guidance is None else inputs | {"guidance_scale": request.guidance}
 
 
-def size_multiple(checkpoint: Checkpoint, family: Family) -> int:
-    """What width and height must be a multiple of: the VAE's scale factor times the transformer's patch."""
-    config = read_json(checkpoint.components["vae"].folder / "config.json")
-    return int(2 ** (len(config["block_out_channels"]) - 1)) * family.patch
-
-
 def check_sizes(requests: Sequence[Request], multiple: int) -> None:
     """Raise ValueError for a size that the model would silently round."""
     for request in requests:
@@ -99,20 +142,3 @@ def check_sizes(requests: Sequence[Request], multiple: int) -> None:
                 f"--size {request.width}x{request.height}: this model makes multiples of {multiple}; "
                 f"nearest are {below[0]}x{below[1]} and {above[0]}x{above[1]}"
             )
-
-
-def _place(
-    stages: Sequence[Stage], machine: Machine, dtypes: Mapping[str, torch.dtype]
-) -> tuple[dict[str, Place], dict[str, Weights]]:
-    device = max(machine.devices, key=lambda device: device.free)
-    places, weights = {}, {}
-    for stage in stages:
-        for component in stage.components:
-            dtype = dtypes.get(component.name) or dtypes.get("") or choose(component, device)
-            places[component.name] = Place(Resident(device.name), dtype)
-            weights[component.name] = weigh(component, dtype)
-        need = sum(weights[component.name].total for component in stage.components)
-        if need > device.free:
-            raise PlanError(f"{stage.name} needs {need / 2**30:.1f} GiB; {device.name} has "
-                            f"{device.free / 2**30:.1f} GiB free")
-    return places, weights

@@ -5,36 +5,74 @@ simulated accelerator of the tests alike.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+MIB = 2**20
+# What a kind of device needs besides tensors: workspaces of its libraries, and what its allocator cannot use up.
+_SPARE = {"cuda": 512 * MIB, "xpu": 512 * MIB, "cpu": 256 * MIB}
+# A convolution may turn its operands into another layout, in as many bytes again as they have.
+_SCRATCH = {"cuda": 1.0, "xpu": 1.0, "cpu": 1.0}
+
 
 @dataclass(frozen=True)
 class Device:
-    """One device: its name as torch has it ("cuda:0", "cpu"), bytes in all and free, and whether it has bfloat16."""
+    """One device: its name as torch has it ("cuda:0", "cpu"), bytes in all and free, and whether it has bfloat16.
+
+    Of the free bytes `spare` are left to the runtime; `limit` is what the user allows at most.
+    """
 
     name: str
     total: int
     free: int
     bfloat16: bool
     label: str = ""
+    limit: int | None = None
 
     @property
     def is_host(self) -> bool:
         """Whether the device's memory is the host's."""
         return self.name == "cpu"
 
+    @property
+    def spare(self) -> int:
+        """Bytes left to the runtime: what it takes besides tensors."""
+        return _SPARE.get(torch.device(self.name).type, 0)
+
+    @property
+    def scratch(self) -> float:
+        """What a convolution takes for a moment besides its operands, as a factor of their bytes."""
+        return _SCRATCH.get(torch.device(self.name).type, 0.0)
+
+    @property
+    def room(self) -> int:
+        """Bytes for weights and activations."""
+        most = self.free - self.spare
+        return max(0, most if self.limit is None else min(self.limit, most))
+
 
 @dataclass(frozen=True)
 class Machine:
-    """The devices in the order of use, and the host's memory in bytes under the container's limit."""
+    """The devices in the order of use, and the host's memory in bytes under the container's limit.
+
+    A machine that is not `here` can be planned for, and nothing else.
+    """
 
     devices: tuple[Device, ...]
     host_total: int
     host_free: int
+    here: bool = True
+
+    def __getitem__(self, name: str) -> Device:
+        return next(device for device in self.devices if device.name == name)
+
+    @property
+    def cards(self) -> tuple[Device, ...]:
+        """The devices that are not the host."""
+        return tuple(device for device in self.devices if not device.is_host)
 
 
 def probe(names: Sequence[str] = ()) -> Machine:
@@ -44,7 +82,7 @@ def probe(names: Sequence[str] = ()) -> Machine:
     """
     total, free = host_memory()
     known = {f"{kind}:{index}": index for kind, index in _accelerators()}
-    chosen = [_full_name(name) for name in names] or list(known) or ["cpu"]
+    chosen = [_full_name(name, known) for name in names] or list(known) or ["cpu"]
     for name in chosen:
         if name != "cpu" and name not in known:
             there = ", ".join((*known, "cpu"))
@@ -54,6 +92,14 @@ def probe(names: Sequence[str] = ()) -> Machine:
     return Machine(tuple(_device(name, total, free) for name in chosen), total, free)
 
 
+def imagined(sizes: Sequence[int]) -> Machine:
+    """A machine with this host and cards of so many bytes, of which 512 MiB are taken already."""
+    total, free = host_memory()
+    cards = (Device(f"cuda:{index}", size, max(0, size - 512 * MIB), True, "imagined")
+             for index, size in enumerate(sizes))
+    return Machine(tuple(cards), total, free, here=False)
+
+
 def _accelerators() -> list[tuple[str, int]]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
@@ -61,7 +107,9 @@ def _accelerators() -> list[tuple[str, int]]:
     return [(accelerator.type, index) for index in range(torch.accelerator.device_count())]
 
 
-def _full_name(name: str) -> str:
+def _full_name(name: str, known: Mapping[str, int]) -> str:
+    if name.isdecimal():
+        name = next((full for full, index in known.items() if index == int(name)), f"cuda:{name}")
     try:
         device = torch.device(name)
     except RuntimeError:

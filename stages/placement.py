@@ -1,14 +1,18 @@
 """Where one component's weights live: on one device, or dealt over several."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import groupby
+from typing import Any, Protocol
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
-from stages.crossing import Crossing
+from stages.crossing import Crossing, Move, direct
+from stages.errors import PlanError
+from stages.weights import Weights
 
 
 class Placement(Protocol):
@@ -20,49 +24,113 @@ class Placement(Protocol):
         ...
 
     @property
+    def at_work(self) -> dict[str, str]:
+        """Module name to the device that it computes on; "" stands for the model."""
+        ...
+
+    @property
+    def at_rest(self) -> dict[str, str]:
+        """Module name to the device that holds its weights between calls; "" stands for the model."""
+        ...
+
+    @property
     def device_map(self) -> dict[str, str]:
         """Module name to device, as `from_pretrained` takes it: every tensor is read straight to its device."""
         ...
 
-    def attach(self, model: nn.Module, home: str) -> None:
-        """Make the loaded model take inputs from, and give outputs to, the device `home`."""
+    def share(self, weights: Weights) -> dict[str, int]:
+        """The bytes of the component that each device holds between calls."""
+        ...
+
+    def attach(self, model: nn.Module, home: str, move: Move = direct) -> None:
+        """Make the loaded model take inputs from, and give outputs to, the device `home`; `move` copies."""
         ...
 
 
 @dataclass(frozen=True)
 class Resident:
-    """The whole component on one device."""
+    """The whole component on one device; a VAE with a `tile` decodes in tiles of so many pixels a side."""
 
     device: str
+    tile: int | None = None
+
+    def __str__(self) -> str:
+        return self.device if self.tile is None else f"{self.device} in tiles of {self.tile} pixels"
 
     @property
     def entry(self) -> str:
         return self.device
 
     @property
-    def device_map(self) -> dict[str, str]:
+    def at_work(self) -> dict[str, str]:
         return {"": self.device}
 
-    def attach(self, model: nn.Module, home: str) -> None:
+    @property
+    def at_rest(self) -> dict[str, str]:
+        return self.at_work
+
+    @property
+    def device_map(self) -> dict[str, str]:
+        return self.at_work
+
+    def share(self, weights: Weights) -> dict[str, int]:
+        return {self.device: weights.total}
+
+    def attach(self, model: nn.Module, home: str, move: Move = direct) -> None:
+        if self.tile is not None:
+            cut(model, self.tile)
         if torch.device(home) != torch.device(self.device):
-            Crossing(model, {"": self.device}, home)
+            Crossing(model, {"": self.device}, home, move)
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """Blocks dealt over several devices; everything else stays on `entry`, where a pass starts and ends."""
+    """Blocks dealt over `devices`; everything else, named in `rest`, stays on `entry`, where a pass starts and ends.
+
+    The blocks named in `hosted` wait in host memory, and are on their device only while they compute.
+    """
 
     entry: str
     devices: Mapping[str, str]
+    rest: tuple[str, ...] = ()
+    hosted: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        dealt = ",".join(f"{device}:{len(list(run))}" for device, run in groupby(self.devices.values()))
+        return f"{dealt} ({len(self.hosted)} of them streamed)" if self.hosted else dealt
+
+    @property
+    def at_work(self) -> dict[str, str]:
+        return {"": self.entry, **self.devices}
+
+    @property
+    def at_rest(self) -> dict[str, str]:
+        return self.at_work | dict.fromkeys(self.hosted, "cpu")
 
     @property
     def device_map(self) -> dict[str, str]:
-        return dict(self.devices)
+        # No name may hold another's: accelerate first moves what stands under the outer one to its device. And with
+        # some on the host it would leave them on the meta device, so then `attach` moves the others.
+        if self.hosted:
+            return {"": "cpu"}
+        return {**dict.fromkeys(self.rest, self.entry), **self.devices}
 
-    def attach(self, model: nn.Module, home: str) -> None:
+    def share(self, weights: Weights) -> dict[str, int]:
+        found = Counter({self.entry: sum(weights.rest.values())})
+        for block, size in weights.blocks.items():
+            found[self.at_rest[block]] += size
+        return dict(found)
+
+    def attach(self, model: nn.Module, home: str, move: Move = direct) -> None:
         # from_pretrained leaves accelerate's hooks behind, which send every argument of every block again.
         remove_hook_from_module(model, recurse=True)
-        Crossing(model, self.devices, home)
+        if self.hosted:
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                tensor.data = move(tensor.data, standing(name, self.at_rest))
+        around = dict.fromkeys(outside(model, self.devices), self.entry)
+        Crossing(model, {"": self.entry, **around, **self.devices}, home, move)
+        for block in self.hosted:
+            stream(model.get_submodule(block), self.devices[block], move)
 
 
 @dataclass(frozen=True)
@@ -74,3 +142,60 @@ class Place:
 
 
 Places = Mapping[str, Place]
+
+
+def outside(model: nn.Module, blocks: Collection[str]) -> tuple[str, ...]:
+    """The outermost modules that neither are blocks nor hold some."""
+    above = _above(blocks)
+    return tuple(
+        name for name, _ in model.named_modules()
+        if name not in above and name not in blocks and name.rpartition(".")[0] in above
+    )
+
+
+def remainder(model: nn.Module, blocks: Collection[str]) -> tuple[str, ...]:
+    """The names that cover all of the model that is in no block: modules, and tensors of modules that hold blocks."""
+    above = _above(blocks)
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return (*outside(model, blocks), *(name for name in names if name.rpartition(".")[0] in above))
+
+
+def standing(name: str, devices: Mapping[str, str]) -> str:
+    """The device of a tensor: that of the longest module name in the map that it stands under."""
+    while name not in devices and name:
+        name = name.rpartition(".")[0]
+    return devices[name]
+
+
+def _above(blocks: Collection[str]) -> set[str]:
+    return {""} | {name[:at] for name in blocks for at, letter in enumerate(name) if letter == "."}
+
+
+def stream(block: nn.Module, device: str, move: Move) -> None:
+    """Make a block in host memory have its weights on `device` for each call; they are copied there, never back."""
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def fetch(*call: Any) -> None:
+        waiting.extend((tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers()))
+        for tensor, data in waiting:
+            tensor.data = move(data, device)
+
+    def drop(*call: Any) -> None:
+        for tensor, data in waiting:
+            tensor.data = data
+        waiting.clear()
+
+    block.register_forward_pre_hook(fetch)
+    block.register_forward_hook(drop, always_call=True)
+
+
+def cut(model: Any, side: int) -> None:
+    """Make a VAE work in tiles of `side` pixels; PlanError for one whose tiles have no size to set."""
+    if hasattr(model, "tile_sample_min_height"):
+        model.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+    elif hasattr(model, "tile_latent_min_size"):
+        scale = model.tile_sample_min_size // model.tile_latent_min_size
+        model.tile_sample_min_size, model.tile_latent_min_size = side, side // scale
+        model.enable_tiling()
+    else:
+        raise PlanError(f"{type(model).__name__} cannot decode in tiles: choose a smaller --size")

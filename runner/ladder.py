@@ -1,0 +1,253 @@
+"""Where a stage's components go: the first rung that fits, and why those before it do not.
+
+    resident   all of them on the card with most room
+    apart      whole components on different cards
+    sharded    components too large for a card dealt over several, block by block
+    streamed   as sharded, with some blocks waiting in host memory; only where that is allowed
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from runner.events import gib
+from stages.deal import Hand, deal
+from stages.errors import PlanError
+from stages.machine import Device, Machine
+from stages.placement import Placement, Resident, Sharded
+from stages.weights import Weights
+
+Rooms = dict[str, int]
+Placements = dict[str, Placement]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A way to place a stage that was tried; `refused` says why it does not fit, and is empty where it does."""
+
+    name: str
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a stage asks of a machine.
+
+    `work` are the operations in each block of a component, `reserve` the bytes that each device keeps for
+    activations, `rest` gives the names outside the blocks of a component. `fixed` components are placed already. With
+    `lanes` requests in flight as many cards are of use; `split` says whether components may be split, and `offload`
+    whether blocks may wait in host memory. `smaller` are smaller pictures with their part of the pixels.
+    """
+
+    stage: str
+    weights: Mapping[str, Weights]
+    work: Mapping[str, Mapping[str, int]]
+    reserve: Mapping[str, int]
+    rest: Callable[[str], tuple[str, ...]]
+    fixed: Mapping[str, Placement] = field(default_factory=dict)
+    lanes: int = 1
+    split: bool = True
+    offload: bool = False
+    smaller: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all weights."""
+        return sum(weights.total for weights in self.weights.values())
+
+    @property
+    def open(self) -> list[Weights]:
+        """What is to be placed, the largest first."""
+        return sorted((w for name, w in self.weights.items() if name not in self.fixed), key=lambda w: -w.total)
+
+
+class NoRung(PlanError):
+    """A stage that fits on no rung; `options` are those of the command line that would make it fit, where some do."""
+
+    def __init__(self, text: str, rungs: Sequence[Rung], options: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.rungs, self.options = tuple(rungs), tuple(options)
+
+
+def climb(ask: Ask, machine: Machine, only: str | None = None) -> tuple[Placements, tuple[Rung, ...]]:
+    """The placements of the first rung that fits, and every rung that was tried.
+
+    `only` names the one rung to try. Raises NoRung with the arithmetic of each and the least change that would fit.
+    """
+    placements, rungs = _climbed(ask, machine, only)
+    if placements is not None:
+        return placements, rungs
+    words, options = change(ask, machine, only)
+    tried = "".join(f"\n  {rung.name}: {rung.refused}" for rung in rungs)
+    raise NoRung(f"{ask.stage} does not fit.{tried}\n-> {words}", rungs, options)
+
+
+def change(ask: Ask, machine: Machine, only: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """The least change that makes a stage fit: in words, and as options of the command line."""
+    if (only or ask.fixed) and _climbed(replace(ask, fixed={}), machine)[0] is not None:
+        return f"it fits without --place {ask.stage}", ()
+    ask = replace(ask, fixed={})
+    free = replace(machine, devices=tuple(replace(device, limit=None) for device in machine.devices))
+    if free != machine and _climbed(ask, free)[0] is not None:
+        return "it fits without --max-memory", ("--max-memory", "100%")
+    streamed = _climbed(replace(ask, offload=True), machine)[0] if machine.cards else None
+    if streamed is not None:
+        waiting = sum(streamed[name].share(weights).get("cpu", 0) for name, weights in ask.weights.items())
+        return (f"--allow-offload cpu: {gib(waiting)} would wait in host memory and be copied to the card for every "
+                f"pass"), ("--allow-offload", "cpu")
+    for size, part in ask.smaller.items():
+        # What does not shrink with the picture, such as the prompt, is a small part.
+        reserve = {name: int(held * min(1, part + 0.1)) for name, held in ask.reserve.items()}
+        if _climbed(replace(ask, reserve=reserve), machine)[0] is not None:
+            return f"--size {size}: a smaller picture needs less for activations", ("--size", size)
+    return f"it would fit with {gib(lacking(ask, machine))} more on {_usable(machine)[0].name}", ()
+
+
+def lacking(ask: Ask, machine: Machine) -> int:
+    """The bytes that the first device lacks for the stage to fit, to the next 1/16 of a GiB or 1/256 of its need."""
+    first = _usable(machine)[0]
+    step = min(2**26, max(1, ask.total >> 8))
+    more = 0
+    while True:
+        more += step
+        grown = replace(first, total=first.total + more, free=first.free + more, limit=None)
+        devices = (grown, *(device for device in machine.devices if device.name != first.name))
+        if _climbed(ask, replace(machine, devices=devices))[0] is not None:
+            return more
+        step *= 2 if more >= 64 * step else 1
+
+
+def _climbed(
+    ask: Ask, machine: Machine, only: str | None = None
+) -> tuple[Placements | None, tuple[Rung, ...]]:
+    rooms = {device.name: device.room - ask.reserve.get(device.name, 0) for device in _usable(machine)}
+    for name, placement in ask.fixed.items():
+        for device, size in placement.share(ask.weights[name]).items():
+            rooms[device] = rooms.get(device, machine.host_free) - size
+    if short := [name for name, room in rooms.items() if room < 0 and ask.fixed]:
+        return None, (Rung("as placed", f"{short[0]} lacks {gib(-rooms[short[0]])}"),)
+    rungs: list[Rung] = []
+    for name in LADDER if only is None else [only]:
+        found = LADDER[name](ask, machine, dict(rooms))
+        if isinstance(found, dict):
+            return {**ask.fixed, **found}, (*rungs, Rung(name))
+        if found:
+            rungs.append(Rung(name, found))
+    return None, tuple(rungs)
+
+
+def _resident(ask: Ask, machine: Machine, rooms: Rooms) -> Placements | str:
+    best = max(rooms, key=lambda name: rooms[name])
+    need = sum(weights.total for weights in ask.open)
+    if need <= rooms[best]:
+        return {weights.component: Resident(best) for weights in ask.open}
+    return f"{gib(need)} of weights on one device; {_room(machine, rooms, best, ask)}"
+
+
+def _apart(ask: Ask, machine: Machine, rooms: Rooms) -> Placements | str:
+    if len(ask.open) < 2 or len(rooms) < 2:
+        return ""
+    found: Placements = {}
+    for weights in ask.open:
+        best = max(rooms, key=lambda name: rooms[name])
+        if weights.total > rooms[best]:
+            return f"{weights.component} has {gib(weights.total)} of weights; {_room(machine, rooms, best, ask)}"
+        rooms[best] -= weights.total
+        found[weights.component] = Resident(best)
+    return found
+
+
+def _sharded(ask: Ask, machine: Machine, rooms: Rooms) -> Placements | str:
+    if len(rooms) < 2 or not ask.split:
+        return ""
+    found: Placements = {}
+    for weights in ask.open:
+        best = max(rooms, key=lambda name: rooms[name])
+        whole = weights.total <= rooms[best] and len(ask.open) > 1
+        placement = Resident(best) if whole else _dealt(ask, weights, rooms)
+        if placement is None:
+            return _short(ask, machine, weights, rooms)
+        found[weights.component] = placement
+        for device, size in placement.share(weights).items():
+            rooms[device] -= size
+    return found
+
+
+def _streamed(ask: Ask, machine: Machine, rooms: Rooms) -> Placements | str:
+    if not machine.cards or not ask.split:
+        return ""
+    if not ask.offload:
+        return "what does not fit would wait in host memory, which nobody allowed"
+    found: Placements = {}
+    host = machine.host_free
+    for weights in ask.open:
+        best = max(rooms, key=lambda name: rooms[name])
+        whole = weights.total <= rooms[best]
+        placement = Resident(best) if whole else _with_hosted(ask, weights, rooms)
+        if placement is None:
+            return f"not even one block of {weights.component} at a time; {_room(machine, rooms, best, ask)}"
+        share = placement.share(weights)
+        host -= share.pop("cpu", 0)
+        if host < 0:
+            waiting = machine.host_free - host
+            return f"{gib(waiting)} would wait in host memory, which has {gib(machine.host_free)} free"
+        found[weights.component] = placement
+        for device, size in share.items():
+            rooms[device] -= size
+    return found
+
+
+LADDER: dict[str, Callable[[Ask, Machine, Rooms], Placements | str]] = {
+    "resident": _resident, "apart": _apart, "sharded": _sharded, "streamed": _streamed,
+}
+
+
+def _dealt(ask: Ask, weights: Weights, rooms: Rooms, hosted: frozenset[str] = frozenset()) -> Sharded | None:
+    """The blocks of one component over as few cards as fit, or as many as there are lanes."""
+    if "" in weights.blocks:
+        return None
+    passing = max((weights.blocks[name] for name in hosted), default=0)
+    work = [ask.work[weights.component].get(name, 0) for name in weights.blocks]
+    hand = Hand([0 if name in hosted else size for name, size in weights.blocks.items()], work)
+    order = sorted(rooms, key=lambda name: -rooms[name])
+    for count in range(min(len(order), max(2, ask.lanes)), len(order) + 1):
+        left = [rooms[name] - passing for name in order[:count]]
+        left[0] -= sum(weights.rest.values())
+        cards = deal(hand, left)
+        if cards is not None:
+            devices = {name: order[card] for name, card in zip(weights.blocks, cards, strict=True)}
+            return Sharded(order[0], devices, ask.rest(weights.component), hosted)
+    return None
+
+
+def _with_hosted(ask: Ask, weights: Weights, rooms: Rooms) -> Sharded | None:
+    """With as few blocks in host memory as fit, spread evenly between the others."""
+    names = list(weights.blocks)
+    for count in range(1, len(names) + 1):
+        hosted = frozenset(names[(2 * at + 1) * len(names) // (2 * count)] for at in range(count))
+        placement = _dealt(ask, weights, rooms, hosted)
+        if placement is not None:
+            return placement
+    return None
+
+
+def _usable(machine: Machine) -> Sequence[Device]:
+    return machine.cards or machine.devices
+
+
+def _room(machine: Machine, rooms: Rooms, name: str, ask: Ask) -> str:
+    """Such as `cuda:0 has 12.9 GiB for them (14.4 free, 0.5 left to the runtime, 1.0 for activations)`."""
+    device = machine[name]
+    free = f"{gib(device.free)} free" if device.limit is None else f"limited to {gib(device.limit)}"
+    parts = [free, f"{gib(device.spare)} left to the runtime" if device.limit is None else "",
+             f"{gib(ask.reserve.get(name, 0))} for activations"]
+    return f"{name} has {gib(max(0, rooms[name]))} for them ({', '.join(filter(None, parts))})"
+
+
+def _short(ask: Ask, machine: Machine, weights: Weights, rooms: Rooms) -> str:
+    if "" in weights.blocks:
+        return f"{weights.component} cannot be split"
+    together = sum(max(0, room) for room in rooms.values())
+    each = " + ".join(gib(max(0, room)) for room in rooms.values())
+    largest = gib(max(weights.blocks.values()))
+    return (f"{weights.component} has {gib(weights.total)} of weights in blocks of up to {largest}; "
+            f"{', '.join(rooms)} have {each} = {gib(together)} for them")

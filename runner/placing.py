@@ -1,0 +1,159 @@
+"""Placing the stages of a run one after the other: rehearse, climb the ladder, rehearse what it gave."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from runner.ladder import Ask, NoRung, Rung, climb
+from runner.wishes import Wish, granted
+from stages.dtypes import choose
+from stages.machine import Machine
+from stages.placement import Place, Placement, Resident, remainder
+from stages.rehearsal import Rehearsal, rehearse
+from stages.stage import Inputs, Stage
+from stages.state import State
+from stages.weights import Weights, skeleton, weigh
+
+TILES = (1024, 512, 256)
+TRIES = 4
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on a device during a stage."""
+
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.activations
+
+
+@dataclass
+class Placed:
+    """The stages placed so far."""
+
+    places: dict[str, Place] = field(default_factory=dict)
+    weights: dict[str, Weights] = field(default_factory=dict)
+    needs: dict[str, dict[str, Need]] = field(default_factory=dict)
+    rungs: dict[str, tuple[Rung, ...]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Placer:
+    """What decides where the components of every stage go."""
+
+    machine: Machine
+    inputs: Inputs
+    dtypes: Mapping[str, torch.dtype]
+    wishes: Mapping[str, Wish]
+    offload: bool
+    lanes: int
+    smaller: Mapping[str, float]
+
+    def place(self, stages: Sequence[Stage]) -> Placed:
+        """All stages placed; NoRung for the first that does not fit."""
+        done, state = Placed(), State()
+        for stage in stages:
+            state = self._place(stage, state, done)
+        return done
+
+    def _place(self, stage: Stage, state: State, done: Placed) -> State:
+        types = dict(self._types(stage, done))
+        weights = {component.name: weigh(component, types[component.name]) for component in stage.components}
+        refused: list[Rung] = []
+        for tile in (None, *self._tiles()) if stage.name == "decode" else (None,):
+            try:
+                places, whole, rungs = self._fitted(stage, state, types, weights, tile)
+                break
+            except NoRung as error:
+                refused += error.rungs if tile is None else ()
+                last = error
+        else:
+            raise last
+        needs = self._needs(stage, places, weights, whole)
+        done.places |= places
+        done.weights |= weights
+        done.needs[stage.name] = needs
+        done.rungs[stage.name] = (*refused, *rungs) if tile is None else (*refused, Rung(f"tiles of {tile} pixels"))
+        return whole.state
+
+    def _tiles(self) -> Iterator[int]:
+        sides = [side for side in (self.inputs["width"], self.inputs["height"]) if isinstance(side, int)]
+        return (tile for tile in TILES if tile < max(sides))
+
+    def _types(self, stage: Stage, done: Placed) -> Iterator[tuple[str, torch.dtype]]:
+        for component in stage.components:
+            asked = self.dtypes.get(component.name) or self.dtypes.get("")
+            choice = choose(component, self.machine.devices)
+            done.reasons[component.name] = "asked for" if asked else choice.reason
+            yield component.name, asked or choice.dtype
+
+    def _fitted(
+        self, stage: Stage, state: State, types: Mapping[str, torch.dtype], weights: Mapping[str, Weights],
+        tile: int | None,
+    ) -> tuple[dict[str, Place], Rehearsal, tuple[Rung, ...]]:
+        """Places that fit with what the rehearsal at those places took."""
+        best = max(self.machine.cards or self.machine.devices, key=lambda device: device.room).name
+        at_best = {name: Place(Resident(best, tile), dtype) for name, dtype in types.items()}
+        found = self._rehearsed(stage, at_best, weights, state)
+        reserve = Counter(dict.fromkeys((device.name for device in self.machine.devices), found.peak[best]))
+        for _ in range(TRIES):
+            placements, rungs = self._climbed(stage, weights, found, reserve)
+            places = {name: Place(tiled(placements[name], tile), types[name]) for name in types}
+            found = found if places == at_best else self._rehearsed(stage, places, weights, state)
+            needs = self._needs(stage, places, weights, found)
+            over = {name: need.total - self._room(name) for name, need in needs.items()}
+            if max(over.values()) <= 0:
+                break
+            reserve.update({name: excess for name, excess in over.items() if excess > 0})
+        else:
+            raise NoRung(f"{stage.name}: its activations outgrow every reserve: choose a smaller --size", rungs)
+        return places, found, rungs
+
+    def _climbed(
+        self, stage: Stage, weights: Mapping[str, Weights], found: Rehearsal, reserve: Mapping[str, int]
+    ) -> tuple[dict[str, Placement], tuple[Rung, ...]]:
+        wish = self.wishes.get(stage.name, Wish())
+
+        def rest(name: str) -> tuple[str, ...]:
+            component = next(component for component in stage.components if component.name == name)
+            return remainder(skeleton(component), weights[name].blocks)
+
+        ask = Ask(
+            stage.name, weights, found.work, reserve, rest,
+            fixed={name: granted(value, weights[name], self.machine, rest) for name, value in wish.places.items()},
+            lanes=self.lanes if stage.name == "denoise" else 1, split=stage.name != "decode", offload=self.offload,
+            smaller=self.smaller,
+        )
+        return climb(ask, self.machine, wish.rung)
+
+    def _rehearsed(
+        self, stage: Stage, places: Mapping[str, Place], weights: Mapping[str, Weights], state: State
+    ) -> Rehearsal:
+        scratch = {device.name: device.scratch for device in self.machine.devices}
+        found = rehearse(stage, places, weights, state, self.inputs, scratch)
+        lanes = self.lanes if stage.name == "denoise" else 1
+        return replace(found, peak={name: size * lanes for name, size in found.peak.items()})
+
+    def _needs(
+        self, stage: Stage, places: Mapping[str, Place], weights: Mapping[str, Weights], found: Rehearsal
+    ) -> dict[str, Need]:
+        shares = Counter[str]()
+        for component in stage.components:
+            shares.update(places[component.name].placement.share(weights[component.name]))
+        return {name: Need(shares[name], found.peak.get(name, 0)) for name in (*shares, *found.peak)}
+
+    def _room(self, name: str) -> int:
+        known = [device.room for device in self.machine.devices if device.name == name]
+        return known[0] if known else self.machine.host_free
+
+
+def tiled(placement: Placement, tile: int | None) -> Placement:
+    """The same placement, decoding in tiles."""
+    return replace(placement, tile=tile) if isinstance(placement, Resident) else placement
