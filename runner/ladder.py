@@ -238,7 +238,7 @@ def _room(machine: Machine, rooms: Rooms, name: str, ask: Ask) -> str:
     """Such as `cuda:0 has 12.9 GiB for them (14.4 free, 0.5 left to the runtime, 1.0 for activations)`."""
     device = machine[name]
     free = f"{gib(device.free)} free" if device.limit is None else f"limited to {gib(device.limit)}"
-    parts = [free, f"{gib(device.spare)} left to the runtime" if device.limit is None else "",
+    parts = [free, f"{gib(device.spare)} left to the runtime" if device.limit is None and device.spare else "",
              f"{gib(ask.reserve.get(name, 0))} for activations"]
     return f"{name} has {gib(max(0, rooms[name]))} for them ({', '.join(filter(None, parts))})"
 

@@ -40,12 +40,12 @@ class Device:
     @property
     def spare(self) -> int:
         """Bytes left to the runtime: what it takes besides tensors."""
-        return _SPARE.get(torch.device(self.name).type, 0)
+        return _SPARE.get(self.name.partition(":")[0], 0)
 
     @property
     def scratch(self) -> float:
         """What a convolution takes for a moment besides its operands, as a factor of their bytes."""
-        return _SCRATCH.get(torch.device(self.name).type, 0.0)
+        return _SCRATCH.get(self.name.partition(":")[0], 0.0)
 
     @property
     def room(self) -> int:
