@@ -137,3 +137,18 @@ def test_every_failing_allocation_of_a_denoise_is_survived(tmp_path: Path, cards
 def denoised(job: Plan, embeddings: State, inputs: dict[str, Any]) -> torch.Tensor:
     with job.stages[1].loaded(job.places) as loaded:
         return loaded.run(embeddings, inputs).tensors()["latents"]
+
+
+def test_two_cards_of_12_mb_run_a_transformer_of_20_mb(tmp_path: Path, cards: Cards, sim: ModuleType) -> None:
+    """The whole idea, a thousandfold smaller: neither card could hold it, and the plan deals it over both."""
+    model = tiny.flux(tmp_path / "flux", doubles=6, singles=12, heads=7, shard="5MB")
+    weight = sum(file.stat().st_size for file in (model / "transformer").glob("*.safetensors"))
+    expected = reference(model)
+    devices = cards(12_000_000, 12_000_000)
+    job = make_plan("flux", [ASKED], model=model, dtype={"": torch.float32})
+    made = run_all(job, emit=lambda kind, data: print(kind, dict(data)) if kind == "end" else None)
+    denoise = made.stages[1]
+    print(f"transformer of {weight:,} bytes: peaks {dict(denoise.peak)}")
+    assert weight > 20_000_000 and np.array_equal(made.pictures[0].pixels, expected)
+    assert all(weight * 0.3 < denoise.peak[device] < 12_000_000 for device in devices)
+    assert all(stage.flushed.left == 0 for stage in made.stages)
