@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from runner.plan import Plan, inputs_of
 from runner.readahead import read_ahead
 from runner.request import Request
 from stages.errors import StageOutOfMemory, StoreError
+from stages.modulation import Modulation
 from stages.stage import Emit, Loaded, Stage, silent
 from stages.state import State
 
@@ -190,8 +191,11 @@ class Shift:
         first = {keys[index]: index for index in reversed(todo)}
         if not first:
             return
+        table = self._table(sorted(first.values()), before, seconds)
         start = time.perf_counter()
         with self.stage.loaded(self.plan.places, self.emit) as loaded:
+            if table is not None:
+                table.attach(loaded)
             seconds["load"] = time.perf_counter() - start
             self.emit("loaded", {"stage": self.stage.name, "seconds": seconds["load"]})
             if self.following is not None:
@@ -202,21 +206,43 @@ class Shift:
                 with self.store.working(key):
                     # Another process may have made it while this one loaded or waited.
                     if self.anew or self.store.get(key) is None:
-                        self._make(loaded, key, index, before, seconds)
+                        with nullcontext() if table is None else table.request(index):
+                            self._make(loaded, key, index, before, seconds)
+
+    def _table(
+        self, order: Sequence[int], before: Sequence[str] | None, seconds: dict[str, float]
+    ) -> Modulation | None:
+        """The stage's modulation table, if layers of its component are left on the disk."""
+        layers = self.plan.places[self.stage.components[0].name].folded
+        if not layers:
+            return None
+        table = Modulation(self.stage, self.plan.places, layers, order, lambda index: (
+            self._state(index, before), inputs_of(self.plan.requests[index])))
+        seconds["table"] = 0.0
+        with timed(seconds, "table"):
+            table.open(order[0])
+        self.emit("table", {"stage": self.stage.name, "layers": len(layers), "bytes": table.bytes,
+                            "seconds": seconds["table"]})
+        return table
 
     def _make(
         self, loaded: Loaded, key: str, index: int, before: Sequence[str] | None, seconds: dict[str, float]
     ) -> None:
+        state = self._state(index, before)
+        with timed(seconds, "compute"):
+            result = loaded.run(state, inputs_of(self.plan.requests[index]), self.emit)
+        with timed(seconds, "save"):
+            self.store.put(key, self.stage.name, result, self._note())
+
+    def _state(self, index: int, before: Sequence[str] | None) -> State:
+        """What the stage reads for a request."""
         state = State() if before is None else self.store.get(before[index])
         if state is None:
             raise StoreError(
                 f"the artifact {before[index][:12] if before else ''} that {self.stage.name} reads was there and is "
                 f"now gone or damaged: run again, and it will be computed anew"
             )
-        with timed(seconds, "compute"):
-            result = loaded.run(state, inputs_of(self.plan.requests[index]), self.emit)
-        with timed(seconds, "save"):
-            self.store.put(key, self.stage.name, result, self._note())
+        return state
 
     def _note(self) -> dict[str, Any]:
         return {"model": self.plan.checkpoint.identity, "torch": torch.__version__,

@@ -28,3 +28,7 @@ class BadResult(ValueError):
 
 class StageOutOfMemory(MemoryError):
     """A device ran out of memory inside a stage; earlier artifacts are safe."""
+
+
+class Unfoldable(PlanError):
+    """A denoiser whose modulation cannot be computed ahead; the run goes without the table."""

@@ -135,10 +135,11 @@ class Sharded:
 
 @dataclass(frozen=True)
 class Place:
-    """A component's placement and the type of its weights."""
+    """A component's placement and the type of its weights; the layers named in `folded` stay on the disk."""
 
     placement: Placement
     dtype: torch.dtype
+    folded: frozenset[str] = frozenset()
 
 
 Places = Mapping[str, Place]

@@ -15,6 +15,7 @@ from torch import nn
 
 from stages.checkpoint import Checkpoint, Component
 from stages.errors import BadResult, LoadError
+from stages.folding import folded
 from stages.placement import Place, Places
 from stages.state import State, Value
 
@@ -204,8 +205,9 @@ def guides(inputs: Inputs) -> bool:
 def load(component: Component, place: Place) -> nn.Module:
     """The component's model at its place; raises LoadError unless every parameter came from the files."""
     library = {"diffusers": diffusers, "transformers": transformers}[component.library]
+    cls = getattr(library, component.class_name)
     with without_bars():
-        model, info = getattr(library, component.class_name).from_pretrained(
+        model, info = (folded(cls, place.folded) if place.folded else cls).from_pretrained(
             component.folder, dtype=place.dtype, device_map=place.placement.device_map, use_safetensors=True,
             output_loading_info=True,
         )

@@ -42,8 +42,8 @@ class Weights:
         return sum(self.blocks.values()) + sum(self.rest.values())
 
 
-def weigh(component: Component, dtype: torch.dtype) -> Weights:
-    """The component's bytes at `dtype`, without loading it.
+def weigh(component: Component, dtype: torch.dtype, folded: Collection[str] = ()) -> Weights:
+    """The component's bytes at `dtype`, without loading it; those of the layers named in `folded` do not count.
 
     Raises LoadError when files and config do not belong together: a tensor that is missing or has another shape.
     """
@@ -52,6 +52,8 @@ def weigh(component: Component, dtype: torch.dtype) -> Weights:
     names = _blocks(model)
     blocks, rest = dict.fromkeys(names, 0), dict[str, int]()
     for name, size in _sizes(component, model, dtype):
+        if name.rpartition(".")[0] in folded:
+            continue
         block = next((block for block in _prefixes(name) if block in blocks), None)
         if block is not None:
             blocks[block] += size
@@ -112,7 +114,7 @@ def _config(cls: Any, component: Component, dtype: torch.dtype) -> Any:
 
 def _sizes(component: Component, model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
     """Bytes of every parameter and buffer; tied ones once."""
-    kept, stored = _float32(component, model, dtype), model.state_dict()
+    kept, stored = float32(component, model, dtype), model.state_dict()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         size = tensor.element_size()
         if tensor.is_floating_point() and name in stored:
@@ -124,7 +126,7 @@ def _sizes(component: Component, model: nn.Module, dtype: torch.dtype) -> Iterat
         yield name, tensor.numel() * size
 
 
-def _float32(component: Component, model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+def float32(component: Component, model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
     """Whether the library keeps a tensor in float32 when the rest is loaded at `dtype`."""
     if component.library == "diffusers":
         kept = frozenset(model._keep_in_fp32_modules or ())

@@ -1,0 +1,220 @@
+"""The modulation table: layers that see only conditioning, computed ahead instead of kept on the cards.
+
+The requests' denoise loops are gone through without a denoiser: what its calls would be told is known before it is
+loaded. Draw Things and DiffusionKit do this for FLUX on Apple machines, and SGLang, vLLM-Omni and ComfyUI for one
+model each; asked for in huggingface/diffusers#9197. Here the layers are found, for any model and every placement.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from stages.checkpoint import Component
+from stages.errors import Unfoldable
+from stages.folding import replays
+from stages.placement import Place, Places, standing
+from stages.program import Call, Layer, Program, Step
+from stages.recording import Recorder, Told, typed_skeleton
+from stages.shards import read_header
+from stages.stage import Inputs, Loaded, Stage
+from stages.state import State
+
+# FLUX.1 takes 2.1 MB for a step and a prompt in bfloat16, so this is about 36 prompts of 28 steps.
+LIMIT = 2 * 2**30
+_ALIGN = 64
+
+Ask = Callable[[int], tuple[State, Inputs]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each layer's output stands in a row: its first byte, shape and type."""
+
+    at: Mapping[str, tuple[int, Layer]]
+    size: int
+
+    @classmethod
+    def of(cls, layers: Mapping[str, Layer]) -> "Layout":
+        """The layers one after the other."""
+        at, size = {}, 0
+        for name, layer in layers.items():
+            at[name] = size, layer
+            size += -(-layer.bytes // _ALIGN) * _ALIGN
+        return cls(at, size)
+
+    def view(self, row: torch.Tensor, name: str) -> torch.Tensor:
+        """The layer's output in a row of bytes."""
+        start, layer = self.at[name]
+        return row[start:start + layer.bytes].view(layer.dtype).view(layer.shape)
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """The rows for some requests: for each request its calls, and by what they were told the row of a call."""
+
+    calls: Mapping[int, Sequence[Told]]
+    rows: Mapping[Any, torch.Tensor]
+    layouts: Mapping[Program, Layout]
+
+
+class Reading(threading.local):
+    """Where a thread is: its request's calls, the number of the one that goes on, and its row on each device."""
+
+    chapter: Chapter
+    calls: Sequence[Told] = ()
+    at: int = -1
+    copies: dict[torch.device, torch.Tensor]
+    differs: torch.Tensor | None = None
+
+    def __init__(self) -> None:
+        self.copies = {}
+
+    def check(self) -> None:
+        """Assert that the loop that ended made the calls that the table was computed for."""
+        assert self.at + 1 == len(self.calls), f"{self.at + 1} calls of the denoiser, {len(self.calls)} expected"
+        assert self.differs is None or not bool(self.differs), "the denoiser was told what the table was not"
+
+
+@dataclass
+class Modulation:
+    """The table of a run: the outputs of `layers` for every call of the denoise loops of its requests.
+
+    Rows are on the host, at most `limit` bytes of them at a time: when a request has none, those of the next
+    requests are made, and the old ones are dropped. `order` is the order of the requests, and `ask` tells of one.
+    """
+
+    stage: Stage
+    places: Places
+    layers: frozenset[str]
+    order: Sequence[int]
+    ask: Ask
+    limit: int = LIMIT
+    programs: list[Program] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reading, self._turn = Reading(), threading.Lock()
+        self._chapter = Chapter({}, {}, {})
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the rows that are there."""
+        return sum(row.nbytes for row in self._chapter.rows.values())
+
+    def attach(self, loaded: Loaded) -> None:
+        """Make the folded model of the loaded stage read its layers' outputs here."""
+        (component,) = self.stage.components
+        model = getattr(loaded.pipe, component.name)
+        found = replays(model)
+        assert {replay.layer for replay in found} == self.layers
+        for replay in found:
+            replay.source = self
+        model.register_forward_pre_hook(self._turn_page, with_kwargs=True, prepend=True)
+
+    @contextmanager
+    def request(self, index: int) -> Iterator[None]:
+        """Whatever calls the model inside, in this thread, is the loop of this request."""
+        chapter, here = self.open(index), self._reading
+        here.chapter, here.calls, here.at, here.differs = chapter, chapter.calls[index], -1, None
+        try:
+            yield
+            here.check()
+        finally:
+            here.calls, here.differs, here.copies = (), None, {}
+
+    def open(self, index: int) -> Chapter:
+        """The rows for this request and the ones after it, computed unless they are there."""
+        with self._turn:
+            if index not in self._chapter.calls:
+                self._chapter = Chapter({}, {}, {})
+                self._chapter = self._written(self.order[self.order.index(index):])
+            return self._chapter
+
+    def row(self, layer: str, device: torch.device) -> torch.Tensor:
+        """The layer's output in the call that goes on."""
+        here = self._reading
+        told = here.calls[here.at]
+        if device not in here.copies:
+            row = here.chapter.rows[told.key]
+            # From pinned memory the host need not wait for the card.
+            here.copies[device] = row.clone() if device.type == "cpu" else row.pin_memory().to(
+                device, non_blocking=True)
+        return here.chapter.layouts[told.program].view(here.copies[device], layer)
+
+    def _turn_page(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        here = self._reading
+        here.at, here.copies = here.at + 1, {}
+        assert here.at < len(here.calls), f"the denoiser was called more than {len(here.calls)} times"
+        leaves = Call(model, args, kwargs).leaves
+        for at, given in here.calls[here.at].given.items():
+            # Looked at when the loop is over: the host never waits for the card within a step.
+            differs = (leaves[at] != given.to(leaves[at].device)).any()
+            here.differs = differs if here.differs is None else here.differs | differs.to(here.differs.device)
+
+    def _written(self, order: Sequence[int]) -> Chapter:
+        calls: dict[int, Sequence[Told]] = {}
+        rows: dict[Any, Told] = {}
+        size = 0
+        with Recorder(self.stage, self.places, self.programs, self.layers) as recorder:
+            for index in order:
+                told = recorder.record(*self.ask(index))
+                new = {one.key: one for one in told if one.key not in rows}
+                size += sum(Layout.of(one.program.layers).size for one in new.values())
+                if calls and size > self.limit:
+                    break
+                calls[index] = told
+                rows |= new
+        layouts: dict[Program, Layout] = {}
+        made: dict[Any, torch.Tensor] = {}
+        for found in self.programs:
+            layouts[found] = Layout.of(found.layers)
+            mine = {key: told for key, told in rows.items() if told.program is found}
+            made |= self._computed(found, mine, layouts[found])
+        return Chapter(calls, made, layouts)
+
+    def _computed(self, found: Program, told: Mapping[Any, Told], layout: Layout) -> dict[Any, torch.Tensor]:
+        """Every row of one program: step by step, so that each weight is read once and then dropped."""
+        (component,) = self.stage.components
+        place = self.places[component.name]
+        rows = {key: torch.empty(layout.size, dtype=torch.uint8) for key in told}
+        values = [{number: one.given[at].to(place.placement.entry) for at, number in found.inputs.items()
+                   if at in one.given} for one in told.values()]
+        reader = Reader(component, place)
+        with torch.no_grad():
+            for step, done in zip(found.steps, found.last_uses(), strict=True):
+                weights, device = reader.read(step)
+                for row, known in zip(rows.values(), values, strict=True):
+                    known.update(zip(step.out, step.run(known, weights, place.placement.entry, device), strict=True))
+                    if step.layer is not None and step.layer in layout.at:
+                        layout.view(row, step.layer).copy_(known[step.out[0]])
+                    for number in done:
+                        del known[number]
+        return rows
+
+
+class Reader:
+    """Reads single weights of a component from its files, as loading it would."""
+
+    def __init__(self, component: Component, place: Place) -> None:
+        self._files = {name: path for path in component.files for name in read_header(path)}
+        self._types = {name: weight.dtype for name, weight in typed_skeleton(component, place.dtype)
+                       .named_parameters()}
+        self._place = place
+
+    def read(self, step: Step) -> tuple[dict[str, torch.Tensor], str | None]:
+        """The weights that a step needs, and the device that it computes on if it is a layer."""
+        placement = self._place.placement
+        device = None if step.layer is None else standing(step.layer, placement.at_work)
+        weights = {}
+        for name in step.weights():
+            if name not in self._files:
+                raise Unfoldable(f"{name} is not in the files under this name: run with --no-modulation-table")
+            with safe_open(self._files[name], "pt") as file:
+                stored = file.get_tensor(name)
+            weights[name] = stored.to(self._types[name]).to(device or standing(name, placement.at_work))
+        return weights, device

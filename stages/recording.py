@@ -1,0 +1,113 @@
+"""The calls that denoise loops will make of the denoiser, known before it is loaded."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from stages.checkpoint import Component
+from stages.conditioning import program_of
+from stages.errors import Unfoldable
+from stages.placement import Place, Places, Resident
+from stages.program import Call, Program
+from stages.stage import Inputs, Loaded, Stage, silent
+from stages.state import State
+from stages.weights import float32, skeleton
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What one call of the denoiser was told, of what its program needs: tensors on the host by leaf."""
+
+    program: Program
+    given: Mapping[int, torch.Tensor]
+
+    @property
+    def key(self) -> Any:
+        """Equal for calls whose layers give the same."""
+        return self.program, *(tensor.view(torch.uint8).numpy().tobytes() for tensor in self.given.values())
+
+
+class Recorder(Loaded):
+    """The denoise stage with nothing loaded: its loop runs, and the denoiser's calls are kept and answered by zeros.
+
+    `programs` are those found so far; calls that fit none add another, which leads to `layers`.
+    """
+
+    def __init__(
+        self, stage: Stage, places: Places, programs: list[Program], layers: Collection[str] | None = None
+    ) -> None:
+        super().__init__(stage, places, silent)
+        self._layers = layers
+        self.programs, self.calls = programs, list[Told]()
+
+    def __enter__(self) -> "Recorder":
+        (component,) = self.stage.components
+        self.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
+        model = typed_skeleton(component, self.places[component.name].dtype)
+        _claim(model, self.home)
+        model.forward = self._recording(model, model.forward)
+        self.pipe.update_components(**{component.name: model})
+        self.complete()
+        self.pipe.set_progress_bar_config(disable=True)
+        self.stage.prepare(self.pipe)
+        return self
+
+    def record(self, state: State, inputs: Inputs) -> list[Told]:
+        """The calls that the denoise loop of one request makes."""
+        self.calls = []
+        self.run(state, inputs)
+        return self.calls
+
+    def _recording(self, model: nn.Module, forward: Any) -> Any:
+        # Pipelines read the signature to see what a denoiser takes.
+        @wraps(forward)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            call = Call(model, args, kwargs)
+            found = next((known for known in self.programs if known.fits(call, self.home)), None)
+            if found is None:
+                del model.forward
+                found = program_of(model, call, self._layers)
+                model.forward = recorded
+                self.programs.append(found)
+            needed = {at: call.leaves[at].detach().to("cpu").contiguous() for at in sorted(found.needed)}
+            self.calls.append(Told(found, needed))
+            return tree_map(lambda leaf: torch.zeros_like(leaf, device=self.home)
+                            if isinstance(leaf, torch.Tensor) else leaf, found.result)
+
+        return recorded
+
+
+def conditional(stage: Stage, dtype: torch.dtype, state: State, inputs: Inputs) -> Program:
+    """What the stage's denoiser, at `dtype`, computes from its conditioning alone; nothing is loaded.
+
+    `state` and `inputs` are those of some request. Raises Unfoldable with a reason where there is no such part.
+    """
+    if len(stage.components) != 1:
+        raise Unfoldable(f"{stage.name} has {len(stage.components)} components that take turns")
+    places = {component.name: Place(Resident("cpu"), dtype) for component in stage.components}
+    with Recorder(stage, places, []) as recorder:
+        found = recorder.record(state, inputs)[0].program
+    if not found.layers:
+        raise Unfoldable(f"no layer of {stage.components[0].class_name} sees only conditioning")
+    return found
+
+
+def typed_skeleton(component: Component, dtype: torch.dtype) -> nn.Module:
+    """The component's skeleton with the types that its weights have when loaded at `dtype`."""
+    model = skeleton(component, dtype)
+    kept = float32(component, model, dtype)
+    for name, weight in model.named_parameters():
+        if kept(name):
+            weight.data = weight.data.float()
+    return model
+
+
+def _claim(model: nn.Module, device: str) -> None:
+    """Make a skeleton say that it is on `device`: pipelines put their tensors there."""
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (kind,), {"device": property(lambda self: torch.device(device))})
