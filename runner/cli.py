@@ -5,7 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
 from typing import Annotated, Literal
@@ -54,6 +54,20 @@ class Options:
         list[str] | None, typer.Option(metavar="[COMPONENT=]TYPE", help="float32, bfloat16, float16; repeatable.")
     ] = None
     device: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Such as cuda:0, cpu; repeatable.")] = None
+    no_modulation_table: Annotated[
+        bool, typer.Option("--no-modulation-table", help="Load what could be computed ahead, too.")
+    ] = False
+    gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Cards to use, in this order.")] = None
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="LIMITS", help="14GiB, 80%, -2GiB (leave free), or 0=14GiB,1=12GiB.")
+    ] = None
+    place: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE=WHERE", help="denoise=sharded, encode.text_encoder_2=1, denoise=0:9,1:28,0:20."),
+    ] = None
+    allow_offload: Annotated[
+        Literal["cpu"] | None, typer.Option(help="Let blocks that fit no card wait in host memory.")
+    ] = None
     artifacts: Annotated[str | None, typer.Option(metavar="DIR|memory", help="Where stages keep results.")] = None
     stop_after: Annotated[Literal["encode", "denoise"] | None, typer.Option(help="End the run there.")] = None
     from_stage: Annotated[
@@ -71,6 +85,21 @@ class Options:
         make(str(self.ctx.info_name), self)
 
 
+@dataclass(frozen=True)
+class PlanOptions(Options):
+    """The options of a family, for a plan that is printed and not run."""
+
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="Such as flux.")] = field(kw_only=True)
+    machine: Annotated[
+        str | None, typer.Option(metavar="CARDS", help="Cards that need not be here: 2x16GB, 16GB+8GB.")
+    ] = None
+
+    def __call__(self) -> None:
+        from runner.make import foresee
+
+        foresee(self.family, self)
+
+
 def _about(family: Family) -> str:
     size = "{}x{}".format(*family.size)
     guidance = "no guidance" if family.guidance is None else f"guidance {family.guidance:g}"
@@ -80,6 +109,9 @@ def _about(family: Family) -> str:
 
 for _family in FAMILIES.values():
     app.command(_family.name, help=_about(_family))(Options)
+
+
+app.command("plan", help="Show where everything would go, and whether it fits; nothing is loaded.")(PlanOptions)
 
 
 @app.command()

@@ -8,11 +8,12 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from runner import names
+from runner import names, tables
 from runner.durable import explained
 from runner.events import Emit, Tolerant, json_lines, tee
 from runner.order import Order, order
@@ -21,6 +22,7 @@ from runner.progress import Progress
 from runner.report import document, lines
 from runner.request import shown
 from stages.errors import LoadError
+from stages.families import FAMILIES
 
 if TYPE_CHECKING:
     from runner.artifacts import ArtifactStore
@@ -41,7 +43,9 @@ def make(family: str, said: Any) -> None:
             from runner.run import run_all
         with timed(seconds, "plan"):
             store = opened(asked, said, emit)
-            job = planned(asked)
+            job = planned(asked, said)
+        if not said.quiet and (said.verbose or job.machine.cards):
+            say(sys.stderr, tables.lines(job))
         with progress:
             report = run_all(
                 job, store=store, emit=emit, stop_after=said.stop_after, from_stage=said.from_stage, name=asked.run
@@ -65,7 +69,18 @@ def opened(asked: Order, said: Any, emit: Emit) -> "ArtifactStore":
     return open_store(asked.store, warn=lambda text: emit("warning", {"text": text}), strict=said.strict)
 
 
-def planned(asked: Order) -> "Plan":
+def foresee(family: str, said: Any) -> None:
+    """Print the plan that the options `said` lead to."""
+    if family not in FAMILIES:
+        close = get_close_matches(family, FAMILIES, 1)
+        raise ValueError(f"there is no family {shown(family)} -> choose from {', '.join(close or FAMILIES)}")
+    hush(said.verbose)
+    asked = order(family, replace(said, prompt=said.prompt or "a picture", stop_after="encode"))
+    job = planned(asked, said, machine=said.machine)
+    say(sys.stdout, [json.dumps(tables.document(job))] if said.json else tables.lines(job))
+
+
+def planned(asked: Order, said: Any, machine: str | None = None) -> "Plan":
     """The plan of an order; LoadError where it should repeat a picture of another model."""
     import torch
 
@@ -78,6 +93,11 @@ def planned(asked: Order) -> "Plan":
         revision=asked.revision,
         dtype={component: getattr(torch, name) for component, name in asked.dtype.items()},
         devices=asked.devices,
+        machine=machine,
+        max_memory=said.max_memory,
+        place=said.place or (),
+        allow_offload=said.allow_offload is not None,
+        modulation_table=not said.no_modulation_table,
     )
     for component in asked.dtype.keys() - {"", *job.places}:
         close = get_close_matches(component, job.places, 1)

@@ -59,7 +59,7 @@ def order(family: str, said: Any) -> Order:
         run=run,
         paths=() if said.stop_after else tuple(names.choose(said.out, requests, run=run, overwrite=said.overwrite)),
         dtype=read_dtypes(said.dtype or ()) or (like.dtype if like is not None else {}),
-        devices=tuple(_device(device) for device in said.device or ()),
+        devices=_devices(said.device or (), said.gpus),
         store=said.artifacts or str(default_store()),
         like=like if said.model is None else None,
     )
@@ -127,6 +127,16 @@ def _check_together(said: Any) -> None:
         raise ValueError(f"--from-stage {said.from_stage} comes after --stop-after {last} -> leave one of them out")
     if said.from_stage in STAGES[1:] and said.artifacts == "memory":
         raise ValueError(f"--from-stage {said.from_stage} needs artifacts of a run before -> --artifacts DIR")
+
+
+def _devices(names: Sequence[str], gpus: str | None) -> tuple[str, ...]:
+    if gpus is None:
+        return tuple(_device(name) for name in names)
+    if names:
+        raise ValueError("--gpus and --device both choose devices -> leave one of them out")
+    if not re.fullmatch("[0-9]{1,3}(,[0-9]{1,3})*", gpus):
+        raise ValueError(f"--gpus {shown(gpus)}: write the numbers of cards, such as 0,1")
+    return tuple(gpus.split(","))
 
 
 def _device(text: str) -> str:

@@ -1,0 +1,72 @@
+"""The plan as people and programs read it, before a byte is loaded."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from runner.events import gib
+
+if TYPE_CHECKING:
+    from runner.plan import Plan
+
+
+def lines(plan: "Plan") -> list[str]:
+    """The plan as a table: per stage and device weights, activations and what stays free; then what was decided."""
+    return [*aligned([*_needs(plan)]), *_choices(plan), *_refusals(plan)]
+
+
+def document(plan: "Plan") -> dict[str, Any]:
+    """The plan as one JSON object; bytes are whole numbers."""
+    return {
+        "model": plan.checkpoint.source,
+        "family": plan.family.name,
+        "devices": {device.name: {"total": device.total, "free": device.free, "room": device.room,
+                                  "bfloat16": device.bfloat16} for device in plan.machine.devices},
+        "host": {"total": plan.machine.host_total, "free": plan.machine.host_free},
+        "stages": {
+            stage: {device: {"weights": need.weights, "activations": need.activations}
+                    for device, need in needs.items()}
+            for stage, needs in plan.needs.items()
+        },
+        "components": {
+            name: {"dtype": str(place.dtype).removeprefix("torch."), "placement": str(place.placement),
+                   "bytes": plan.weights[name].total, "reason": plan.reasons.get(name, "")}
+            for name, place in plan.places.items()
+        },
+        "refused": {stage: {rung.name: rung.refused for rung in rungs if rung.refused}
+                    for stage, rungs in plan.rungs.items()},
+        "modulation_table": {name: {"whole": saving.whole, "left": saving.left, "row": saving.row,
+                                    "layers": sorted(saving.layers), "refused": saving.refused}
+                             for name, saving in plan.savings.items()},
+        "tile": plan.tile,
+    }
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, each column as wide as its widest cell, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _needs(plan: "Plan") -> Iterator[tuple[str, ...]]:
+    yield "stage", "device", "weights", "activations", "free then"
+    for stage, needs in plan.needs.items():
+        for device, need in needs.items():
+            left = plan.machine[device].room - need.total if device != "cpu" else plan.machine.host_free - need.total
+            yield stage, device, gib(need.weights), gib(need.activations), gib(left)
+
+
+def _choices(plan: "Plan") -> Iterator[str]:
+    for name, place in plan.places.items():
+        dtype, reason = str(place.dtype).removeprefix("torch."), plan.reasons.get(name, "")
+        why = f" ({reason})" if reason else ""
+        yield f"{name}: {gib(plan.weights[name].total)} in {dtype}{why}, {place.placement}"
+    yield from map(str, plan.savings.values())
+    if plan.tile is not None:
+        yield f"decoded in tiles of {plan.tile} pixels, because the whole picture does not fit"
+
+
+def _refusals(plan: "Plan") -> Iterator[str]:
+    for stage, rungs in plan.rungs.items():
+        for rung in rungs:
+            if rung.refused:
+                yield f"{stage} not {rung.name}: {rung.refused}"

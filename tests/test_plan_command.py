@@ -1,0 +1,58 @@
+"""`runner plan`: will it fit, and how, before anything is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runner.cli import answer
+from tests import sparse
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def flux_dev(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """FLUX.1-dev in its real shapes, without its bytes."""
+    folder = tmp_path_factory.mktemp("sparse") / "flux-dev"
+    sparse.flux_dev(folder)
+    return str(folder)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert answer(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_flux_dev_on_two_16_gb_cards(flux_dev: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """17.24 GB of transformer without its conditioning-only layers, 8.6 GB on each card."""
+    found = planned(capsys, "flux", "--model", flux_dev, "--machine", "2x16GB")
+    denoise = found["stages"]["denoise"]
+    weights = [denoise[device]["weights"] for device in ("cuda:0", "cuda:1")]
+    assert sum(weights) == found["modulation_table"]["transformer"]["left"] == pytest.approx(17.24 * GB, rel=0.002)
+    assert max(weights) == pytest.approx(8.6 * GB, rel=0.03)
+    assert all(need["weights"] + need["activations"] < 15 * GB for need in denoise.values())
+
+
+def test_flux_dev_on_one_24_gb_card_is_resident(flux_dev: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "flux", "--model", flux_dev, "--machine", "1x24GB")
+    assert found["components"]["transformer"]["placement"] == "cuda:0" and found["refused"]["denoise"] == {}
+
+
+def test_without_the_table_a_24_gb_card_is_not_enough(flux_dev: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "flux", "--model", flux_dev, "--machine", "1x24GB", "--no-modulation-table"]
+    assert answer(words) == 4
+    assert "22.2 GiB" in capsys.readouterr().err
+
+
+def test_a_plan_is_a_table_for_people(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(["plan", "flux", "--model", str(flux), "--size", "64x64", "--machine", "2x16GB"]) == 0
+    out = capsys.readouterr().out
+    assert "weights" in out and "denoise  cuda:0" in out and "bfloat16" in out
+
+
+def test_what_cannot_be_planned_is_refused(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(["plan", "flx"]) == 2 and "flux" in capsys.readouterr().err
+    assert answer(["plan", "flux", "--model", str(flux), "--machine", "two"]) == 2
+    assert answer(["plan", "flux", "--model", str(flux), "--gpus", "0,x"]) == 2
+    assert answer(["plan", "flux", "--model", str(flux), "--max-memory", "0=16G", "--machine", "1x16GB"]) == 2
