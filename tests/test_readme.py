@@ -49,6 +49,9 @@ def test_every_other_command_runs(flux: Path, tmp_path: Path) -> None:
             continue
         more = small if "--like" not in line else ("--model", str(flux), "--device", "cpu")
         steps = ("--steps", "2") if "--steps" not in line and "--like" not in line else ()
+        if "runner plan" in line:
+            assert any("denoise" in printed for printed in run(line, tmp_path, "--model", str(flux)))
+            continue
         printed = run(line, tmp_path, *more, *steps)
         assert printed and all((tmp_path / path).exists() for path in printed)
     shots = [np.asarray(Image.open(tmp_path / name)) for name in ("more-steps.png", "decoded-again.png",
