@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 
 from runner.ladder import Ask, NoRung, Rung, climb
+from runner.saving import Saving, saving
 from runner.wishes import Wish, granted
 from stages.dtypes import choose
 from stages.machine import Machine
@@ -42,6 +44,7 @@ class Placed:
     needs: dict[str, dict[str, Need]] = field(default_factory=dict)
     rungs: dict[str, tuple[Rung, ...]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    savings: dict[str, Saving] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Placer:
     offload: bool
     lanes: int
     smaller: Mapping[str, float]
+    table: bool = True
 
     def place(self, stages: Sequence[Stage]) -> Placed:
         """All stages placed; NoRung for the first that does not fit."""
@@ -65,7 +69,9 @@ class Placer:
 
     def _place(self, stage: Stage, state: State, done: Placed) -> State:
         types = dict(self._types(stage, done))
-        weights = {component.name: weigh(component, types[component.name]) for component in stage.components}
+        folded = self._folded(stage, state, types, done)
+        weights = {component.name: weigh(component, types[component.name], folded.get(component.name, ()))
+                   for component in stage.components}
         refused: list[Rung] = []
         for tile in (None, *self._tiles()) if stage.name == "decode" else (None,):
             try:
@@ -77,11 +83,21 @@ class Placer:
         else:
             raise last
         needs = self._needs(stage, places, weights, whole)
-        done.places |= places
+        done.places |= {name: replace(place, folded=folded.get(name, frozenset())) for name, place in places.items()}
         done.weights |= weights
         done.needs[stage.name] = needs
         done.rungs[stage.name] = (*refused, *rungs) if tile is None else (*refused, Rung(f"tiles of {tile} pixels"))
         return whole.state
+
+    def _folded(
+        self, stage: Stage, state: State, types: Mapping[str, torch.dtype], done: Placed
+    ) -> dict[str, frozenset[str]]:
+        """By component, the layers that the modulation table stands in for."""
+        if stage.name != "denoise":
+            return {}
+        found = saving(stage, types[stage.components[0].name], state, self.inputs, self.table)
+        done.savings[found.component] = found
+        return {found.component: found.layers}
 
     def _tiles(self) -> Iterator[int]:
         sides = [side for side in (self.inputs["width"], self.inputs["height"]) if isinstance(side, int)]
@@ -121,6 +137,7 @@ class Placer:
     ) -> tuple[dict[str, Placement], tuple[Rung, ...]]:
         wish = self.wishes.get(stage.name, Wish())
 
+        @cache
         def rest(name: str) -> tuple[str, ...]:
             component = next(component for component in stage.components if component.name == name)
             return remainder(skeleton(component), weights[name].blocks)

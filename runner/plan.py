@@ -11,6 +11,7 @@ from runner.ladder import Rung
 from runner.limits import limited, read_machine
 from runner.placing import Need, Placer
 from runner.request import Request, nearest
+from runner.saving import Saving
 from runner.wishes import read_wishes
 from stages.checkpoint import Checkpoint, check, find
 from stages.families import FAMILIES, Family
@@ -27,7 +28,7 @@ class Plan:
     """What a run will do: its model, its requests, its stages, and the place of every component.
 
     `needs` are the bytes on each device in each stage, `rungs` what was tried to place it, `reasons` why a component
-    has its type.
+    has its type, `savings` what the modulation table saves of it.
     """
 
     family: Family
@@ -41,6 +42,7 @@ class Plan:
     rungs: Mapping[str, tuple[Rung, ...]] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     lanes: int = 1
+    savings: Mapping[str, Saving] = field(default_factory=dict)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -67,12 +69,13 @@ def make_plan(
     place: Sequence[str] = (),
     allow_offload: bool = False,
     lanes: int = 1,
+    modulation_table: bool = True,
 ) -> Plan:
     """Find and check the model, and place every component where it fits together with its activations.
 
     `dtype` maps component names to types ("" stands for all others). `machine` is one that need not be here, such as
     "2x16GB"; `max_memory`, `place` and `allow_offload` are those of the command line; `lanes` requests are denoised
-    at once. Raises LoadError, PlanError or ValueError.
+    at once; without `modulation_table` all of the denoiser is loaded. Raises LoadError, PlanError or ValueError.
     """
     chosen = family_of(family, model)
     there = read_machine(machine) if isinstance(machine, str) else machine or probe(devices)
@@ -90,10 +93,10 @@ def make_plan(
     check_sizes(requests, multiple)
     most = largest(requests)
     placer = Placer(there, inputs_of(most), dtype or {}, read_wishes(place, stages), allow_offload, lanes,
-                    smaller(most, multiple))
+                    smaller(most, multiple), modulation_table)
     placed = placer.place(stages)
     return Plan(chosen, checkpoint, tuple(requests), there, stages, placed.places, placed.weights, placed.needs,
-                placed.rungs, placed.reasons, lanes)
+                placed.rungs, placed.reasons, lanes, placed.savings)
 
 
 def largest(requests: Sequence[Request]) -> Request:

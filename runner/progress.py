@@ -169,6 +169,9 @@ def verbose(kind: str, data: Mapping[str, Any], line: Callable[[], str]) -> Iter
         yield line()
     elif kind == "loaded":
         yield f"{data['stage']}: loaded in {float(data['seconds']):.1f} s"
+    elif kind == "table":
+        yield (f"{data['stage']}: {data['layers']} layers computed ahead in {float(data['seconds']):.1f} s, "
+               f"{gib(int(data['bytes']))}")
     elif kind == "reuse":
         yield f"{data['stage']}: picture {int(data['index']) + 1} taken from the store"
 

@@ -171,30 +171,32 @@ class Modulation:
                 rows |= new
         layouts: dict[Program, Layout] = {}
         made: dict[Any, torch.Tensor] = {}
+        (component,) = self.stage.components
         for found in self.programs:
             layouts[found] = Layout.of(found.layers)
             mine = {key: told for key, told in rows.items() if told.program is found}
-            made |= self._computed(found, mine, layouts[found])
+            made |= computed(component, self.places[component.name], found, mine)
         return Chapter(calls, made, layouts)
 
-    def _computed(self, found: Program, told: Mapping[Any, Told], layout: Layout) -> dict[Any, torch.Tensor]:
-        """Every row of one program: step by step, so that each weight is read once and then dropped."""
-        (component,) = self.stage.components
-        place = self.places[component.name]
-        rows = {key: torch.empty(layout.size, dtype=torch.uint8) for key in told}
-        values = [{number: one.given[at].to(place.placement.entry) for at, number in found.inputs.items()
-                   if at in one.given} for one in told.values()]
-        reader = Reader(component, place)
-        with torch.no_grad():
-            for step, done in zip(found.steps, found.last_uses(), strict=True):
-                weights, device = reader.read(step)
-                for row, known in zip(rows.values(), values, strict=True):
-                    known.update(zip(step.out, step.run(known, weights, place.placement.entry, device), strict=True))
-                    if step.layer is not None and step.layer in layout.at:
-                        layout.view(row, step.layer).copy_(known[step.out[0]])
-                    for number in done:
-                        del known[number]
-        return rows
+
+def computed(component: Component, place: Place, found: Program, told: Mapping[Any, Told]) -> dict[Any, torch.Tensor]:
+    """The row of every call told of, by its key: step by step, so that each weight is read once and then dropped."""
+    layout = Layout.of(found.layers)
+    rows = {key: torch.empty(layout.size, dtype=torch.uint8) for key in told}
+    entry = place.placement.entry
+    values = [{found.inputs[at]: tensor.to(entry) for at, tensor in one.given.items()} for one in told.values()]
+    reader = Reader(component, place)
+    with torch.no_grad():
+        for step, done in zip(found.steps, found.last_uses(), strict=True):
+            weights, device = reader.read(step)
+            # One call at a time, with the rows that it will have: a product of more rows rounds otherwise.
+            for row, known in zip(rows.values(), values, strict=True):
+                known.update(zip(step.out, step.run(known, weights, entry, device), strict=True))
+                if step.layer is not None and step.layer in layout.at:
+                    layout.view(row, step.layer).copy_(known[step.out[0]])
+                for number in done:
+                    del known[number]
+    return rows
 
 
 class Reader:

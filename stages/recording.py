@@ -26,14 +26,20 @@ class Told:
     program: Program
     given: Mapping[int, torch.Tensor]
 
+    @classmethod
+    def of(cls, found: Program, call: Call) -> "Told":
+        """What `found` needs of the call, copied: pipelines may write to what they gave."""
+        leaves = {at: call.leaves[at] for at in sorted(found.needed)}
+        return cls(found, {at: torch.empty(leaf.shape, dtype=leaf.dtype).copy_(leaf) for at, leaf in leaves.items()})
+
     @property
     def key(self) -> Any:
         """Equal for calls whose layers give the same."""
-        return self.program, *(tensor.view(torch.uint8).numpy().tobytes() for tensor in self.given.values())
+        return self.program, *(tensor.view(-1).view(torch.uint8).numpy().tobytes() for tensor in self.given.values())
 
 
 class Recorder(Loaded):
-    """The denoise stage with nothing loaded: its loop runs, and the denoiser's calls are kept and answered by zeros.
+    """The denoise stage with nothing loaded: its loop runs, and the denoiser's calls are kept and answered by ones.
 
     `programs` are those found so far; calls that fit none add another, which leads to `layers`.
     """
@@ -74,9 +80,9 @@ class Recorder(Loaded):
                 found = program_of(model, call, self._layers)
                 model.forward = recorded
                 self.programs.append(found)
-            needed = {at: call.leaves[at].detach().to("cpu").contiguous() for at in sorted(found.needed)}
-            self.calls.append(Told(found, needed))
-            return tree_map(lambda leaf: torch.zeros_like(leaf, device=self.home)
+            self.calls.append(Told.of(found, call))
+            # Not by zeros: some guiders divide by the norm of what they combine.
+            return tree_map(lambda leaf: torch.ones_like(leaf, device=self.home)
                             if isinstance(leaf, torch.Tensor) else leaf, found.result)
 
         return recorded
