@@ -103,17 +103,22 @@ def change(ask: Ask, machine: Machine, only: str | None = None) -> tuple[str, tu
 
 
 def lacking(ask: Ask, machine: Machine) -> int:
-    """The bytes that the first device lacks for the stage to fit, to the next 1/16 of a GiB or 1/256 of its need."""
+    """The bytes that the first device lacks for the stage to fit, to a sixteenth."""
     first = _usable(machine)[0]
-    step = min(2**26, max(1, ask.total >> 8))
-    more = 0
-    while True:
-        more += step
+
+    def fits(more: int) -> bool:
         grown = replace(first, total=first.total + more, free=first.free + more, limit=None)
         devices = (grown, *(device for device in machine.devices if device.name != first.name))
-        if _climbed(ask, replace(machine, devices=devices))[0] is not None:
-            return more
-        step *= 2 if more >= 64 * step else 1
+        return _climbed(ask, replace(machine, devices=devices))[0] is not None
+
+    more = 1
+    while not fits(more):
+        more *= 2
+    low, high = more // 2, more
+    while high - low > more // 32:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
 
 
 def _climbed(

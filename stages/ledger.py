@@ -39,7 +39,8 @@ class Ledger(TorchDispatchMode):
         self.now, self.peak = Counter[str](), Counter[str]()
         self._scratch = scratch
         self._held: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
-        self._random = torch.Generator().manual_seed(0)
+        # Drawn apart, so that nobody else's random numbers change.
+        self._numbers = torch.rand(2**16, generator=torch.Generator().manual_seed(0))
         self._card: str | None = None
         self._within: list[str] = []
         self._counting = True
@@ -120,8 +121,11 @@ class Ledger(TorchDispatchMode):
             self._counting = before
 
     def noise(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
-        """Numbers between 0 and 1 on the host; drawn apart, so that nobody else's random numbers change."""
-        return torch.rand(tuple(shape), generator=self._random).to(dtype)
+        """Numbers between 0 and 1 on the host; the same ones over and over."""
+        size = tuple(shape)
+        count = math.prod(size)
+        # Its own memory and no more: a view would count as much as what it looks at.
+        return self._numbers.to(dtype).repeat(-(-count // len(self._numbers)))[:count].clone().reshape(size)
 
     def _drop(self, key: int) -> None:
         card, size, _ = self._held.pop(key)

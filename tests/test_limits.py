@@ -25,7 +25,7 @@ def test_units_are_never_misread(text: str, size: int) -> None:
     assert read_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "16G", "16g", "nanGB", "infGiB", "-1GB", "1e3GB", "GiB", "16 GB GB", "0", "0GiB"])
+@pytest.mark.parametrize("text", ["", "16G", "16g", "nanGB", "infGiB", "-1GB", "1e3GB", "GiB", "16 GB GB", "0"])
 def test_what_is_no_amount_is_refused_with_what_would_be(text: str) -> None:
     with pytest.raises(ValueError, match="write "):
         read_bytes(text)
@@ -98,7 +98,7 @@ def test_machines_that_are_not_here() -> None:
 
 @pytest.mark.parametrize("text", ["", "2x", "x16GB", "0x16GB", "2*16GB", "16GB+", "a100", "65x1GB", "2x16GB,8GB"])
 def test_what_is_no_machine_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="write|limit"):
+    with pytest.raises(ValueError, match=r"write|limit"):
         read_machine(text)
 
 

@@ -1,0 +1,135 @@
+"""What crosses between cards: each thing once a step, by the shortest way, and nothing else."""
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from runner import Plan, Request, make_plan, run_all, run_stage
+from runner.artifacts import MemoryStore
+from stages.crossing import Crossing, by_host, direct
+from stages.errors import PlanError
+from stages.machine import MIB
+from stages.placement import Place, Sharded
+from stages.rehearsal import rehearse
+from stages.state import State
+
+Cards = Callable[..., list[str]]
+WIDTH, HEAD, IMAGE, TEXT, FLOAT = 32, 16, (64 // 16) * (48 // 16), 32, 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other take ten times as long with matrices of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sharded(flux: Path, devices: list[str], runs: str, steps: int) -> Plan:
+    request = Request("a red circle", 64, 48, steps, 3.5, 7, TEXT)
+    return make_plan("flux", [request], model=flux, devices=devices, dtype={"": torch.float32},
+                     place=["encode=0", f"denoise={runs}", "decode=0"], modulation_table=False)
+
+
+def crossed(flux: Path, devices: list[str], sim: ModuleType, runs: str, steps: int) -> dict[tuple[str, str], int]:
+    """Bytes copied between cards by a denoise."""
+    job, store = sharded(flux, devices, runs, steps), MemoryStore(warn=print)
+    run_stage(job, "encode", store=store)
+    sim.reset_copied()
+    run_stage(job, "denoise", store=store)
+    return {pair: count for pair, count in sim.copied().items() if "cpu" not in pair}
+
+
+@pytest.mark.parametrize(
+    ("runs", "ways"),
+    [("0:2,1:2,0:2", ["01", "10"]), ("0:3,1:3", ["01", "10"]), ("0:2,1:1,2:2,0:1", ["01", "12", "20"]),
+     ("0:2,1:2,2:2", ["01", "12", "20"])],
+)
+def test_bytes_per_step_are_the_least(flux: Path, cards: Cards, sim: ModuleType, runs: str, ways: list[str]) -> None:
+    """Both streams over every border; to each other card once the conditioning vector and two rotary tables.
+
+    After the last block only the image is of use, so only it comes home where that block is elsewhere.
+    """
+    devices = cards(40 * MIB, 40 * MIB, 40 * MIB)
+    fewer, more = (crossed(flux, devices, sim, runs, steps) for steps in (2, 5))
+    streams = (IMAGE + TEXT) * WIDTH * FLOAT
+    constants = (WIDTH + 2 * (IMAGE + TEXT) * HEAD) * FLOAT
+    step = {pair: (more[pair] - fewer[pair]) / 3 for pair in more}
+    assert {f"{source[-1]}{target[-1]}" for source, target in step} >= set(ways)
+    home = streams if runs.rpartition(",")[2].startswith("0") else IMAGE * WIDTH * FLOAT
+    assert sum(step.values()) == (len(ways) - 1) * (streams + constants) + home
+    assert next(count for (_, target), count in step.items() if target == "sim:0") == home
+
+
+def test_a_copy_lives_as_long_as_its_source_and_follows_its_changes(cards: Cards, sim: ModuleType) -> None:
+    first, second = cards(MIB, MIB)
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    Crossing(model, {"0": second, "1": second}, first)
+    source = torch.ones(1000, device=first)
+    sim.reset_copied()
+    seen = model[0](source)
+    assert torch.equal(seen.cpu(), source.cpu()) and seen.device == torch.device(second)
+    assert model[1](source) is seen and sim.copied()[first, second] == 4000
+    source.mul_(2)
+    assert model[0](source).cpu().tolist() == [2.0] * 1000 and sim.copied()[first, second] == 8000
+    del seen, source
+    gc.collect()
+    assert torch.accelerator.memory_allocated(second) == 0
+
+
+def test_cards_that_garble_copies_are_gone_around(cards: Cards, sim: ModuleType) -> None:
+    first, second = cards(MIB, MIB)
+    sim.corrupt(first, second, "zeros")
+    source = torch.arange(1000.0, device=first)
+    assert not torch.equal(direct(source, second).cpu(), source.cpu())
+    assert torch.equal(by_host(source, second).cpu(), source.cpu())
+    assert by_host(source, first) is source
+
+
+def test_sharded_encoders_equal_whole_ones(flux: Path, cards: Cards, sim: ModuleType) -> None:
+    """CLIP's and T5's position biases are made in the first block and used in all."""
+    devices = cards(40 * MIB, 40 * MIB)
+    whole, store = sharded(flux, devices, "0:6", 1), MemoryStore(warn=print)
+    (expected,) = run_stage(whole, "encode", store=store)
+    request = whole.requests[0]
+    split = make_plan("flux", [request], model=flux, devices=devices, dtype={"": torch.float32},
+                      place=["encode.text_encoder=0:1,1:1,0:1", "encode.text_encoder_2=1:1,0:1"])
+    (state,) = run_stage(split, "encode", store=MemoryStore(warn=print))
+    assert all(torch.equal(tensor, state.tensors()[name]) for name, tensor in expected.tensors().items())
+
+
+def test_nothing_of_a_streamed_block_stays_on_the_card(flux: Path, cards: Cards, sim: ModuleType) -> None:
+    devices = cards(40 * MIB)
+    whole, store = sharded(flux, devices, "0:6", 2), MemoryStore(warn=print)
+    (expected,) = (picture.pixels for picture in run_all(whole, store=store).pictures)
+    placement = whole.places["transformer"].placement
+    assert isinstance(placement, Sharded)
+    hosted = dataclasses.replace(placement, hosted=frozenset(placement.devices))
+    places = {**whole.places, "transformer": Place(hosted, torch.float32)}
+    job = dataclasses.replace(whole, places=places)
+    report = run_all(job, store=store, from_stage="denoise")
+    assert (report.pictures[0].pixels == expected).all()
+    rest = sum(job.weights["transformer"].rest.values())
+    block = max(job.weights["transformer"].blocks.values())
+    assert report.stages[1].peak[devices[0]] < rest + block + whole.needs["denoise"][devices[0]].activations + 1
+    assert report.stages[1].flushed.left == 0
+
+
+def test_a_rehearsal_finds_out_where_tensors_of_two_cards_would_meet(flux: Path) -> None:
+    """A placement that leaves a block's own parts on another card fails before anything is loaded."""
+    job = make_plan("flux", [Request("a red circle", 64, 48, 1, 3.5, 7, TEXT)], model=flux, devices=["cpu"],
+                    modulation_table=False)
+    encode, denoise = job.stages[:2]
+    state = rehearse(encode, job.places, job.weights, State(), {"prompt": "a", "max_sequence_length": TEXT}, {}).state
+    devices = dict.fromkeys(job.weights["transformer"].blocks, "cuda:0")
+    torn = Sharded("cuda:0", {**devices, "transformer_blocks.0.ff": "cuda:1"})
+    inputs = {"width": 64, "height": 48, "num_inference_steps": 1, "seed": 1}
+    with pytest.raises(PlanError, match="would meet tensors of cuda:0 and cuda:1"):
+        rehearse(denoise, {"transformer": Place(torn, torch.float32)}, job.weights, state, inputs, {})
