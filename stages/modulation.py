@@ -144,14 +144,15 @@ class Modulation:
             # From pinned memory the host need not wait for the card.
             here.copies[device] = row.clone() if device.type == "cpu" else row.pin_memory().to(
                 device, non_blocking=True)
-        return here.chapter.layouts[told.program].view(here.copies[device], layer)
+        return here.chapter.layouts[told.program.kind].view(here.copies[device], layer)
 
     def _turn_page(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         here = self._reading
         here.at, here.copies = here.at + 1, {}
         assert here.at < len(here.calls), f"the denoiser was called more than {len(here.calls)} times"
         leaves = Call(model, args, kwargs).leaves
-        for at, given in here.calls[here.at].given.items():
+        told = here.calls[here.at]
+        for (at, _), given in zip(told.program.reads, told.given, strict=True):
             # Looked at when the loop is over: the host never waits for the card within a step.
             differs = (leaves[at] != given.to(leaves[at].device)).any()
             here.differs = differs if here.differs is None else here.differs | differs.to(here.differs.device)
@@ -172,9 +173,9 @@ class Modulation:
         layouts: dict[Program, Layout] = {}
         made: dict[Any, torch.Tensor] = {}
         (component,) = self.stage.components
-        for found in self.programs:
+        for found in dict.fromkeys(told.program.kind for told in rows.values()):
             layouts[found] = Layout.of(found.layers)
-            mine = {key: told for key, told in rows.items() if told.program is found}
+            mine = {key: told for key, told in rows.items() if told.program.kind is found}
             made |= computed(component, self.places[component.name], found, mine)
         return Chapter(calls, made, layouts)
 
@@ -184,7 +185,8 @@ def computed(component: Component, place: Place, found: Program, told: Mapping[A
     layout = Layout.of(found.layers)
     rows = {key: torch.empty(layout.size, dtype=torch.uint8) for key in told}
     entry = place.placement.entry
-    values = [{found.inputs[at]: tensor.to(entry) for at, tensor in one.given.items()} for one in told.values()]
+    values = [{number: tensor.to(entry) for (_, number), tensor in zip(found.reads, one.given, strict=True)}
+              for one in told.values()]
     reader = Reader(component, place)
     with torch.no_grad():
         for step, done in zip(found.steps, found.last_uses(), strict=True):

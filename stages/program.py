@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,13 +46,17 @@ class Step:
     layer: str | None = None
     seen: Any = None
 
+    def leaves(self) -> list[Any]:
+        """Its arguments, flat."""
+        return tree_flatten((self.args, dict(self.kwargs)))[0]
+
     def needs(self) -> set[int]:
         """The numbers of the values that it reads."""
-        return {leaf.at for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Ref)}
+        return {leaf.at for leaf in self.leaves() if isinstance(leaf, Ref)}
 
     def weights(self) -> list[str]:
         """The names of the parameters that it reads."""
-        return [leaf.name for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Weight)]
+        return [leaf.name for leaf in self.leaves() if isinstance(leaf, Weight)]
 
     def run(
         self, values: Mapping[int, torch.Tensor], weights: Mapping[str, torch.Tensor], entry: str,
@@ -88,6 +93,7 @@ class Program:
     """All of a call that depends on its conditioning alone, up to the last linear layers, which are `layers`.
 
     `inputs` says which leaf of the call is which value; `result` is what the call gives, on the meta device.
+    `like` is another program that does the same, for calls that differ in their tokens.
     """
 
     likeness: Any
@@ -96,12 +102,33 @@ class Program:
     steps: tuple[Step, ...]
     layers: Mapping[str, Layer]
     result: Any
+    like: "Program | None" = None
 
     @property
-    def needed(self) -> frozenset[int]:
-        """The leaves of a call that its layers' outputs depend on."""
-        read = set[int]().union(*(step.needs() for step in self.steps))
-        return frozenset(at for at, number in self.inputs.items() if number in read)
+    def kind(self) -> "Program":
+        """The first program found that does the same."""
+        return self.like or self
+
+    @cached_property
+    def reads(self) -> tuple[tuple[int, int], ...]:
+        """The leaves of a call that its layers' outputs depend on, with their numbers, in the order of use."""
+        leaves = {number: at for at, number in self.inputs.items()}
+        order = (leaf.at for step in self.steps for leaf in step.leaves() if isinstance(leaf, Ref))
+        return tuple((leaves[number], number) for number in dict.fromkeys(order) if number in leaves)
+
+    def essence(self) -> Any:
+        """Equal for programs that do the same, whatever else their calls are like."""
+        numbers: dict[int, int] = {}
+
+        def plain(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return Ref, numbers.setdefault(leaf.at, len(numbers))
+            return type(leaf), id(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+        return {name: (layer.shape, layer.dtype) for name, layer in self.layers.items()}, [
+            (step.func, step.layer, [plain(leaf) for leaf in step.leaves()], [plain(Ref(at)) for at in step.out])
+            for step in self.steps
+        ]
 
     def last_uses(self) -> list[tuple[int, ...]]:
         """For each step, the values that no later step reads."""

@@ -1,8 +1,8 @@
 """The calls that denoise loops will make of the denoiser, known before it is loaded."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
@@ -21,21 +21,21 @@ from stages.weights import float32, skeleton
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """What one call of the denoiser was told, of what its program needs: tensors on the host by leaf."""
+    """What one call of the denoiser was told, of what its program reads: tensors on the host, in its order."""
 
     program: Program
-    given: Mapping[int, torch.Tensor]
+    given: tuple[torch.Tensor, ...]
 
     @classmethod
     def of(cls, found: Program, call: Call) -> "Told":
-        """What `found` needs of the call, copied: pipelines may write to what they gave."""
-        leaves = {at: call.leaves[at] for at in sorted(found.needed)}
-        return cls(found, {at: torch.empty(leaf.shape, dtype=leaf.dtype).copy_(leaf) for at, leaf in leaves.items()})
+        """What `found` reads of the call, copied: pipelines may write to what they gave."""
+        leaves = (call.leaves[at] for at, _ in found.reads)
+        return cls(found, tuple(torch.empty(leaf.shape, dtype=leaf.dtype).copy_(leaf) for leaf in leaves))
 
-    @property
+    @cached_property
     def key(self) -> Any:
         """Equal for calls whose layers give the same."""
-        return self.program, *(tensor.view(-1).view(torch.uint8).numpy().tobytes() for tensor in self.given.values())
+        return self.program.kind, *(tensor.view(-1).view(torch.uint8).numpy().tobytes() for tensor in self.given)
 
 
 class Recorder(Loaded):
@@ -79,6 +79,8 @@ class Recorder(Loaded):
                 del model.forward
                 found = program_of(model, call, self._layers)
                 model.forward = recorded
+                twin = next((known.kind for known in self.programs if known.essence() == found.essence()), None)
+                found = replace(found, like=twin)
                 self.programs.append(found)
             self.calls.append(Told.of(found, call))
             # Not by zeros: some guiders divide by the norm of what they combine.
