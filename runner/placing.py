@@ -72,22 +72,22 @@ class Placer:
         folded = self._folded(stage, state, types, done)
         weights = {component.name: weigh(component, types[component.name], folded.get(component.name, ()))
                    for component in stage.components}
+        task = Task(stage, state, types, weights, folded, sum(done.savings[name].row for name in folded))
         refused: list[Rung] = []
         for tile in (None, *self._tiles()) if stage.name == "decode" else (None,):
             try:
-                places, whole, rungs = self._fitted(stage, state, types, weights, tile)
+                places, found, rungs = self._fitted(task, tile)
                 break
             except NoRung as error:
                 refused += error.rungs if tile is None else ()
                 last = error
         else:
             raise last
-        needs = self._needs(stage, places, weights, whole)
-        done.places |= {name: replace(place, folded=folded.get(name, frozenset())) for name, place in places.items()}
+        done.places |= places
         done.weights |= weights
-        done.needs[stage.name] = needs
+        done.needs[stage.name] = task.needs(places, found)
         done.rungs[stage.name] = (*refused, *rungs) if tile is None else (*refused, Rung(f"tiles of {tile} pixels"))
-        return whole.state
+        return found.state
 
     def _folded(
         self, stage: Stage, state: State, types: Mapping[str, torch.dtype], done: Placed
@@ -110,31 +110,28 @@ class Placer:
             done.reasons[component.name] = "asked for" if asked else choice.reason
             yield component.name, asked or choice.dtype
 
-    def _fitted(
-        self, stage: Stage, state: State, types: Mapping[str, torch.dtype], weights: Mapping[str, Weights],
-        tile: int | None,
-    ) -> tuple[dict[str, Place], Rehearsal, tuple[Rung, ...]]:
+    def _fitted(self, task: "Task", tile: int | None) -> tuple[dict[str, Place], Rehearsal, tuple[Rung, ...]]:
         """Places that fit with what the rehearsal at those places took."""
         best = max(self.machine.cards or self.machine.devices, key=lambda device: device.room).name
-        at_best = {name: Place(Resident(best, tile), dtype) for name, dtype in types.items()}
-        found = self._rehearsed(stage, at_best, weights, state)
+        at_best = task.places({name: Resident(best, tile) for name in task.types})
+        found = self._rehearsed(task, at_best)
         reserve = Counter(dict.fromkeys((device.name for device in self.machine.devices), found.peak[best]))
         for _ in range(TRIES):
-            placements, rungs = self._climbed(stage, weights, found, reserve)
-            places = {name: Place(tiled(placements[name], tile), types[name]) for name in types}
-            found = found if places == at_best else self._rehearsed(stage, places, weights, state)
-            needs = self._needs(stage, places, weights, found)
-            over = {name: need.total - self._room(name) for name, need in needs.items()}
+            placements, rungs = self._climbed(task, found, reserve)
+            places = task.places({name: tiled(placement, tile) for name, placement in placements.items()})
+            found = found if places == at_best else self._rehearsed(task, places)
+            over = {name: need.total - self._room(name) for name, need in task.needs(places, found).items()}
             if max(over.values()) <= 0:
                 break
             reserve.update({name: excess for name, excess in over.items() if excess > 0})
         else:
-            raise NoRung(f"{stage.name}: its activations outgrow every reserve: choose a smaller --size", rungs)
+            raise NoRung(f"{task.stage.name}: its activations outgrow every reserve: choose a smaller --size", rungs)
         return places, found, rungs
 
     def _climbed(
-        self, stage: Stage, weights: Mapping[str, Weights], found: Rehearsal, reserve: Mapping[str, int]
+        self, task: "Task", found: Rehearsal, reserve: Mapping[str, int]
     ) -> tuple[dict[str, Placement], tuple[Rung, ...]]:
+        stage, weights = task.stage, task.weights
         wish = self.wishes.get(stage.name, Wish())
 
         @cache
@@ -145,30 +142,50 @@ class Placer:
         ask = Ask(
             stage.name, weights, found.work, reserve, rest,
             fixed={name: granted(value, weights[name], self.machine, rest) for name, value in wish.places.items()},
-            lanes=self.lanes if stage.name == "denoise" else 1, split=stage.name != "decode", offload=self.offload,
-            smaller=self.smaller,
+            lanes=self._lanes(stage), split=stage.name != "decode", offload=self.offload, smaller=self.smaller,
         )
         return climb(ask, self.machine, wish.rung)
 
-    def _rehearsed(
-        self, stage: Stage, places: Mapping[str, Place], weights: Mapping[str, Weights], state: State
-    ) -> Rehearsal:
+    def _rehearsed(self, task: "Task", places: Mapping[str, Place]) -> Rehearsal:
         scratch = {device.name: device.scratch for device in self.machine.devices}
-        found = rehearse(stage, places, weights, state, self.inputs, scratch)
-        lanes = self.lanes if stage.name == "denoise" else 1
-        return replace(found, peak={name: size * lanes for name, size in found.peak.items()})
+        found = rehearse(task.stage, places, task.weights, task.state, self.inputs, scratch)
+        # A lane takes the row of its call along to every device that computes.
+        peak = {name: (size + task.row * (size > 0)) * self._lanes(task.stage) for name, size in found.peak.items()}
+        return replace(found, peak=peak)
 
-    def _needs(
-        self, stage: Stage, places: Mapping[str, Place], weights: Mapping[str, Weights], found: Rehearsal
-    ) -> dict[str, Need]:
-        shares = Counter[str]()
-        for component in stage.components:
-            shares.update(places[component.name].placement.share(weights[component.name]))
-        return {name: Need(shares[name], found.peak.get(name, 0)) for name in (*shares, *found.peak)}
+    def _lanes(self, stage: Stage) -> int:
+        return self.lanes if stage.name == "denoise" else 1
 
     def _room(self, name: str) -> int:
         known = [device.room for device in self.machine.devices if device.name == name]
         return known[0] if known else self.machine.host_free
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage to be placed: the state that it starts from, the types and weights of its components.
+
+    The modulation table stands in for the layers in `folded`; a call of the denoiser reads `row` bytes of it.
+    """
+
+    stage: Stage
+    state: State
+    types: Mapping[str, torch.dtype]
+    weights: Mapping[str, Weights]
+    folded: Mapping[str, frozenset[str]]
+    row: int
+
+    def places(self, placements: Mapping[str, Placement]) -> dict[str, Place]:
+        """The components at these placements."""
+        return {name: Place(placements[name], dtype, self.folded.get(name, frozenset()))
+                for name, dtype in self.types.items()}
+
+    def needs(self, places: Mapping[str, Place], found: Rehearsal) -> dict[str, Need]:
+        """Bytes on each device at these places, where the rehearsal found `found`."""
+        shares = Counter[str]()
+        for name, weights in self.weights.items():
+            shares.update(places[name].placement.share(weights))
+        return {name: Need(shares[name], found.peak.get(name, 0)) for name in (*shares, *found.peak)}
 
 
 def tiled(placement: Placement, tile: int | None) -> Placement:

@@ -18,7 +18,7 @@ from stages.placement import Places, standing
 from stages.stage import Inputs, Loaded, Stage, silent
 from stages.standin import StandIn
 from stages.state import State
-from stages.weights import Weights, skeleton
+from stages.weights import Weights, float32, skeleton
 
 _ENTRANCES = ("forward", "encode", "decode")
 
@@ -67,7 +67,11 @@ class OnPaper(Loaded):
         for component in self.stage.components:
             place = self.places[component.name]
             model = on_host(skeleton(component, place.dtype))
+            for layer in place.folded:
+                hollow(model.get_submodule(layer))
+            kept = float32(component, model, place.dtype)
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                tensor.data = tensor.data.float() if kept(name) else tensor.data
                 self.ledger.hold(tensor, standing(name, place.placement.at_rest), 0)
             place.placement.attach(model, self.ledger.home, self.ledger.move)
             for name, device in place.placement.at_work.items():
@@ -241,6 +245,14 @@ def _result(leaf: Any, leaves: list[Any], ledger: Ledger) -> Given | Made:
     storage = leaf.untyped_storage()
     view = leaf.size(), leaf.stride(), int(leaf.storage_offset())
     return Made(ledger.card_of(leaf), storage._cdata, storage.nbytes(), view, leaf.dtype)
+
+
+def hollow(linear: Any) -> None:
+    """Take the weights of a linear layer, whose output will come from elsewhere."""
+    width = linear.out_features
+    linear.register_parameter("weight", None)
+    linear.register_parameter("bias", None)
+    linear.forward = lambda x: x.new_empty((*x.shape[:-1], width))
 
 
 def on_host(model: nn.Module) -> nn.Module:

@@ -102,6 +102,15 @@ def test_flux_on_one_card_of_24_gb(flux_dev: Path) -> None:
     assert rung(job, "denoise") == "resident" and job.needs["denoise"]["cuda:0"].weights == FLUX
 
 
+def test_flux_with_the_modulation_table(flux_dev: Path) -> None:
+    """6.56 GB of the 23.80 see only conditioning: 17.24 GB go on one card of 24 GB, and on cards of 16 and 8 GB."""
+    job = imagined(flux_dev, "1x24GB", modulation_table=True)
+    need = job.needs["denoise"]["cuda:0"]
+    assert rung(job, "denoise") == "resident" and abs(need.weights - 17.24 * GB) < 0.01 * GB
+    two = imagined(flux_dev, "16GB+8GB", modulation_table=True)
+    assert rung(two, "denoise") == "sharded" and sum(n.weights for n in two.needs["denoise"].values()) == need.weights
+
+
 def test_flux_on_cards_of_16_and_8_gb(flux_dev: Path) -> None:
     """14.93 + 6.93 - 2 x 0.5 GB leave 20.9 for 23.8; with 4.7 GB in host memory, 0.68 pass through each card."""
     with pytest.raises(NoRung, match=r"13\.4 GiB \+ 6\.0 GiB = 19\.4 GiB") as refused:
@@ -284,6 +293,19 @@ def test_what_does_not_fit_is_streamed_only_when_allowed(thousandth: Path, cards
         small(thousandth, devices)
     job = small(thousandth, devices, allow_offload=True)
     assert job.needs["denoise"]["cpu"].weights > 8 * 10**6
+    peaks, picture = measured(job)
+    agree(job, peaks)
+    assert np.array_equal(picture, expected)
+
+
+@pytest.mark.parametrize("limits", [(64,), (9, 9), (8,)], ids=str)
+def test_with_the_modulation_table_plans_hold_too(
+    thousandth: Path, cards: Cards, sim: ModuleType, limits: tuple[int, ...]
+) -> None:
+    """4.6 of 17 MB are never loaded: resident, dealt over two cards, and partly streamed."""
+    expected = measured(small(thousandth, cards(64 * MIB)))[1]
+    job = small(thousandth, cards(*(limit * 10**6 for limit in limits)), modulation_table=True, allow_offload=True)
+    assert rung(job, "denoise") == {64: "resident", 9: "sharded", 8: "streamed"}[limits[0]]
     peaks, picture = measured(job)
     agree(job, peaks)
     assert np.array_equal(picture, expected)
