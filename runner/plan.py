@@ -14,6 +14,7 @@ from runner.request import Request, nearest
 from runner.saving import Saving
 from runner.wishes import read_wishes
 from stages.checkpoint import Checkpoint, check, find
+from stages.copies import rerouted
 from stages.families import FAMILIES, Family
 from stages.machine import Machine, probe
 from stages.placement import Place, Resident
@@ -70,12 +71,14 @@ def make_plan(
     allow_offload: bool = False,
     lanes: int = 1,
     modulation_table: bool = True,
+    peer_copies: bool = True,
 ) -> Plan:
     """Find and check the model, and place every component where it fits together with its activations.
 
     `dtype` maps component names to types ("" stands for all others). `machine` is one that need not be here, such as
     "2x16GB"; `max_memory`, `place` and `allow_offload` are those of the command line; `lanes` requests are denoised
-    at once; without `modulation_table` all of the denoiser is loaded. Raises LoadError, PlanError or ValueError.
+    at once; without `modulation_table` all of the denoiser is loaded, and without `peer_copies` cards send each other
+    everything through host memory. Raises LoadError, PlanError or ValueError.
     """
     chosen = family_of(family, model)
     there = read_machine(machine) if isinstance(machine, str) else machine or probe(devices)
@@ -95,7 +98,8 @@ def make_plan(
     placer = Placer(there, inputs_of(most), dtype or {}, read_wishes(place, stages), allow_offload, lanes,
                     smaller(most, multiple), modulation_table)
     placed = placer.place(stages)
-    return Plan(chosen, checkpoint, tuple(requests), there, stages, placed.places, placed.weights, placed.needs,
+    places = placed.places if peer_copies else rerouted(placed.places)
+    return Plan(chosen, checkpoint, tuple(requests), there, stages, places, placed.weights, placed.needs,
                 placed.rungs, placed.reasons, lanes, placed.savings)
 
 

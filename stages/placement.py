@@ -10,7 +10,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
-from stages.crossing import Crossing, Move, direct
+from stages.crossing import Crossing, Move, by_host, direct
 from stages.errors import PlanError
 from stages.weights import Weights
 
@@ -49,10 +49,14 @@ class Placement(Protocol):
 
 @dataclass(frozen=True)
 class Resident:
-    """The whole component on one device; a VAE with a `tile` decodes in tiles of so many pixels a side."""
+    """The whole component on one device; a VAE with a `tile` decodes in tiles of so many pixels a side.
+
+    With `by_host`, what crosses from card to card goes through host memory.
+    """
 
     device: str
     tile: int | None = None
+    by_host: bool = False
 
     def __str__(self) -> str:
         return self.device if self.tile is None else f"{self.device} in tiles of {self.tile} pixels"
@@ -80,20 +84,22 @@ class Resident:
         if self.tile is not None:
             cut(model, self.tile)
         if torch.device(home) != torch.device(self.device):
-            Crossing(model, {"": self.device}, home, move)
+            Crossing(model, {"": self.device}, home, _way(move, self.by_host))
 
 
 @dataclass(frozen=True)
 class Sharded:
     """Blocks dealt over `devices`; everything else, named in `rest`, stays on `entry`, where a pass starts and ends.
 
-    The blocks named in `hosted` wait in host memory, and are on their device only while they compute.
+    The blocks named in `hosted` wait in host memory, and are on their device only while they compute. With `by_host`,
+    what crosses from card to card goes through host memory.
     """
 
     entry: str
     devices: Mapping[str, str]
     rest: tuple[str, ...] = ()
     hosted: frozenset[str] = frozenset()
+    by_host: bool = False
 
     def __str__(self) -> str:
         dealt = ",".join(f"{device}:{len(list(run))}" for device, run in groupby(self.devices.values()))
@@ -128,7 +134,7 @@ class Sharded:
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 tensor.data = move(tensor.data, standing(name, self.at_rest))
         around = dict.fromkeys(outside(model, self.devices), self.entry)
-        Crossing(model, {"": self.entry, **around, **self.devices}, home, move)
+        Crossing(model, {"": self.entry, **around, **self.devices}, home, _way(move, self.by_host))
         for block in self.hosted:
             stream(model.get_submodule(block), self.devices[block], move)
 
@@ -143,6 +149,10 @@ class Place:
 
 
 Places = Mapping[str, Place]
+
+
+def _way(move: Move, through_host: bool) -> Move:
+    return by_host if through_host and move is direct else move
 
 
 def outside(model: nn.Module, blocks: Collection[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from runner import Plan, Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
+from stages.copies import garbled, sound
 from stages.crossing import Crossing, by_host, direct
 from stages.errors import PlanError
 from stages.machine import MIB
@@ -91,6 +93,36 @@ def test_cards_that_garble_copies_are_gone_around(cards: Cards, sim: ModuleType)
     assert not torch.equal(direct(source, second).cpu(), source.cpu())
     assert torch.equal(by_host(source, second).cpu(), source.cpu())
     assert by_host(source, first) is source
+
+
+def test_garbled_copies_are_found_and_gone_around(flux: Path, cards: Cards, sim: ModuleType) -> None:
+    first, second = devices = cards(40 * MIB, 40 * MIB)
+    assert garbled(devices) == []
+    job, store = sharded(flux, devices, "0:2,1:2,0:2", 2), MemoryStore(warn=print)
+    (expected,) = (picture.pixels for picture in run_all(job, store=store).pictures)
+    told: list[str] = []
+
+    def emit(kind: str, data: Any) -> None:
+        told.append(data["text"])
+
+    assert sound(job.places, emit) is job.places and told == []
+    for how in ("zeros", "noise"):
+        sim.corrupt(first, second, how)
+        assert garbled(devices) == [(first, second)]
+        around = dataclasses.replace(job, places=sound(job.places, emit))
+        assert "copies from sim:0 to sim:1 arrive garbled" in told[-1]
+        made = run_all(around, store=store, from_stage="denoise").pictures[0].pixels
+        assert (made == expected).all()
+
+
+def test_without_peer_copies_cards_send_each_other_nothing(flux: Path, cards: Cards, sim: ModuleType) -> None:
+    devices = cards(40 * MIB, 40 * MIB)
+    request = Request("a red circle", 64, 48, 2, 3.5, 7, TEXT)
+    job = make_plan("flux", [request], model=flux, devices=devices, place=["encode.text_encoder=1", "denoise=0:3,1:3"],
+                    dtype={"": torch.float32}, peer_copies=False, modulation_table=False)
+    sim.reset_copied()
+    run_all(job)
+    assert all("cpu" in pair for pair in sim.copied())
 
 
 def test_sharded_encoders_equal_whole_ones(flux: Path, cards: Cards, sim: ModuleType) -> None:
