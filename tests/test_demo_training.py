@@ -15,7 +15,7 @@ from runner.demo.muon import Muon, orthogonal
 from runner.demo.phase import Phase
 from runner.demo.scenes import training_scene
 from runner.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder, sample_captions
-from runner.demo.train import export, thin, tokenizers
+from runner.demo.train import export, thin, tokenizers, warmed
 
 CPU = torch.device("cpu")
 
@@ -117,3 +117,12 @@ def test_a_thinned_log_keeps_each_phase_s_last_line(tmp_path: Path) -> None:
     assert len(kept) < 30
     assert {"phase": "a", "step": 300} in kept
     assert kept[-1] == {"phase": "b", "step": 300}
+
+
+def test_learning_goes_on_from_a_checkpoint(studio: tuple[Path, Studio], tmp_path: Path) -> None:
+    folder, built = studio
+    export(tmp_path, folder, built, build_autoencoder())
+    torch.manual_seed(5)
+    encoders = build_clip_encoder(built.clip_tokenizer), build_t5_encoder(built.t5_tokenizer)
+    warm = warmed(Painter(*encoders, build_transformer()), tmp_path).state_dict()
+    assert all(torch.equal(weights.half().float(), warm[name]) for name, weights in built.average.state_dict().items())

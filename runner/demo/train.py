@@ -1,6 +1,6 @@
 """Trains the demo checkpoint from nothing, on a CPU or an accelerator; interrupted and started again, it goes on.
 
-python -m runner.demo.train [--out FOLDER] [--state FOLDER] [--minutes-vae M] [--minutes M]
+python -m runner.demo.train [--out FOLDER] [--state FOLDER] [--minutes-vae M] [--minutes M] [--start CHECKPOINT]
 """
 
 import argparse
@@ -8,6 +8,7 @@ import copy
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
@@ -38,6 +39,15 @@ def trained_autoencoder(state: Path, minutes: float, device: torch.device) -> Au
     phase.load()
     train_autoencoder(phase, model, device)
     return model.eval().requires_grad_(False)
+
+
+def warmed(painter: Painter, start: Path) -> Painter:
+    """The painter with the weights of a checkpoint."""
+    for module, part in (("clip", "text_encoder"), ("t5", "text_encoder_2"), ("transformer", "transformer")):
+        model: Any = painter.get_submodule(module)
+        known = type(model).from_pretrained(start, subfolder=part, dtype=torch.float32)
+        model.load_state_dict(known.state_dict())
+    return painter
 
 
 def cached_latents(state: Path, autoencoder: AutoencoderKL, device: torch.device) -> Latents:
@@ -83,16 +93,22 @@ def thin(log: Path, kept: Path, lines: int = 120) -> None:
     kept.write_text("\n".join(picked) + "\n")
 
 
-def train(out: Path, state: Path, minutes_vae: float, minutes: float) -> None:
-    """Train what is still to train, and write the checkpoint to `out` every few minutes and at the end."""
+def train(out: Path, state: Path, minutes_vae: float, minutes: float, start: Path | None = None) -> None:
+    """Train what is still to train, and write the checkpoint to `out` every few minutes and at the end.
+
+    With `start`, a checkpoint, its autoencoder is taken as it is, and the rest learns on from its weights.
+    """
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     state.mkdir(parents=True, exist_ok=True)
-    autoencoder = trained_autoencoder(state, minutes_vae, device)
+    if start is None:
+        autoencoder = trained_autoencoder(state, minutes_vae, device)
+    else:
+        autoencoder = AutoencoderKL.from_pretrained(start, subfolder="vae", dtype=torch.float32).to(device).eval()
     latents = cached_latents(state, autoencoder, device)
     clip_tokenizer, t5_tokenizer = tokenizers(state)
     torch.manual_seed(1)
     painter = Painter(build_clip_encoder(clip_tokenizer), build_t5_encoder(t5_tokenizer), build_transformer())
-    painter = painter.to(device)
+    painter = (painter if start is None else warmed(painter, start)).to(device)
     studio = Studio(painter, trailing_copy(painter), clip_tokenizer, t5_tokenizer, latents)
     modules: dict[str, torch.nn.Module] = {"painter": painter, "average": studio.average}
     phase = Phase("painter", minutes * 60, state, state / LOSSES, modules, painter_optimizers(painter))
@@ -109,10 +125,11 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path("demo-training"), help="folder to go on from")
     parser.add_argument("--minutes-vae", type=float, default=17.0, help="budget of the autoencoder")
     parser.add_argument("--minutes", type=float, default=90.0, help="budget of the text encoders and transformer")
+    parser.add_argument("--start", type=Path, help="checkpoint whose weights to begin with")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(options.out, options.state, options.minutes_vae, options.minutes)
+    train(options.out, options.state, options.minutes_vae, options.minutes, options.start)
 
 
 if __name__ == "__main__":
