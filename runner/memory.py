@@ -3,11 +3,14 @@
 import ctypes
 import gc
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+PATIENCE = 10
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Meter:
         for card in self.cards:
             torch.accelerator.synchronize(card)
         gc.collect()
+        for _ in range(PATIENCE):
+            # transformers reads weights in threads; after an error one may still be letting go of a tensor.
+            if self.used() <= 0:
+                break
+            time.sleep(0.05)
         if self.cards:
             torch.accelerator.empty_cache()
         _trim_host()
