@@ -5,7 +5,9 @@ simulated accelerator of the tests alike.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +139,50 @@ def _has_bfloat16(name: str) -> bool:
 def _label(name: str) -> str:
     ask = getattr(torch.get_device_module(torch.device(name).type), "get_device_name", None)
     return str(ask(name)) if ask else name
+
+
+def build() -> dict[str, str]:
+    """What torch was built for: its version, the runtime of its cards, and their architectures."""
+    runtimes = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": torch.version.xpu}
+    found = {"torch": torch.__version__} | {name: text for name, text in runtimes.items() if text}
+    return found | ({"architectures": " ".join(torch.cuda.get_arch_list())} if torch.version.cuda else {})
+
+
+def architecture(name: str) -> str:
+    """The architecture of a card, such as `sm_75`; empty where its kind has no such number."""
+    if not name.startswith("cuda:") or torch.version.cuda is None:
+        return ""
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(name))
+
+
+def covers(built: Collection[str], card: str) -> bool:
+    """Whether a torch built for these architectures has kernels for the card's.
+
+    Machine code runs on later minor versions of its major one, intermediate code (`compute_90`) on all later cards.
+    """
+    major, minor = int(card[3:-1]), int(card[-1])
+    for text in built:
+        kind, _, number = text.partition("_")
+        digits = "".join(filter(str.isdigit, number))
+        at = int(digits[:-1]), int(digits[-1])
+        if (at[0] == major and at[1] <= minor) or (kind == "compute" and at <= (major, minor)):
+            return True
+    return False
+
+
+def users(name: str) -> list[str]:
+    """The other processes that hold memory of a CUDA card, as `pid, name, MiB`, where the driver's tool tells."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or not name.startswith("cuda:"):
+        return []
+    uuid = f"GPU-{torch.cuda.get_device_properties(name).uuid}"
+    query = "--query-compute-apps=gpu_uuid,pid,process_name,used_memory"
+    try:
+        told = subprocess.run([tool, query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return ["nvidia-smi does not answer"]
+    rows = [line.split(", ", 1) for line in told.stdout.splitlines() if ", " in line]
+    return [rest for card, rest in rows if card == uuid and not rest.startswith(f"{os.getpid()},")]
 
 
 def host_memory() -> tuple[int, int]:
