@@ -125,6 +125,17 @@ def inspect(
     return partial(look, artifact, artifacts)
 
 
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Cards to look at.")] = None,
+) -> Callable[[], None]:
+    """Try this machine: every card and pair of cards, memory, disk, cache and token."""
+    from runner.make import diagnose
+
+    return partial(diagnose, as_json=json, gpus=gpus)
+
+
 def main() -> int:
     """Answer the command line of this process; the exit code."""
     # Set whatever the user has: it stops code that a model brings.

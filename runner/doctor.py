@@ -96,8 +96,8 @@ def _architecture(card: Device) -> Check:
     fits = machine.covers(built.split(), own)
     return Check(
         f"{card.name} architecture", fits, f"{own}; this torch is built for {built}",
-        "" if fits else "install a torch with kernels for it: pip install torch --index-url "
-                        "https://download.pytorch.org/whl/cu126 (on Kaggle choose the accelerator GPU T4 x2)",
+        "" if fits else "install a torch with kernels for it: its builds for CUDA 12.6 still have the old ones (on "
+                        "Kaggle choose the accelerator GPU T4 x2)",
     )
 
 

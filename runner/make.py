@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from runner import names, tables
 from runner.durable import explained
 from runner.events import Emit, Tolerant, json_lines, tee
-from runner.order import Order, order
+from runner.order import Order, devices, order
 from runner.picture import card_of, png
 from runner.progress import Progress
 from runner.report import document, lines
@@ -78,6 +78,18 @@ def foresee(family: str, said: Any) -> None:
     asked = order(family, replace(said, prompt=said.prompt or "a picture", stop_after="encode"))
     job = planned(asked, said, machine=said.machine)
     say(sys.stdout, [json.dumps(tables.document(job))] if said.json else tables.lines(job))
+
+
+def diagnose(*, as_json: bool, gpus: str | None) -> None:
+    """Print what is well and what is not with this machine; LoadError where something is not."""
+    hush(verbose=False)
+    from runner import doctor
+
+    checks = doctor.examine(devices((), gpus))
+    say(sys.stdout, [json.dumps(doctor.document(checks))] if as_json else doctor.lines(checks))
+    if not doctor.healthy(checks):
+        bad = [check.name for check in checks if not check.ok]
+        raise LoadError(f"not well: {', '.join(bad)} -> the lines above say what to do")
 
 
 def planned(asked: Order, said: Any, machine: str | None = None) -> "Plan":

@@ -59,7 +59,7 @@ def order(family: str, said: Any) -> Order:
         run=run,
         paths=() if said.stop_after else tuple(names.choose(said.out, requests, run=run, overwrite=said.overwrite)),
         dtype=read_dtypes(said.dtype or ()) or (like.dtype if like is not None else {}),
-        devices=_devices(said.device or (), said.gpus),
+        devices=devices(said.device or (), said.gpus),
         store=said.artifacts or str(default_store()),
         like=like if said.model is None else None,
     )
@@ -129,7 +129,8 @@ def _check_together(said: Any) -> None:
         raise ValueError(f"--from-stage {said.from_stage} needs artifacts of a run before -> --artifacts DIR")
 
 
-def _devices(names: Sequence[str], gpus: str | None) -> tuple[str, ...]:
+def devices(names: Sequence[str], gpus: str | None) -> tuple[str, ...]:
+    """The devices that --device or --gpus choose, none for all there are; ValueError for both and for nonsense."""
     if gpus is None:
         return tuple(_device(name) for name in names)
     if names:
