@@ -12,14 +12,14 @@ from PIL import Image, ImageDraw
 
 PROMPTS = (
     "a large red circle on the left on a blue background",
-    "a small green star at the top on a white background",
-    "a large yellow ring in the center on a purple background",
-    "a large orange square at the bottom on a black background",
-    "a small blue triangle on the right on a yellow background",
+    "a small green square at the top on a white background",
+    "a large yellow ring in the center on a black background",
+    "a large pink triangle at the bottom on a cyan background",
+    "a small blue diamond on the right on a yellow background",
+    "a large white cross in the center on a red background",
+    "a large green heart on the right on a white background",
     "a red circle above a blue square on a white background",
-    "a yellow star to the left of a green ring on a black background",
-    "a blue triangle below an orange circle on a white background",
-    "a green square to the right of a red star on a yellow background",
+    "a yellow square to the left of a green circle on a black background",
 )
 COLUMNS, SIDE, CAPTION = 3, 192, 36
 
