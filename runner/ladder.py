@@ -35,7 +35,8 @@ class Ask:
     `work` are the operations in each block of a component, `reserve` the bytes that each device keeps for
     activations, `rest` gives the names outside the blocks of a component. `fixed` components are placed already. With
     `lanes` requests in flight as many cards are of use; `split` says whether components may be split, and `offload`
-    whether blocks may wait in host memory. `smaller` are smaller pictures with their part of the pixels.
+    whether blocks may wait in host memory. `pinned` blocks stay with what is outside the blocks. `smaller` are smaller
+    pictures with their part of the pixels.
     """
 
     stage: str
@@ -47,6 +48,7 @@ class Ask:
     lanes: int = 1
     split: bool = True
     offload: bool = False
+    pinned: frozenset[str] = frozenset()
     smaller: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -211,22 +213,24 @@ def _dealt(ask: Ask, weights: Weights, rooms: Rooms, hosted: frozenset[str] = fr
     if "" in weights.blocks:
         return None
     passing = max((weights.blocks[name] for name in hosted), default=0)
-    work = [ask.work[weights.component].get(name, 0) for name in weights.blocks]
-    hand = Hand([0 if name in hosted else size for name, size in weights.blocks.items()], work)
+    loose = {name: 0 if name in hosted else size for name, size in weights.blocks.items() if name not in ask.pinned}
+    held = sum(weights.rest.values()) + sum(size for name, size in weights.blocks.items() if name in ask.pinned)
+    hand = Hand(list(loose.values()), [ask.work[weights.component].get(name, 0) for name in loose])
     order = sorted(rooms, key=lambda name: -rooms[name])
     for count in range(min(len(order), max(2, ask.lanes)), len(order) + 1):
         left = [rooms[name] - passing for name in order[:count]]
-        left[0] -= sum(weights.rest.values())
+        left[0] -= held
         cards = deal(hand, left)
         if cards is not None:
-            devices = {name: order[card] for name, card in zip(weights.blocks, cards, strict=True)}
+            at = {name: order[card] for name, card in zip(loose, cards, strict=True)}
+            devices = {name: at.get(name, order[0]) for name in weights.blocks}
             return Sharded(order[0], devices, ask.rest(weights.component), hosted)
     return None
 
 
 def _with_hosted(ask: Ask, weights: Weights, rooms: Rooms) -> Sharded | None:
     """With as few blocks in host memory as fit, spread evenly between the others."""
-    names = list(weights.blocks)
+    names = [name for name in weights.blocks if name not in ask.pinned]
     for count in range(1, len(names) + 1):
         hosted = frozenset(names[(2 * at + 1) * len(names) // (2 * count)] for at in range(count))
         placement = _dealt(ask, weights, rooms, hosted)

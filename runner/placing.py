@@ -11,6 +11,7 @@ from runner.ladder import Ask, NoRung, Rung, climb
 from runner.saving import Saving, saving
 from runner.wishes import Wish, granted
 from stages.dtypes import choose
+from stages.ledger import Met
 from stages.machine import Machine
 from stages.placement import Place, Placement, Resident, remainder
 from stages.rehearsal import Rehearsal, rehearse
@@ -116,10 +117,18 @@ class Placer:
         at_best = task.places({name: Resident(best, tile) for name in task.types})
         found = self._rehearsed(task, at_best)
         reserve = Counter(dict.fromkeys((device.name for device in self.machine.devices), found.peak[best]))
+        pinned = frozenset[str]()
         for _ in range(TRIES):
-            placements, rungs = self._climbed(task, found, reserve)
+            placements, rungs = self._climbed(task, found, reserve, pinned)
             places = task.places({name: tiled(placement, tile) for name, placement in placements.items()})
-            found = found if places == at_best else self._rehearsed(task, places)
+            try:
+                found = found if places == at_best else self._rehearsed(task, places)
+            except Met:
+                # Branches that meet again must do so on one card: only the longest row of blocks is dealt.
+                if pinned:
+                    raise
+                pinned = frozenset(name for weights in task.weights.values() for name in branches(weights))
+                continue
             over = {name: need.total - self._room(name) for name, need in task.needs(places, found).items()}
             if max(over.values()) <= 0:
                 break
@@ -129,7 +138,7 @@ class Placer:
         return places, found, rungs
 
     def _climbed(
-        self, task: "Task", found: Rehearsal, reserve: Mapping[str, int]
+        self, task: "Task", found: Rehearsal, reserve: Mapping[str, int], pinned: frozenset[str]
     ) -> tuple[dict[str, Placement], tuple[Rung, ...]]:
         stage, weights = task.stage, task.weights
         wish = self.wishes.get(stage.name, Wish())
@@ -142,7 +151,8 @@ class Placer:
         ask = Ask(
             stage.name, weights, found.work, reserve, rest,
             fixed={name: granted(value, weights[name], self.machine, rest) for name, value in wish.places.items()},
-            lanes=self._lanes(stage), split=stage.name != "decode", offload=self.offload, smaller=self.smaller,
+            lanes=self._lanes(stage), split=stage.name != "decode", offload=self.offload, pinned=pinned,
+            smaller=self.smaller,
         )
         return climb(ask, self.machine, wish.rung)
 
@@ -186,6 +196,15 @@ class Task:
         for name, weights in self.weights.items():
             shares.update(places[name].placement.share(weights))
         return {name: Need(shares[name], found.peak.get(name, 0)) for name in (*shares, *found.peak)}
+
+
+def branches(weights: Weights) -> list[str]:
+    """The blocks outside the row, such as `layers`, that has most bytes."""
+    rows = Counter[str]()
+    for name, size in weights.blocks.items():
+        rows[name.rpartition(".")[0]] += size
+    heaviest = rows.most_common(1)[0][0]
+    return [name for name in weights.blocks if name.rpartition(".")[0] != heaviest]
 
 
 def tiled(placement: Placement, tile: int | None) -> Placement:

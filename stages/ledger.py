@@ -27,6 +27,10 @@ _LOOK = torch.ops.aten._local_scalar_dense.default
 _ACROSS = frozenset({_COPY, torch.ops.aten.copy_.default, torch.ops.aten.index.Tensor})
 
 
+class Met(PlanError):
+    """A placement that makes tensors of two devices meet in one operation."""
+
+
 class Ledger(TorchDispatchMode):
     """While entered: current and peak bytes by card, and floating point operations, of what runs.
 
@@ -135,7 +139,7 @@ class Ledger(TorchDispatchMode):
         found = [self._held[key][0] for tensor in tensors(args) if tensor.dim()
                  if (key := tensor.untyped_storage()._cdata) in self._held]
         if func not in _ACROSS and len(set(found)) > 1:
-            raise PlanError(f"{func} would meet tensors of {' and '.join(sorted(set(found)))} in the same call")
+            raise Met(f"{func} would meet tensors of {' and '.join(sorted(set(found)))} in the same call")
         return found[0] if found else self._within[-1] if self._within else self.home
 
 

@@ -130,9 +130,9 @@ class Sharded:
     def attach(self, model: nn.Module, home: str, move: Move = direct) -> None:
         # from_pretrained leaves accelerate's hooks behind, which send every argument of every block again.
         remove_hook_from_module(model, recurse=True)
-        if self.hosted:
-            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                tensor.data = move(tensor.data, standing(name, self.at_rest))
+        # Tensors of modules that hold blocks it has put on a card of its choice.
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.data = move(tensor.data, standing(name, self.at_rest))
         around = dict.fromkeys(outside(model, self.devices), self.entry)
         Crossing(model, {"": self.entry, **around, **self.devices}, home, _way(move, self.by_host))
         for block in self.hosted:
@@ -156,12 +156,16 @@ def _way(move: Move, through_host: bool) -> Move:
 
 
 def outside(model: nn.Module, blocks: Collection[str]) -> tuple[str, ...]:
-    """The outermost modules that neither are blocks nor hold some."""
-    above = _above(blocks)
-    return tuple(
-        name for name, _ in model.named_modules()
-        if name not in above and name not in blocks and name.rpartition(".")[0] in above
-    )
+    """The outermost modules that neither are blocks nor hold some; of lists and dicts, which nobody calls, what they
+    hold."""
+    above, found = _above(blocks), []
+    for name, module in model.named_modules():
+        if name not in above and name not in blocks and name.rpartition(".")[0] in above:
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):
+                above.add(name)
+            else:
+                found.append(name)
+    return tuple(found)
 
 
 def remainder(model: nn.Module, blocks: Collection[str]) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def rehearse(
 ) -> Rehearsal:
     """Go through `stage` once for one request; `scratch` is what a convolution takes on a device, as `Ledger` has it.
 
-    Devices may be ones that are not here. Raises PlanError where a placement makes tensors of two devices meet.
+    Devices may be ones that are not here. Raises Met where a placement makes tensors of two devices meet.
     """
     with OnPaper(stage, places, weights, scratch) as paper, ExitStack() as modes:
         modes.enter_context(paper.ledger)
@@ -157,5 +157,7 @@ def on_host(model: nn.Module) -> nn.Module:
     def device(self: Any) -> torch.device:
         return torch.device("meta" if getattr(self, "at_work", False) else "cpu")
 
-    model.__class__ = type(kind.__name__, (kind,), {"device": property(device)})
+    # The libraries look classes up by their full names.
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    model.__class__ = type(kind.__name__, (kind,), {"device": property(device), **named})
     return model
