@@ -39,4 +39,5 @@ def test_peak_of_a_run_is_its_largest_component(large: Path, tmp_path: Path) -> 
     print({stage: f"{bytes / MIB:.0f} MiB" for stage, bytes in peak.items()}, f"components {encoder} {transformer}")
     assert transformer > 3 * OVERHEAD and encoder > 2 * OVERHEAD
     assert encoder * 0.9 < peak["encode"] - bare < encoder + OVERHEAD
-    assert transformer * 0.9 < peak["denoise"] - bare < transformer + OVERHEAD
+    # Without the layers that the modulation table stands in for, which are a quarter of a transformer.
+    assert transformer * 0.6 < peak["denoise"] - bare < transformer + OVERHEAD
