@@ -18,6 +18,7 @@ from runner.memory import Flushed, Meter
 from runner.plan import Plan, inputs_of
 from runner.readahead import read_ahead
 from runner.request import Request
+from stages.copies import sound
 from stages.errors import StageOutOfMemory, StoreError
 from stages.modulation import Modulation
 from stages.stage import Emit, Loaded, Stage, silent
@@ -82,6 +83,8 @@ def run_all(
     `stop_after` ends the run behind a stage; `from_stage` computes that stage and those behind it anew. Raises
     BadResult, LoadError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
+    if not plan.machine.here:
+        raise ValueError("this is a plan for cards that are not here: plan without machine= to run")
     store = store or open_store("memory", warn=lambda text: emit("warning", {"text": text}))
     name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     keys = chain(plan)
@@ -125,9 +128,11 @@ def chain(plan: Plan) -> dict[str, tuple[str, ...]]:
     before: Sequence[str] = [plan.checkpoint.identity] * len(plan.requests)
     for stage in plan.stages:
         types = {c.name: str(plan.places[c.name].dtype) for c in stage.components}
+        # A picture decoded in tiles is another picture.
+        tile = {"tile": plan.tile} if stage.name == "decode" and plan.tile is not None else {}
         versions = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
         before = keys[stage.name] = tuple(
-            key_of({"before": key, "stage": stage.name, "versions": versions, "dtype": types,
+            key_of({"before": key, "stage": stage.name, "versions": versions, "dtype": types, **tile,
                     "inputs": {n: v for n, v in inputs_of(request).items() if n in stage.inputs}})
             for key, request in zip(before, plan.requests, strict=True)
         )
@@ -193,7 +198,8 @@ class Shift:
             return
         table = self._table(sorted(first.values()), before, seconds)
         start = time.perf_counter()
-        with self.stage.loaded(self.plan.places, self.emit) as loaded:
+        places = sound({c.name: self.plan.places[c.name] for c in self.stage.components}, self.emit)
+        with self.stage.loaded(places, self.emit) as loaded:
             if table is not None:
                 table.attach(loaded)
             seconds["load"] = time.perf_counter() - start
@@ -282,6 +288,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "model": plan.checkpoint.source, "identity": plan.checkpoint.identity, "family": plan.family.name,
         "dtype": {name: str(place.dtype).removeprefix("torch.") for name, place in plan.places.items()},
         "devices": list(plan.devices),
+        **({} if plan.tile is None else {"tile": plan.tile}),
     }
 
 

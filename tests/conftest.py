@@ -54,7 +54,12 @@ def cards(request: pytest.FixtureRequest) -> Iterator[Cards]:
 
 
 def _sim_cards() -> Iterator[Cards]:
+    import torch
+
     sim = _simulated()
+    # Threads cost more than they give on tensors this small: ten times the time where the cores are busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     def give(*limits: int) -> list[str]:
         sim.configure(limits)
@@ -66,6 +71,7 @@ def _sim_cards() -> Iterator[Cards]:
     yield give
     sim.reset()
     sim.withdraw()
+    torch.set_num_threads(threads)
 
 
 def _cuda_cards() -> Iterator[Cards]:
