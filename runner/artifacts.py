@@ -14,8 +14,8 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -46,6 +46,9 @@ class ArtifactStore(Protocol):
     def read(self, artifact: Artifact, *, finite: bool = True) -> State:
         """The state of `artifact`; StoreError where it is missing or damaged, BadResult unless `finite` is waived."""
 
+    def drop(self, key: str) -> None:
+        """Forget `key` and its bytes, if it is there; who is reading it finds it whole or not at all."""
+
     def keys(self) -> list[str]:
         """Every key that has a manifest, sorted."""
 
@@ -63,7 +66,7 @@ class ArtifactStore(Protocol):
 
 
 class _Store(ABC):
-    """The logic of every store, over four ways to reach bytes by a path such as "stages/<key>.json"."""
+    """The logic of every store, over five ways to reach bytes by a path such as "stages/<key>.json"."""
 
     def __init__(self, warn: Warn, strict: bool) -> None:
         self._warn = warn
@@ -74,6 +77,9 @@ class _Store(ABC):
 
     @abstractmethod
     def _write(self, files: Mapping[str, Chunks]) -> None: ...
+
+    @abstractmethod
+    def _remove(self, paths: Sequence[str]) -> None: ...
 
     @abstractmethod
     def _names(self, folder: str) -> list[str]: ...
@@ -90,6 +96,8 @@ class _Store(ABC):
         try:
             return self.read(artifact)
         except Damaged as error:
+            if self.find(key) != artifact:
+                return self.get(key)  # dropped or written anew since its manifest was read
             self._not_done(f"artifact {key[:12]} of stage {artifact.stage}", error)
             return None
 
@@ -126,6 +134,20 @@ class _Store(ABC):
         if found.tensors != artifact.tensors:
             raise Damaged("its object holds other tensors than its manifest declares")
         return found.state
+
+    def drop(self, key: str) -> None:
+        """Forget `key` and its bytes, if it is there; who is reading it finds it whole or not at all."""
+        data = self._read(_manifest(checked_key(key)), manifest.LONGEST)
+        if data is None:
+            return
+        artifact: Artifact | None = None
+        with suppress(Damaged):
+            artifact = manifest.read_manifest(data, key)
+        # A key without a manifest is not there. The key is part of its object's bytes, so no other manifest names
+        # them; but another process may have stored the same again.
+        self._remove([_manifest(key)])
+        if artifact is not None and self._read(_manifest(key), manifest.LONGEST) is None:
+            self._remove([_object(artifact.object)])
 
     def keys(self) -> list[str]:
         """Every key that has a manifest, sorted."""
@@ -188,8 +210,12 @@ class MemoryStore(_Store):
         for path, chunks in files.items():
             self._files[path] = b"".join(chunks)
 
+    def _remove(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            self._files.pop(path, None)
+
     def _names(self, folder: str) -> list[str]:
-        inside = (path.removeprefix(f"{folder}/") for path in self._files if path.startswith(f"{folder}/"))
+        inside = (path.removeprefix(f"{folder}/") for path in list(self._files) if path.startswith(f"{folder}/"))
         return sorted({path.split("/")[0] for path in inside})
 
     @contextmanager
@@ -217,6 +243,9 @@ class FolderStore(_Store):
 
     def _write(self, files: Mapping[str, Chunks]) -> None:
         durable.write(self.path, files)
+
+    def _remove(self, paths: Sequence[str]) -> None:
+        durable.remove(self.path, paths)
 
     def _names(self, folder: str) -> list[str]:
         return durable.names(self.path, folder)

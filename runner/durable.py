@@ -10,6 +10,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 
 from stages.errors import StoreError
@@ -84,6 +85,16 @@ def write(root: Path, files: Mapping[str, Chunks]) -> None:
             for part in parts.values():
                 with suppress(FileNotFoundError):
                     os.unlink(part, dir_fd=tmp)
+
+
+def remove(root: Path, paths: Sequence[str]) -> None:
+    """Remove files, passing over those that are missing; all are gone from the disk when it returns."""
+    for inside, group in groupby(sorted(paths), key=lambda path: path.rpartition("/")[0]):
+        with explained(root / inside, "remove from"), suppress(FileNotFoundError), folder(root, inside) as parent:
+            for path in group:
+                with suppress(FileNotFoundError):
+                    os.unlink(path.rpartition("/")[2], dir_fd=parent)
+            os.fsync(parent)
 
 
 def names(root: Path, inside: str) -> list[str]:

@@ -46,6 +46,13 @@ def get(store: FolderStore, order: dict[str, Any]) -> str:
     return "nothing" if store.get(KEY) is None else "state"
 
 
+def drop(store: FolderStore, order: dict[str, Any]) -> str:
+    """Forget the state, many times over while others store and read it where `times` says so."""
+    for _ in range(order.get("times", 1)):
+        store.drop(KEY)
+    return "dropped"
+
+
 def compute(store: FolderStore, order: dict[str, Any]) -> str:
     """Compute the state as a run does, and leave a mark for having done so."""
     if not order.get("locks", True):
@@ -70,7 +77,7 @@ def hold(store: FolderStore, order: dict[str, Any]) -> str:
 
 
 Work = Callable[[FolderStore, dict[str, Any]], str]
-WORK: dict[str, Work] = {"put": put, "get": get, "compute": compute, "hold": hold}
+WORK: dict[str, Work] = {"put": put, "get": get, "drop": drop, "compute": compute, "hold": hold}
 
 
 def child(order: dict[str, Any], gate: int, answer: int) -> None:

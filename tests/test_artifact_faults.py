@@ -85,6 +85,25 @@ def test_a_kill_at_any_system_call_leaves_the_whole_artifact_or_none(worker: Wor
 
 
 @pytest.mark.usefixtures("strace")
+def test_a_kill_while_dropping_leaves_the_whole_artifact_or_none(worker: Worker, tmp_path: Path) -> None:
+    points = 0
+    for call in ("openat", "unlinkat", "fsync"):
+        seen = []
+        for attempt in range(1, 100):
+            folder = tmp_path / f"{call}-{attempt}"
+            FolderStore(folder).put(KEY, "encode", state(), {})
+            told = ["-e", f"inject={call}:signal=SIGKILL:when={attempt}"]
+            end = worker.do({"do": "drop", "folder": str(folder)}, trace=told)
+            seen.append(assert_whole_or_nothing(folder))
+            if end.codes == [0]:
+                break
+        assert seen == sorted(seen, reverse=True) and not seen[-1]
+        points += len(seen) - 1
+    print(f"kill points: {points}")
+    assert points > 8
+
+
+@pytest.mark.usefixtures("strace")
 @pytest.mark.parametrize("code", ["ENOSPC", "EIO"])
 def test_a_disk_that_fails_at_any_system_call_is_reported(worker: Worker, tmp_path: Path, code: str) -> None:
     for call in ("mkdirat", "write", "fchmod", "fsync", "renameat", "openat"):
@@ -263,6 +282,21 @@ def test_several_processes_are_right_without_locks(worker: Worker, tmp_path: Pat
     assert end.codes == [0] * 8 and len(os.listdir(tmp_path / "marks")) > 1
     assert {told["result"] for told in end.told} == {object_path(FolderStore(tmp_path / "store"), KEY).name}
     assert assert_whole_or_nothing(tmp_path / "store")
+
+
+def test_dropping_storing_and_reading_at_once_shows_whole_artifacts_or_none(worker: Worker, tmp_path: Path) -> None:
+    told: list[str] = []
+    store = FolderStore(tmp_path / "store", warn=told.append)
+    worker.start({"do": "drop", "folder": str(store.path), "count": 2, "times": 150})
+    for _ in range(40):
+        store.put(KEY, "encode", state(), {})
+        found = store.get(KEY)
+        assert found is None or same(dict(found.values), dict(state().values))
+    assert worker.end().codes == [0, 0]
+    # An object taken from under a manifest that was just written again is missing, never torn.
+    assert all("its object is missing" in text for text in told)
+    store.put(KEY, "encode", state(), {})
+    assert store.get(KEY) is not None
 
 
 def test_a_lock_is_waited_for_but_not_for_ever(

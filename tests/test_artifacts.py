@@ -135,6 +135,45 @@ def test_both_stores_give_back_what_they_got(store: MemoryStore | FolderStore) -
     assert same(dict(found.values), dict(STATE.values)) and found.tags == STATE.tags
 
 
+def test_what_is_dropped_is_gone_and_nothing_else(store: MemoryStore | FolderStore) -> None:
+    # The same state under two keys: each has its own object.
+    first, second = (store.put(key, "encode", STATE, {}) for key in (KEY, OTHER))
+    assert first.object != second.object
+    for _ in range(2):
+        store.drop(KEY)
+        assert store.get(KEY) is None and store.find(KEY) is None and store.keys() == [OTHER]
+    assert store.get(OTHER) is not None
+    if isinstance(store, FolderStore):
+        assert [path.name for path in (store.path / "objects").rglob("*") if path.is_file()] == [second.object]
+    store.put(KEY, "encode", STATE, {})
+    assert store.get(KEY) is not None
+
+
+def test_a_damaged_manifest_is_dropped(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store", strict=True)
+    store.put(KEY, "encode", STATE, {})
+    (store.path / f"stages/{KEY}.json").write_text("{")
+    store.drop(KEY)
+    assert store.keys() == [] and store.get(KEY) is None
+
+
+def test_a_reader_whose_artifact_is_dropped_or_replaced_meanwhile_is_told_no_lie(tmp_path: Path) -> None:
+    class Overtaken(FolderStore):
+        def read(self, artifact: Artifact, *, finite: bool = True) -> State:
+            if meanwhile:
+                meanwhile.pop()()
+            return super().read(artifact, finite=finite)
+
+    store = Overtaken(tmp_path / "store", strict=True)
+    store.put(KEY, "encode", STATE, {})
+    meanwhile = [lambda: store.drop(KEY)]
+    assert store.get(KEY) is None
+    store.put(KEY, "encode", STATE, {})
+    meanwhile = [lambda: (store.drop(KEY), store.put(KEY, "encode", State({"x": 1}), {}))]
+    found = store.get(KEY)
+    assert found is not None and found.values == {"x": 1}
+
+
 def test_what_a_reader_does_to_a_state_stays_with_him(store: MemoryStore | FolderStore) -> None:
     store.put(KEY, "encode", STATE, {})
     first, second = store.get(KEY), store.get(KEY)
@@ -256,7 +295,7 @@ def test_hostile_names_never_leave_the_folder(tmp_path: Path) -> None:
             for call in (lambda n: store.save_run(n, {}), store.load_run):
                 with pytest.raises(ValueError, match="a run's name is"):
                     call(name)
-        for call in (lambda n: store.put(n, "encode", STATE, {}), store.get, store.find, store.working):
+        for call in (lambda n: store.put(n, "encode", STATE, {}), store.get, store.find, store.drop, store.working):
             with pytest.raises(ValueError, match="an artifact key is"):
                 call(name)
         with pytest.raises((StoreError, ValueError)):
