@@ -1,17 +1,37 @@
 """Fixtures of the whole suite, above all the cards that the tests run on."""
 
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
+
+# One thread for torch in each process, set before it is imported and handed on to subprocesses: two test processes
+# fill two cores, and on tensors this small threads cost ten times what they give.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# A machine that is busy with other tests is slow, not wrong.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 Cards = Callable[..., list[str]]
 
 # Below this a real card has no room beside what is not ours: cuBLAS takes 8 to 32 MiB, torch reserves 20 MiB steps.
 _LEAST_REAL_LIMIT = 256 * 2**20
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite; one for files named on the command line, and where there are real cards.
+
+    Two, as more would each build the checkpoints that tests share; one, as starting two takes longer than a file, and
+    as the limits of a real card hold in one process alone.
+    """
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    return 0 if named or _real_cards() else 2
 
 
 @pytest.hookimpl(trylast=True)
@@ -54,12 +74,7 @@ def cards(request: pytest.FixtureRequest) -> Iterator[Cards]:
 
 
 def _sim_cards() -> Iterator[Cards]:
-    import torch
-
     sim = _simulated()
-    # Threads cost more than they give on tensors this small: ten times the time where the cores are busy.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def give(*limits: int) -> list[str]:
         sim.configure(limits)
@@ -71,7 +86,6 @@ def _sim_cards() -> Iterator[Cards]:
     yield give
     sim.reset()
     sim.withdraw()
-    torch.set_num_threads(threads)
 
 
 def _cuda_cards() -> Iterator[Cards]:

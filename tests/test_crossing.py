@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,15 +23,6 @@ from stages.state import State
 
 Cards = Callable[..., list[str]]
 WIDTH, HEAD, IMAGE, TEXT, FLOAT = 32, 16, (64 // 16) * (48 // 16), 32, 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other take ten times as long with matrices of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sharded(flux: Path, devices: list[str], runs: str, steps: int) -> Plan:

@@ -1,7 +1,7 @@
 """Every family that is named runs staged as it runs whole, bit for bit; the rest is refused by name."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,15 +60,6 @@ class Staged:
     case: Case
     model: Path
     artifacts: Mapping[str, Sequence[State]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors are slower on several threads, most of all where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,15 +32,6 @@ DOUBLE = 2 * 2 * (6 * W2 + 6 * W + ATTENTION + 8 * W2 + 5 * W)
 SINGLE = 2 * (3 * W2 + 3 * W + 3 * W2 + 3 * W + 2 * 128 + 4 * W2 + 4 * W + 5 * W2 + W)
 FLUX = 23_802_816_640
 T5, CLIP = 9_524_621_312, 246_121_576
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other take ten times as long with matrices of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,15 +45,6 @@ INPUTS: dict[str, Value] = {
     "prompt": "a red circle", "width": 64, "height": 48, "num_inference_steps": 2, "max_sequence_length": 32,
     "seed": 7,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors are slower on several threads, most of all where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
