@@ -13,7 +13,8 @@ from typing import Union, cast
 
 import torch
 
-from runner.header import DTYPES, LONGEST, METADATA, MOST_BYTES, Header, Spec, compose, is_name, parse, strict_json
+from runner.header import DTYPES, LONGEST, METADATA, MOST_BYTES, Header, Spec, compose, is_name, parse
+from runner.strictness import strict_json
 from stages.errors import BadResult, StoreError
 from stages.state import State, Value
 

@@ -9,6 +9,8 @@ from typing import TypedDict
 
 import torch
 
+from runner.strictness import strict_json
+
 METADATA = "__metadata__"
 FIELD = "stagerun"
 LONGEST = 2**20
@@ -103,13 +105,6 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def strict_json(text: str | bytes | bytearray) -> object:
-    """The JSON value in `text`; ValueError for duplicate keys, NaN and infinity as well."""
-    # Left to guess, json takes UTF-16 and UTF-32 as well.
-    text = text if isinstance(text, str) else text.decode("utf-8")
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
 def _span(name: str, entry: object) -> tuple[int, int]:
     if not is_name(name):
         raise ValueError(f"a tensor called {name[:80]!r}")
@@ -130,14 +125,3 @@ def _span(name: str, entry: object) -> tuple[int, int]:
 
 def _counts(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key that occurs twice")
-    return found
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"the number {text}")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from runner.envelope import JSON, Damaged
-from runner.header import DTYPES, Spec, strict_json
+from runner.header import DTYPES, Spec
+from runner.strictness import strict_json
 from stages.errors import StoreError
 
 SCHEMA = 1
