@@ -58,6 +58,7 @@ class Options:
         bool, typer.Option("--no-modulation-table", help="Load what could be computed ahead, too.")
     ] = False
     gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Cards to use, in this order.")] = None
+    no_p2p: Annotated[bool, typer.Option("--no-p2p", help="Copy from card to card through host memory.")] = False
     max_memory: Annotated[
         str | None, typer.Option(metavar="LIMITS", help="14GiB, 80%, -2GiB (leave free), or 0=14GiB,1=12GiB.")
     ] = None

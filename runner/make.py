@@ -110,6 +110,7 @@ def planned(asked: Order, said: Any, machine: str | None = None) -> "Plan":
         place=said.place or (),
         allow_offload=said.allow_offload is not None,
         modulation_table=not said.no_modulation_table,
+        peer_copies=not said.no_p2p,
     )
     for component in asked.dtype.keys() - {"", *job.places}:
         close = get_close_matches(component, job.places, 1)

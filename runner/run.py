@@ -21,6 +21,7 @@ from runner.request import Request
 from stages.copies import sound
 from stages.errors import StageOutOfMemory, StoreError
 from stages.modulation import Modulation
+from stages.placement import Places
 from stages.stage import Emit, Loaded, Stage, silent
 from stages.state import State
 
@@ -196,9 +197,9 @@ class Shift:
         first = {keys[index]: index for index in reversed(todo)}
         if not first:
             return
-        table = self._table(sorted(first.values()), before, seconds)
-        start = time.perf_counter()
         places = sound({c.name: self.plan.places[c.name] for c in self.stage.components}, self.emit)
+        table = self._table(places, sorted(first.values()), before, seconds)
+        start = time.perf_counter()
         with self.stage.loaded(places, self.emit) as loaded:
             if table is not None:
                 table.attach(loaded)
@@ -216,13 +217,13 @@ class Shift:
                             self._make(loaded, key, index, before, seconds)
 
     def _table(
-        self, order: Sequence[int], before: Sequence[str] | None, seconds: dict[str, float]
+        self, places: Places, order: Sequence[int], before: Sequence[str] | None, seconds: dict[str, float]
     ) -> Modulation | None:
         """The stage's modulation table, if layers of its component are left on the disk."""
-        layers = self.plan.places[self.stage.components[0].name].folded
+        layers = places[self.stage.components[0].name].folded
         if not layers:
             return None
-        table = Modulation(self.stage, self.plan.places, layers, order, lambda index: (
+        table = Modulation(self.stage, places, layers, order, lambda index: (
             self._state(index, before), inputs_of(self.plan.requests[index])))
         seconds["table"] = 0.0
         with timed(seconds, "table"):

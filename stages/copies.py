@@ -10,6 +10,7 @@ from itertools import permutations
 
 import torch
 
+from stages.crossing import direct
 from stages.placement import Place, Places, Resident, Sharded
 from stages.stage import Emit
 
@@ -32,7 +33,8 @@ def rerouted(places: Places) -> dict[str, Place]:
 
 def sound(places: Places, emit: Emit) -> Places:
     """The places of one stage as they may be relied on: through the host, with a warning, where copies are garbled."""
-    cards = sorted({card for place in places.values() for card in place.placement.at_work.values() if card != "cpu"})
+    relied = (place.placement for place in places.values() if place.placement.way is direct)
+    cards = sorted({card for placement in relied for card in placement.at_work.values() if card != "cpu"})
     bad = garbled(cards)
     if not bad:
         return places

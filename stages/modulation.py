@@ -184,7 +184,7 @@ def computed(component: Component, place: Place, found: Program, told: Mapping[A
     """The row of every call told of, by its key: step by step, so that each weight is read once and then dropped."""
     layout = Layout.of(found.layers)
     rows = {key: torch.empty(layout.size, dtype=torch.uint8) for key in told}
-    entry = place.placement.entry
+    entry, move = place.placement.entry, place.placement.way
     values = [{number: tensor.to(entry) for (_, number), tensor in zip(found.reads, one.given, strict=True)}
               for one in told.values()]
     reader = Reader(component, place)
@@ -193,7 +193,7 @@ def computed(component: Component, place: Place, found: Program, told: Mapping[A
             weights, device = reader.read(step)
             # One call at a time, with the rows that it will have: a product of more rows rounds otherwise.
             for row, known in zip(rows.values(), values, strict=True):
-                known.update(zip(step.out, step.run(known, weights, entry, device), strict=True))
+                known.update(zip(step.out, step.run(known, weights, entry, device, move), strict=True))
                 if step.layer is not None and step.layer in layout.at:
                     layout.view(row, step.layer).copy_(known[step.out[0]])
                 for number in done:

@@ -38,12 +38,17 @@ class Placement(Protocol):
         """Module name to device, as `from_pretrained` takes it: every tensor is read straight to its device."""
         ...
 
+    @property
+    def way(self) -> Move:
+        """How tensors get from card to card."""
+        ...
+
     def share(self, weights: Weights) -> dict[str, int]:
         """The bytes of the component that each device holds between calls."""
         ...
 
-    def attach(self, model: nn.Module, home: str, move: Move = direct) -> None:
-        """Make the loaded model take inputs from, and give outputs to, the device `home`; `move` copies."""
+    def attach(self, model: nn.Module, home: str, move: Move | None = None) -> None:
+        """Make the loaded model take inputs from, and give outputs to, the device `home`; `move` instead of `way`."""
         ...
 
 
@@ -77,14 +82,18 @@ class Resident:
     def device_map(self) -> dict[str, str]:
         return self.at_work
 
+    @property
+    def way(self) -> Move:
+        return by_host if self.by_host else direct
+
     def share(self, weights: Weights) -> dict[str, int]:
         return {self.device: weights.total}
 
-    def attach(self, model: nn.Module, home: str, move: Move = direct) -> None:
+    def attach(self, model: nn.Module, home: str, move: Move | None = None) -> None:
         if self.tile is not None:
             cut(model, self.tile)
         if torch.device(home) != torch.device(self.device):
-            Crossing(model, {"": self.device}, home, _way(move, self.by_host))
+            Crossing(model, {"": self.device}, home, move or self.way)
 
 
 @dataclass(frozen=True)
@@ -121,20 +130,25 @@ class Sharded:
             return {"": "cpu"}
         return {**dict.fromkeys(self.rest, self.entry), **self.devices}
 
+    @property
+    def way(self) -> Move:
+        return by_host if self.by_host else direct
+
     def share(self, weights: Weights) -> dict[str, int]:
         found = Counter({self.entry: sum(weights.rest.values())})
         for block, size in weights.blocks.items():
             found[self.at_rest[block]] += size
         return dict(found)
 
-    def attach(self, model: nn.Module, home: str, move: Move = direct) -> None:
+    def attach(self, model: nn.Module, home: str, move: Move | None = None) -> None:
         # from_pretrained leaves accelerate's hooks behind, which send every argument of every block again.
         remove_hook_from_module(model, recurse=True)
+        move = move or self.way
         # Tensors of modules that hold blocks it has put on a card of its choice.
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             tensor.data = move(tensor.data, standing(name, self.at_rest))
         around = dict.fromkeys(outside(model, self.devices), self.entry)
-        Crossing(model, {"": self.entry, **around, **self.devices}, home, _way(move, self.by_host))
+        Crossing(model, {"": self.entry, **around, **self.devices}, home, move)
         for block in self.hosted:
             stream(model.get_submodule(block), self.devices[block], move)
 
@@ -149,10 +163,6 @@ class Place:
 
 
 Places = Mapping[str, Place]
-
-
-def _way(move: Move, through_host: bool) -> Move:
-    return by_host if through_host and move is direct else move
 
 
 def outside(model: nn.Module, blocks: Collection[str]) -> tuple[str, ...]:

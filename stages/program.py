@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from stages.crossing import Move, direct
+
 HERE = object()
 
 
@@ -60,13 +62,16 @@ class Step:
 
     def run(
         self, values: Mapping[int, torch.Tensor], weights: Mapping[str, torch.Tensor], entry: str,
-        device: str | None = None,
+        device: str | None = None, move: Move = direct,
     ) -> list[Any]:
-        """Its results for the `values` so far; what it makes of nothing is made on `entry`, a layer is on `device`."""
+        """Its results for the `values` so far; what it makes of nothing is made on `entry`.
+
+        A layer is on `device`, where `move` brings what it reads.
+        """
 
         def real(leaf: Any) -> Any:
             if isinstance(leaf, Ref):
-                return values[leaf.at] if device is None else values[leaf.at].to(device)
+                return values[leaf.at] if device is None else move(values[leaf.at], device)
             if isinstance(leaf, Weight):
                 return weights[leaf.name]
             return torch.device(entry) if leaf is HERE else leaf
