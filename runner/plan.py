@@ -10,7 +10,7 @@ from runner.demo import CHECKPOINT
 from runner.ladder import Rung
 from runner.limits import limited, read_machine
 from runner.placing import Need, Placer
-from runner.request import Request, nearest
+from runner.request import Request, check_tokens, nearest
 from runner.saving import Saving
 from runner.wishes import read_wishes
 from stages.checkpoint import Checkpoint, check, find
@@ -81,6 +81,8 @@ def make_plan(
     everything through host memory. Raises LoadError, PlanError or ValueError.
     """
     chosen = family_of(family, model)
+    for request in requests:
+        check_tokens(chosen, request.text_tokens)
     there = read_machine(machine) if isinstance(machine, str) else machine or probe(devices)
     if max_memory is not None:
         there = limited(there, max_memory)

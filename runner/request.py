@@ -74,7 +74,15 @@ def ask(
     loops = family.steps if steps is None else steps
     scale = family.guidance if guidance is None else guidance
     tokens = family.text_tokens if text_tokens is None else text_tokens
+    check_tokens(family, tokens)
     return [Request(prompt, width, height, loops, scale, first + index, tokens, index) for index in range(count)]
+
+
+def check_tokens(family: Family, tokens: int) -> None:
+    """Raise ValueError for more text tokens than the family's text encoder takes."""
+    if tokens > family.most_tokens:
+        raise ValueError(f"{tokens} text tokens: the text encoder of {family.name} takes at most "
+                         f"{family.most_tokens} -> ask for {family.most_tokens} or fewer")
 
 
 def nearest(size: tuple[int, int], multiple: int) -> tuple[tuple[int, int], tuple[int, int]]:

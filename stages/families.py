@@ -7,10 +7,10 @@ from dataclasses import dataclass
 class Family:
     """What a family is run with unless the user says otherwise.
 
-    `guidance` is None where the model takes no guidance; `text_tokens` is the longest prompt in tokens; `size` is
-    (width, height) in pixels; `patch` is what the transformer packs of the latents along an edge. `requires` names
-    modules that upstream imports only when they are installed but calls all the same, so they are checked before
-    anything is downloaded.
+    `guidance` is None where the model takes no guidance; `text_tokens` is the longest prompt in tokens, and
+    `most_tokens` the most that may be asked for; `size` is (width, height) in pixels; `patch` is what the transformer
+    packs of the latents along an edge. `requires` names modules that upstream imports only when they are installed
+    but calls all the same, so they are checked before anything is downloaded.
     """
 
     name: str
@@ -22,6 +22,7 @@ class Family:
     size: tuple[int, int]
     requires: tuple[str, ...] = ()
     patch: int = 2
+    most_tokens: int = 512
 
 
 MEGAPIXEL = (1024, 1024)
@@ -39,7 +40,9 @@ FAMILIES = {
             "flux2-klein-base", "black-forest-labs/FLUX.2-klein-base-4B", "Flux2KleinPipeline", 50, 4.0, 512, MEGAPIXEL
         ),
         # Steps, guidance and tokens are the defaults of QwenImagePipeline; 1328 is the square that it was trained on.
-        Family("qwen-image", "Qwen/Qwen-Image", "QwenImagePipeline", 50, 4.0, 512, (1328, 1328)),
+        Family(
+            "qwen-image", "Qwen/Qwen-Image", "QwenImagePipeline", 50, 4.0, 512, (1328, 1328), most_tokens=1024
+        ),
         # Steps and tokens are the defaults of StableDiffusion3Pipeline; 3.5 is the guidance of this model's card.
         Family("sd3", "stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline", 28, 3.5, 256, MEGAPIXEL),
         # Distilled to 8 steps without guidance, as in the example of ZImagePipeline.

@@ -223,6 +223,11 @@ def test_the_plan_is_for_the_largest_request_of_all() -> None:
     assert most.prompt == "a red circle on a blue background"
 
 
+def test_too_many_text_tokens_are_refused_before_the_model_is_looked_for() -> None:
+    with pytest.raises(ValueError, match="513 text tokens: the text encoder of flux takes at most 512"):
+        make_plan("flux", [asked(text_tokens=513)], model="no/such-model")
+
+
 # -- on simulated cards, where a plan is also run
 
 

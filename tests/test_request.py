@@ -136,3 +136,11 @@ def test_size_is_two_positive_numbers(text: str) -> None:
 def test_shown_is_short_ascii() -> None:
     assert shown("\x1b]0;caf\u00e9") == r"'\x1b]0;caf\xe9'"
     assert len(shown("\u00e9" * 10**6)) < 300
+
+
+@pytest.mark.parametrize(("name", "most"), [("flux", 512), ("sd3", 512), ("qwen-image", 1024)])
+def test_no_more_text_tokens_than_the_encoder_takes(name: str, most: int) -> None:
+    (request,) = ask("a red circle", FAMILIES[name], seed=1, text_tokens=most)
+    assert request.text_tokens == most
+    with pytest.raises(ValueError, match=f"{most + 1} text tokens: .* {name} takes at most {most}"):
+        ask("a red circle", FAMILIES[name], seed=1, text_tokens=most + 1)
