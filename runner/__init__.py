@@ -7,14 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runner.crew import Crew
     from runner.plan import Plan, make_plan
     from runner.request import Request
     from runner.run import Picture, Report, run_all, run_stage
+    from runner.spawning import spawn
+    from runner.watch import RankLost
 
-__all__ = ["Picture", "Plan", "Report", "Request", "make_plan", "run_all", "run_stage"]
+__all__ = ["Crew", "Picture", "Plan", "RankLost", "Report", "Request", "make_plan", "run_all", "run_stage", "spawn"]
 
-_HOMES = {"Picture": "run", "Plan": "plan", "Report": "run", "Request": "request", "make_plan": "plan",
-          "run_all": "run", "run_stage": "run"}
+_HOMES = {"Crew": "crew", "Picture": "run", "Plan": "plan", "RankLost": "watch", "Report": "run", "Request": "request",
+          "make_plan": "plan", "run_all": "run", "run_stage": "run", "spawn": "spawning"}
 
 
 def __getattr__(name: str) -> Any:

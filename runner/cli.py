@@ -13,11 +13,12 @@ from typing import Annotated, Literal
 import typer
 
 from runner.events import Tolerant, clean
+from runner.watch import RankLost
 from stages.errors import BadResult, LoadError, PlanError, StoreError
 from stages.families import FAMILIES, Family
 
 CODES: tuple[tuple[type[Exception], int], ...] = (
-    (LoadError, 3), (PlanError, 4), (MemoryError, 4), (StoreError, 5), (BadResult, 6), (ValueError, 2),
+    (LoadError, 3), (PlanError, 4), (MemoryError, 4), (StoreError, 5), (BadResult, 6), (RankLost, 7), (ValueError, 2),
 )
 MESSAGE = 4000
 
@@ -77,6 +78,10 @@ class Options:
     strict: Annotated[bool, typer.Option("--strict", help="Refuse damaged artifacts instead of redoing them.")] = False
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False
     log: Annotated[str | None, typer.Option(metavar="FILE", help="Append every event to FILE as a JSON line.")] = None
+    ranks: Annotated[str | None, typer.Option(metavar="N", help="Processes that share the pictures and cards.")] = None
+    rank_timeout: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="How long a rank may do nothing; 120 unless said.")
+    ] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, library warnings included.")] = False
 
@@ -153,18 +158,22 @@ def answer(words: Sequence[str]) -> int:
     """Answer one command line, errors in one line included; the exit code."""
     try:
         job = app(list(words) or ["--help"], standalone_mode=False)
-        if not callable(job):
-            return int(job)
-        job()
-        return 0
     except typer.TyperException as error:
         return _refuse(_usage(error), 2)
+    return respond(job, verbose=not {"-v", "--verbose"}.isdisjoint(words)) if callable(job) else int(job)
+
+
+def respond(job: Callable[[], object], *, verbose: bool) -> int:
+    """Do what a command line asks for, errors in one line included; the exit code."""
+    try:
+        job()
+        return 0
     except Stopped as stopped:
         return _refuse(f"stopped by {stopped.signal.name}; what was finished is kept", 128 + stopped.signal)
     except KeyboardInterrupt:
         return _refuse("interrupted; what was finished is kept, the same command goes on from there", 130)
     except Exception as error:  # the last one to answer for the process: a line and an exit code, not a traceback
-        return _failed(error, verbose=not {"-v", "--verbose"}.isdisjoint(words))
+        return _failed(error, verbose=verbose)
 
 
 class Stopped(KeyboardInterrupt):

@@ -6,19 +6,20 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from runner import names, tables
+from runner import names, tables, together
 from runner.durable import explained
 from runner.events import Emit, Tolerant, json_lines, tee
 from runner.order import Order, devices, order
 from runner.picture import card_of, png
 from runner.progress import Progress
+from runner.ranks import launched
 from runner.report import document, lines
 from runner.request import shown
 from stages.errors import LoadError
@@ -28,10 +29,13 @@ if TYPE_CHECKING:
     from runner.artifacts import ArtifactStore
     from runner.plan import Plan
     from runner.run import Report
+    from stages.machine import Machine
 
 
 def make(family: str, said: Any) -> None:
     """Make the pictures that the options `said` ask for; their paths, or one JSON object, go to standard output."""
+    if said.ranks is not None or launched() is not None:
+        return together.make(family, said)
     begin = time.perf_counter()
     asked = order(family, said)
     hush(said.verbose)
@@ -53,6 +57,13 @@ def make(family: str, said: Any) -> None:
             with timed(seconds, "pictures"):
                 cards = save(report, asked, said, emit)
     seconds["total"] = time.perf_counter() - begin
+    tell(report, asked, cards, seconds, said)
+
+
+def tell(
+    report: "Report", asked: Order, cards: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], said: Any
+) -> None:
+    """Say what a run did: where its time went on standard error, and its result on standard output."""
     if not said.quiet:
         say(sys.stderr, lines(report, seconds))
     result = [json.dumps(document(report, asked.paths, cards, seconds), ensure_ascii=False)]
@@ -92,7 +103,7 @@ def diagnose(*, as_json: bool, gpus: str | None) -> None:
         raise LoadError(f"not well: {', '.join(bad)} -> the lines above say what to do")
 
 
-def planned(asked: Order, said: Any, machine: str | None = None) -> "Plan":
+def planned(asked: Order, said: Any, machine: "str | Machine | None" = None) -> "Plan":
     """The plan of an order; LoadError where it should repeat a picture of another model."""
     import torch
 

@@ -50,7 +50,7 @@ def order(family: str, said: Any) -> Order:
         raise ValueError(f"{said.like} was made by {like.family} -> runner {like.family} --like {said.like}")
     requests = _requests(said, chosen, like.request if like is not None else None)
     _check_together(said)
-    run = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    run = new_run()
     return Order(
         family=family,
         model=model,
@@ -63,6 +63,11 @@ def order(family: str, said: Any) -> Order:
         store=said.artifacts or str(default_store()),
         like=like if said.model is None else None,
     )
+
+
+def new_run() -> str:
+    """A name for a run that no other has."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 def model_of(like: Like) -> str:

@@ -11,18 +11,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runner import make_plan, run_all
+from runner.request import ask
 from stages.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-RUNS = [line[line.index("python -m runner") :] for line in LINES if "python -m runner" in line]
+RUNS = [line[line.index("python -m runner") :] for line in LINES
+        if "python -m runner" in line and "--ranks" not in line]
+RANKS = [line for line in LINES if line.startswith(("torchrun", "accelerate")) or "--ranks" in line]
+STARTS = {"python": ["-m"], "torchrun": ["-m", "torch.distributed.run"],
+          "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
 INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install -q "
 
 
 def run(line: str, folder: Path, *more: str) -> list[str]:
     """The lines that a command prints when it is run in `folder` with more options."""
-    words = [*shlex.split(line.replace("python", sys.executable, 1)), *more]
+    first, *rest = shlex.split(line)
+    words = [sys.executable, *STARTS[first], *rest[first == "python" :], *more]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, f"{line}\n{done.stderr}"
@@ -33,7 +40,7 @@ def test_there_are_two_commands_that_install() -> None:
     """The second is what continuous integration runs (test_lint.py), the first differs in what follows the install."""
     installing = [line for line in LINES if "pip install" in line]
     assert [line.startswith(INSTALL) for line in installing] == [True, True]
-    assert all(line.startswith(INSTALL) or line in RUNS for line in LINES)
+    assert all(line.startswith(INSTALL) or line in RUNS or line in RANKS for line in LINES)
 
 
 def test_the_first_command_ends_with_a_picture(tmp_path: Path) -> None:
@@ -57,6 +64,16 @@ def test_every_other_command_runs(flux: Path, tmp_path: Path) -> None:
     shots = [np.asarray(Image.open(tmp_path / name)) for name in ("more-steps.png", "decoded-again.png",
                                                                   "the-same-pixels.png")]
     assert all(np.array_equal(shots[0], shot) for shot in shots)
+
+
+@pytest.mark.parametrize("line", RANKS, ids=lambda line: line.split()[0])
+def test_two_ranks_make_the_pictures_of_one_process(line: str, flux: Path, tmp_path: Path) -> None:
+    printed = run(line, tmp_path, "--model", str(flux), "--size", "64x48", "--device", "cpu", "--steps", "2")
+    asked = ask("a fox", FAMILIES["flux"], size=(64, 48), steps=2, seed=1, count=4)
+    alone = run_all(make_plan("flux", asked, model=flux, devices=["cpu"])).pictures
+    assert len(printed) == len(alone) == 4
+    for path, picture in zip(printed, alone, strict=True):
+        assert np.array_equal(Image.open(tmp_path / path), picture.pixels)
 
 
 def test_the_python_of_the_readme_runs() -> None:

@@ -1,0 +1,139 @@
+"""What a rank does: its share of an order, on its own cards, with the others told of nothing but the result."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from runner.events import Emit
+from runner.link import Link
+from runner.pulse import Pulse
+from runner.ranks import Rank, part, share
+from runner.task import Task, read_task
+from stages.errors import StoreError
+
+if TYPE_CHECKING:
+    from runner.artifacts import ArtifactStore
+    from runner.plan import Plan
+
+
+class Shared:
+    """A store as one rank uses it: a wait for another is no idleness, and there is one record for the whole run.
+
+    Only the first rank, which knows `whole`, writes the record.
+    """
+
+    def __init__(self, store: "ArtifactStore", pulse: Pulse, whole: Mapping[str, Any] | None) -> None:
+        self._store, self._pulse, self._whole = store, pulse, whole
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    @contextmanager
+    def working(self, key: str) -> Iterator[None]:
+        """Only one process at a time is inside for `key`."""
+        inside = self._store.working(key)
+        with self._pulse.waiting():
+            inside.__enter__()
+        try:
+            yield
+        finally:
+            inside.__exit__(None, None, None)
+
+    def save_run(self, run: str, record: Mapping[str, object]) -> None:
+        """Keep the record of the whole run, which is not done when a share of it is."""
+        if self._whole is not None:
+            status = "running" if record["status"] == "done" else record["status"]
+            self._store.save_run(run, {**record, **self._whole, "status": status})
+
+
+class Member:
+    """One rank with its link to the others; `emit` hears of its own work."""
+
+    def __init__(self, rank: Rank, link: Link, pulse: Pulse, emit: Emit) -> None:
+        self.rank, self._link, self._pulse, self._emit = rank, link, pulse, emit
+
+    def lead(self, task: Task, store: "ArtifactStore") -> list[dict[str, Any]]:
+        """Have all ranks do the task, this one its share of it; all shares, by rank.
+
+        Errors of the order or the model are raised before any other rank begins.
+        """
+        job = self._planned(task)
+        whole = _whole(job)
+        store.save_run(task.order.run, {**whole, "status": "running"})
+        self._link.publish(task.document())
+        with self._answering():
+            mine = self._work(task, job, cast("ArtifactStore", Shared(store, self._pulse, whole)))
+            with self._pulse.waiting():
+                shares = [mine, *self._link.shares()]
+            store.save_run(task.order.run, {**store.load_run(task.order.run), "status": "done"})
+        return shares
+
+    def follow(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Do this rank's share of a task that the first one published."""
+        from runner.make import opened
+
+        with self._answering():
+            task = read_task(document)
+            store = opened(task.order, task.said, self._emit)
+            self._check_shared(store, task)
+            job = self._planned(task)
+            return self._work(task, job, cast("ArtifactStore", Shared(store, self._pulse, None)))
+
+    def _planned(self, task: Task) -> "Plan":
+        """The plan of the whole order for this rank's cards: what it decides does not depend on the share."""
+        from runner.make import planned
+        from stages.machine import probe
+
+        self._emit("begin", {"what": "planning"})
+        return planned(task.order, task.said, machine=part(probe(task.order.devices), self.rank))
+
+    def _work(self, task: Task, job: "Plan", store: "ArtifactStore") -> dict[str, Any]:
+        from runner.make import save
+        from runner.run import run_all
+        from runner.shares import Share
+
+        positions = share(len(task.order.requests), self.rank.rank, self.rank.size)
+        if not positions:
+            return Share(self.rank.rank, positions, None, (), {}).document()
+        own = slice(positions.start, positions.stop)
+        order = replace(task.order, requests=task.order.requests[own], paths=task.order.paths[own])
+        report = run_all(replace(job, requests=order.requests), store=store, emit=self._heard(task), name=order.run,
+                         stop_after=task.said.stop_after, from_stage=task.said.from_stage)
+        cards = save(report, order, task.said, self._emit) if order.paths else []
+        made = report.pictures[0].facts if report.pictures else {}
+        return Share(self.rank.rank, positions, report, cards, made).document()
+
+    def _heard(self, task: Task) -> Emit:
+        """The emit of this rank's work, which begins by telling of the whole run."""
+
+        def emit(kind: str, data: Mapping[str, Any]) -> None:
+            self._emit(kind, {**data, "requests": len(task.order.requests)} if kind == "run" else data)
+
+        return emit
+
+    def _check_shared(self, store: "ArtifactStore", task: Task) -> None:
+        try:
+            store.load_run(task.order.run)
+        except StoreError:
+            raise StoreError(
+                f"run {task.order.run} is not in {task.order.store} as rank {self.rank.rank} sees it -> ranks on "
+                f"several hosts need one folder that all of them see: --artifacts DIR"
+            ) from None
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Tell whoever watches if the block fails, with the place where it did."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, the others must hear of it
+            text = f"{type(error).__name__}: {error}" if type(error).__module__ == "builtins" else str(error)
+            self._link.fail(f"rank {self.rank.rank} failed {self._pulse.where}: {text}")
+
+
+def _whole(job: "Plan") -> dict[str, Any]:
+    """What the record of the run says of all its requests."""
+    from runner.run import chain
+
+    return {"model": job.checkpoint.identity, "requests": [vars(request) for request in job.requests],
+            "stages": {name: list(keys) for name, keys in chain(job).items()}}

@@ -1,0 +1,40 @@
+"""What the ranks of a run tell each other, as JSON: the order, and what each of them did of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from runner.order import Order
+from runner.request import Request
+
+
+@dataclass(frozen=True)
+class Task:
+    """The whole order, and the options `said` that it came with; every rank does its share of it."""
+
+    order: Order
+    said: Any
+
+    def document(self) -> dict[str, Any]:
+        """The task as JSON; what picture it is like, if any, is for the first rank alone to check."""
+        order = {field.name: getattr(self.order, field.name) for field in fields(Order)}
+        order |= {"requests": [vars(request) for request in self.order.requests],
+                  "paths": [str(path) for path in self.order.paths], "dtype": dict(self.order.dtype), "like": None}
+        return {"order": order, "said": {name: value for name, value in vars(self.said).items() if name != "ctx"}}
+
+
+def read_task(document: Mapping[str, Any]) -> Task:
+    """The task in a document."""
+    order: dict[str, Any] = dict(document["order"])
+    order |= {name: tuple(value) for name, value in order.items() if isinstance(value, list)}
+    order |= {"requests": tuple(Request(**request) for request in order["requests"]),
+              "paths": tuple(map(Path, order["paths"]))}
+    return Task(Order(**order), read_options(document["said"]))
+
+
+def read_options(said: Mapping[str, Any]) -> Any:
+    """The options of a command line, from their names and values."""
+    from runner.cli import Options
+
+    return Options(ctx=None, **said)  # type: ignore[arg-type]  # no command line is behind them

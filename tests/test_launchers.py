@@ -1,0 +1,88 @@
+"""Ranks that torchrun starts: a lost one ends the job with a reason, and what was finished is kept."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import TCPStore
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "runner", "flux")
+
+
+@contextmanager
+def launched(folder: Path, *words: str) -> Iterator["subprocess.Popen[str]"]:
+    """Two ranks under torchrun, gone at the end."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
+    process = subprocess.Popen([*TORCHRUN, *words], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def ranks(launcher: int) -> dict[int, int]:
+    """The processes of a launcher by rank."""
+    found = {}
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for pid in map(int, children):
+        rank = variables(pid).get("RANK")
+        found |= {} if rank is None else {int(rank): pid}
+    return found
+
+
+def variables(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def caught(launcher: "subprocess.Popen[str]", rank: int) -> int:
+    """The process of a rank, once it is in the steps of its denoise."""
+    end = time.monotonic() + 120
+    while len(pids := ranks(launcher.pid)) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    told = variables(pids[rank])
+    store = TCPStore(told["MASTER_ADDR"], int(told["MASTER_PORT"]), None, False, timedelta(seconds=60))
+    while launcher.poll() is None and time.monotonic() < end:
+        key = f"beat/{rank}"
+        beat: dict[str, Any] = json.loads(store.get(key)) if store.check([key]) else {}
+        if "step" in beat.get("where", ""):
+            break
+        time.sleep(0.1)
+    assert launcher.poll() is None, launcher.communicate()
+    return pids[rank]
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "says"),
+    [
+        (1, signal.SIGKILL, "error: rank 1 was killed or left early, last in denoise, picture 1 of 1, step "),
+        (0, signal.SIGSTOP, "error: rank 0 hangs: no sign of life for "),
+    ],
+    ids=["killed", "stopped"],
+)
+def test_a_lost_rank_ends_the_job_with_its_name(
+    flux: Path, tmp_path: Path, rank: int, number: signal.Signals, says: str
+) -> None:
+    words = ("--model", str(flux), "--prompt", "a dog", "--count", "2", "--size", "64x48", "--device", "cpu",
+             "--steps", "400", "--rank-timeout", "6")
+    with launched(tmp_path, *words) as launcher:
+        os.kill(caught(launcher, rank), number)
+        begin = time.monotonic()
+        out, errors = launcher.communicate(timeout=60)
+    print(f"over after {time.monotonic() - begin:.1f} s")
+    assert launcher.returncode != 0 and out == ""
+    told = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and told[0].startswith(says) and "what was finished is kept" in told[0], errors
+    assert not list(tmp_path.glob("*.png"))

@@ -1,0 +1,258 @@
+"""Ranks in real processes: the pictures of one process, and an end with a reason when one of them is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runner import Crew, RankLost, Report, Request, make_plan, run_all, spawn
+from runner.artifacts import open_store
+from runner.pulse import Pulse
+from runner.ranks import Rank, launched, part, share
+from runner.run import chain
+from runner.shares import differing
+from runner.watch import SILENCE, TIMEOUT, Watch
+from stages.errors import LoadError
+from stages.machine import Device, Machine
+from stages.state import State
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ("a dog", "a cat", "a dog", "a fox", "a cow")
+ASKED = [Request(prompt, 64, 48, 2, 3.5, 7 + index, 32, index) for index, prompt in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def alone(flux: Path) -> Report:
+    """The five pictures by one process."""
+    return run_all(make_plan("flux", ASKED, model=flux, devices=["cpu"]))
+
+
+def same(made: Report, alone: Report) -> list[bool]:
+    return [np.array_equal(picture.pixels, alone.pictures[picture.index].pixels) for picture in made.pictures]
+
+
+def test_one_two_three_and_five_prompts_on_two_ranks_are_the_pictures_of_one_process(
+    flux: Path, alone: Report, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kinds: list[str] = []
+    with Crew(2) as crew:
+        # What is refused is refused as in one process, and the ranks are there for the next job.
+        with pytest.raises(LoadError, match="nowhere"):
+            spawn("flux", ASKED, ranks=crew, model=tmp_path / "nowhere", store=tmp_path / "store")
+        for count in (1, 2, 3, 5):
+            made = spawn("flux", ASKED[:count], ranks=crew, model=flux, devices=["cpu"], store=tmp_path / f"{count}",
+                         emit=lambda kind, data: kinds.append(kind))
+            assert same(made, alone) == [True] * count
+            assert [stage.ran + stage.reused for stage in made.stages] == [count] * 3
+            workers = {f"rank {rank} cpu" for rank in range(min(count, 2))}
+            assert all(stage.peak.keys() == workers for stage in made.stages)
+            assert [picture.index for picture in made.pictures] == list(range(count))
+        broken = tmp_path / "broken"
+        plan = make_plan("flux", ASKED, model=flux, devices=["cpu"])
+        store = open_store(str(broken))
+        # Rank 1 finds an embedding that is none.
+        said = "^rank 1 failed in denoise: ValueError: Required input .* is missing; what was finished is kept"
+        store.put(chain(plan)["encode"][4], "encode", State({"nothing": torch.zeros(1)}), {})
+        with pytest.raises(RankLost, match=said):
+            spawn("flux", ASKED, ranks=crew, model=flux, devices=["cpu"], store=broken)
+    assert gone(crew) and kinds.count("run") == 4 and "step" in kinds
+    assert capfd.readouterr().out == ""
+    (run,) = store.runs()
+    assert len(store.load_run(run)["requests"]) == 5
+    finished = run_all(replace(plan, requests=tuple(ASKED[:4])), store=store)
+    assert same(finished, alone) == [True] * 4 and finished.stages[1].reused >= 1
+
+
+def gone(crew: Crew) -> bool:
+    return all(member.process.poll() is not None for member in crew.members)
+
+
+@contextmanager
+def when(crew: Crew, rank: int, where: str, act: Callable[[int], None]) -> Iterator[None]:
+    """Call `act` with the process of a rank as soon as it says to be at `where`."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.02):
+            if where in crew.members[rank].told.get("beat", {}).get("where", ""):
+                return act(crew.members[rank].process.pid)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_killed_rank_ends_the_job_and_what_was_finished_is_kept(flux: Path, alone: Report, tmp_path: Path) -> None:
+    finished = threading.Event()
+    asked = [*ASKED[:2], replace(ASKED[2], steps=60)]
+
+    def emit(kind: str, data: Mapping[str, Any]) -> None:
+        if kind == "end" and data["stage"] == "decode":
+            finished.set()
+
+    def kill(pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        assert finished.wait(60)
+        os.kill(pid, signal.SIGKILL)
+
+    said = r"^rank 1 was killed by SIGKILL .* last in denoise, picture 1 of 1, step \d+ of 60; what was finished"
+    with Crew(2) as crew:
+        with pytest.raises(RankLost, match=said), when(crew, 1, "step", kill):
+            spawn("flux", asked, ranks=crew, model=flux, devices=["cpu"], store=tmp_path, emit=emit)
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 30 and gone(crew)
+    rest = run_all(make_plan("flux", asked, model=flux, devices=["cpu"]), store=open_store(str(tmp_path)))
+    assert [stage.reused for stage in rest.stages] == [3, 2, 2]
+    assert same(rest, alone)[:2] == [True, True]
+
+
+def test_a_stopped_rank_ends_the_job(flux: Path, tmp_path: Path) -> None:
+    asked = [replace(ASKED[index], steps=60) for index in range(2)]
+    stopped: list[float] = []
+
+    def stop(pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        stopped.append(time.monotonic())
+
+    said = r"^rank 0 hangs: no sign of life for \d+ s, last in denoise, picture 1 of 1, step \d+ of 60 "
+    with Crew(2, timeout=8.0) as crew, pytest.raises(RankLost, match=said), when(crew, 0, "step", stop):
+        spawn("flux", asked, ranks=crew, model=flux, devices=["cpu"], store=tmp_path)
+    assert time.monotonic() - stopped[0] < 60 and gone(crew)
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("pass", "rank 0 left early with exit code 0, last before it started"),
+        ("import sys; sys.exit('no such thing')", "rank 0 left early with exit code 1; its last words: no such thing"),
+        ("import time; time.sleep(60)", "rank 0 did not start within 1 s"),
+    ],
+)
+def test_a_rank_that_never_works_is_named(code: str, says: str) -> None:
+    with pytest.raises(RankLost, match=says), Crew(1, timeout=1.0, command=(sys.executable, "-c", code)) as crew:
+        crew.work({}, print)
+    assert gone(crew)
+
+
+def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
+    worker = ("import time; from runner.link import Pipe; from runner.pulse import Pulse\n"
+              "with Pulse(Pipe.inherited().beat): time.sleep(60)")
+    parent = ("import sys, time; from runner import Crew\n"
+              f"crew = Crew(2, command=(sys.executable, '-c', {worker!r})).__enter__()\n"
+              "while not all('beat' in m.told for m in crew.members): crew._listen(Watch(range(2)), print)\n"
+              "print(*(m.process.pid for m in crew.members), flush=True); time.sleep(60)")
+    code = f"from runner.watch import Watch\n{parent}"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(pids) == 2 and all(alive(pid) for pid in pids)
+        process.kill()
+    begin = time.monotonic()
+    while any(alive(pid) for pid in pids) and time.monotonic() - begin < 20:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in pids)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and that nobody asked about yet does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_pulse_tells_work_from_idleness_and_from_waiting_for_another() -> None:
+    beats: list[Mapping[str, Any]] = []
+    with Pulse(beats.append) as pulse:
+        pulse("stage", {"stage": "denoise"})
+        pulse("item", {"index": 1, "of": 4})
+        pulse("step", {"step": 3, "steps": 28})
+        time.sleep(3.2)
+        idle = beats[-1]
+        end = time.monotonic() + 2.2
+        while time.monotonic() < end:
+            sum(range(1000))
+        busy = beats[-1]
+        with pulse.waiting():
+            time.sleep(3.2)
+        waiting = beats[-1]
+    assert idle["where"] == "in denoise, picture 2 of 4, step 3 of 28"
+    assert idle["idle"] > 2 > 1.5 > busy["idle"] and waiting["idle"] < 1.5
+    assert [beat["beat"] for beat in beats] == list(range(1, len(beats) + 1))
+
+
+def test_a_watch_names_who_is_lost() -> None:
+    now = [0.0]
+    watch = Watch(range(1, 4), clock=lambda: now[0])
+    beat = {"beat": 1, "where": "in encode", "idle": 0.0}
+    now[0] = TIMEOUT - 1
+    for rank in (1, 2):
+        watch.see(rank, beat)
+    assert watch.lost() is None
+    now[0] += 2
+    assert watch.lost() == (3, "rank 3 did not start within 120 s")
+    watch.end(3)
+    now[0] += SILENCE - 2
+    watch.see(1, {**beat, "beat": 2, "idle": TIMEOUT + 1})
+    watch.see(2, beat)
+    assert watch.lost() == (1, "rank 1 hangs in encode: it neither computed nor read for 121 s")
+    watch.end(1)
+    assert watch.lost() is None and watch.silent(SILENCE - 1) == [2]
+    now[0] += 2
+    lost = watch.lost()
+    assert lost is not None and lost[0] == 2 and "no sign of life for 22 s, last in encode" in lost[1]
+    watch.end(2)
+    assert watch.lost() is None
+
+
+@pytest.mark.parametrize(("count", "parts"), [(0, 2), (1, 2), (3, 2), (5, 2), (7, 3), (2, 8), (64, 5)])
+def test_shares_are_all_of_it_once_and_even(count: int, parts: int) -> None:
+    shares = [share(count, part, parts) for part in range(parts)]
+    assert [index for one in shares for index in one] == list(range(count))
+    assert {len(one) for one in shares} <= {count // parts, count // parts + 1}
+
+
+def test_cards_and_memory_are_dealt_by_local_rank() -> None:
+    cards = tuple(Device(f"cuda:{index}", 16, 15, True) for index in range(5))
+    machine = Machine(cards, 100, 90)
+    dealt = [part(machine, Rank(4 + local, 8, local, 2)) for local in range(2)]
+    assert [[card.name for card in mine.devices] for mine in dealt] == [["cuda:0", "cuda:1", "cuda:2"],
+                                                                        ["cuda:3", "cuda:4"]]
+    assert {mine.host_free for mine in dealt} == {45}
+    host = Machine((Device("cpu", 100, 90, False),), 100, 90)
+    assert part(host, Rank(1, 3, 1, 3)).devices[0].free == 30
+    with pytest.raises(ValueError, match=r"6 ranks on this host, and 5 cards for them: cuda:0, .* -> start 5 ranks"):
+        part(machine, Rank(0, 6, 0, 6))
+
+
+def test_a_rank_is_what_a_launcher_says() -> None:
+    said = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert launched(said) == Rank(3, 4, 1, 2)
+    assert launched({"RANK": "1", "WORLD_SIZE": "2"}) == Rank(1, 2, 1, 2)
+    assert launched({}) is None and launched({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    for wrong in ({"RANK": "4"}, {"LOCAL_RANK": "2"}, {"LOCAL_WORLD_SIZE": "x"}, {"WORLD_SIZE": "-2"}):
+        with pytest.raises(ValueError, match=r"RANK=.* -> start ranks with torchrun"):
+            launched({**said, **wrong})
+
+
+def test_ranks_whose_cards_differ_are_named() -> None:
+    def one(rank: int, dtype: str) -> dict[str, Any]:
+        return {"rank": rank, "facts": {"dtype": {"transformer": dtype}}}
+
+    idle = {"rank": 1, "facts": {}}
+    assert differing([one(0, "bfloat16"), idle, one(2, "bfloat16")]) is None
+    told = differing([one(0, "bfloat16"), idle, one(2, "float16")])
+    assert told is not None and "rank 2 with {'transformer': 'float16'}" in told
