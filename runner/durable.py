@@ -8,8 +8,10 @@ import fcntl
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -23,6 +25,19 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # A FIFO would block the open without O_NONBLOCK.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored file: its path, its bytes, and when it was written."""
+
+    path: str
+    bytes: int
+    modified: float
+
+    def age(self) -> float:
+        """Seconds since it was written, or until then: a clock that jumped may date a file in the future."""
+        return abs(time.time() - self.modified)
 
 
 @contextmanager
@@ -42,8 +57,10 @@ def folder(root: Path, inside: str, *, make: bool = False) -> Iterator[int]:
         os.close(handle)
 
 
-def read(root: Path, path: str, *, most: int) -> bytearray | None:
-    """The whole file at `path`, or None where there is none; StoreError where it is no plain file of `most` bytes."""
+def read(root: Path, path: str, *, most: int, first: int | None = None) -> bytearray | None:
+    """The file at `path`, whole or its `first` bytes; None where there is none; StoreError where it is no plain file
+    of at most `most` bytes.
+    """
     inside, _, name = path.rpartition("/")
     with explained(root / path, "read"):
         try:
@@ -57,7 +74,7 @@ def read(root: Path, path: str, *, most: int) -> bytearray | None:
                 raise StoreError(f"{root / path} is not a plain file: remove it")
             if facts.st_size > most:
                 raise StoreError(f"{root / path} has {facts.st_size:,} bytes, at most {most:,} are read: remove it")
-            return _read_all(handle, facts.st_size)
+            return _read_all(handle, facts.st_size if first is None else min(first, facts.st_size))
         finally:
             os.close(handle)
 
@@ -107,6 +124,30 @@ def names(root: Path, inside: str) -> list[str]:
             return []
 
 
+def entries(root: Path, inside: str) -> Iterator[Entry]:
+    """Every plain file in a folder, and in the folders in it."""
+    below = []
+    for name, facts in _listing(root, inside):
+        if stat.S_ISDIR(facts.st_mode):
+            below.append(name)
+        elif stat.S_ISREG(facts.st_mode):
+            yield Entry(f"{inside}/{name}", facts.st_size, facts.st_mtime)
+    if "/" not in inside:
+        for name in below:
+            yield from entries(root, f"{inside}/{name}")
+
+
+def remove_folder(root: Path, path: str) -> None:
+    """Remove the folder at `path`, unless it is missing or something is left in it."""
+    inside, _, name = path.rpartition("/")
+    with explained(root / inside, "remove from"), folder(root, inside) as parent:
+        try:
+            os.rmdir(name, dir_fd=parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
 @contextmanager
 def explained(path: Path, verb: str, needed: int = 0) -> Iterator[None]:
     """Turns an OSError inside into a StoreError with path, cause and next step; the OSError stays its cause."""
@@ -123,6 +164,15 @@ def owner(path: Path) -> str:
     there = _existing(path)
     facts = there.stat()
     return f"{there} belongs to user {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}, we are user {os.geteuid()}"
+
+
+def _listing(root: Path, inside: str) -> list[tuple[str, os.stat_result]]:
+    found = []
+    with explained(root / inside, "read"), suppress(FileNotFoundError), folder(root, inside) as handle:
+        for name in sorted(os.listdir(handle)):
+            with suppress(FileNotFoundError):
+                found.append((name, os.stat(name, dir_fd=handle, follow_symlinks=False)))
+    return found
 
 
 def _cause(error: OSError, path: Path, needed: int) -> str:

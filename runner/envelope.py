@@ -9,21 +9,18 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Union, cast
+from typing import cast
 
 import torch
 
-from runner.header import DTYPES, LONGEST, METADATA, MOST_BYTES, Header, Spec, compose, is_name, parse
+from runner.document import JSON, Damaged
+from runner.header import DTYPES, LONGEST, METADATA, Header, compose, is_name, parse
+from runner.spec import MOST_BYTES, Spec
 from runner.strictness import strict_json
 from stages.errors import BadResult, StoreError
 from stages.state import State, Value
 
-JSON = Union[str, int, float, bool, None, "list[JSON]", "dict[str, JSON]"]
 SCHEMA = 1
-
-
-class Damaged(StoreError):
-    """Stored bytes that are not what was written: torn, flipped, cut, swapped or forged."""
 
 
 @dataclass(frozen=True)

@@ -5,45 +5,18 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 
+from runner.spec import MOST_BYTES, TYPES, Spec
 from runner.strictness import strict_json
 
 METADATA = "__metadata__"
 FIELD = "stagerun"
 LONGEST = 2**20
-MOST_BYTES = 8 * 2**30
 _NAME = re.compile(r"[a-z0-9_.]{1,64}")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}
+DTYPES: Mapping[str, torch.dtype] = {code: getattr(torch, name) for code, name in TYPES.items()}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-class Spec(TypedDict):
-    """What a tensor is: its dtype as safetensors spells it, and its shape."""
-
-    dtype: str
-    shape: list[int]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import torch
 
 from runner import durable
 from runner.artifacts import ArtifactStore, FolderStore
-from runner.envelope import Damaged, unpack
-from runner.header import MOST_BYTES
+from runner.document import Damaged
+from runner.envelope import unpack
 from runner.manifest import Artifact, is_key, is_run
+from runner.spec import MOST_BYTES
 from stages.errors import StoreError
 from stages.state import State
 

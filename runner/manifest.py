@@ -1,19 +1,14 @@
-"""The small JSON documents of a store: which bytes a key has, what a run was asked, and the names of both."""
+"""Which bytes a key has, and the names of keys and runs. No torch."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from runner.envelope import JSON, Damaged
-from runner.header import DTYPES, Spec
-from runner.strictness import strict_json
-from stages.errors import StoreError
+from runner.document import JSON, Damaged, canonical, read_document, write_document
+from runner.spec import TYPES, Spec
 
-SCHEMA = 1
-LONGEST = 64 * 2**20
 _KEY = re.compile(r"[0-9a-f]{64}")
 _RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -32,7 +27,7 @@ class Artifact:
 
 def key_of(parts: Mapping[str, object]) -> str:
     """The sha256 of `parts` as canonical JSON; ValueError for NaN and infinity. 1 and 1.0 are different."""
-    return hashlib.sha256(_canonical(parts)).hexdigest()
+    return hashlib.sha256(canonical(parts)).hexdigest()
 
 
 def checked_key(key: str) -> str:
@@ -59,34 +54,6 @@ def is_run(text: str) -> bool:
     return _RUN.fullmatch(text) is not None
 
 
-def write_document(body: Mapping[str, object]) -> bytes:
-    """`body` as JSON with our schema and its own sha256: safe to read by eye, not to edit by hand."""
-    document = {"schema": SCHEMA, **body}
-    signed = {**document, "sha256": hashlib.sha256(_canonical(document)).hexdigest()}
-    return json.dumps(signed, indent=1, allow_nan=False).encode()
-
-
-def read_document(data: bytes | bytearray) -> dict[str, JSON]:
-    """The document in `data`; Damaged where it is torn or edited, StoreError where a newer version wrote it."""
-    try:
-        document = strict_json(data)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"it is torn ({error})") from error
-    if not isinstance(document, dict):
-        raise Damaged("it is no mapping")
-    declared = document.pop("sha256", None)
-    # Every schema signs the same way, so that a flipped bit in `schema` is not taken for a newer version.
-    if declared != hashlib.sha256(_canonical(document)).hexdigest():
-        raise Damaged("it does not have the sha256 that it names")
-    schema = document.get("schema")
-    if schema != SCHEMA:
-        raise StoreError(
-            f"this store was made by a newer version (schema {schema}, this one reads {SCHEMA}): "
-            "upgrade stagerun, or choose another --artifacts"
-        )
-    return cast("dict[str, JSON]", document)
-
-
 def write_manifest(artifact: Artifact) -> bytes:
     """The manifest of `artifact`."""
     return write_document({name: getattr(artifact, name) for name in Artifact.__dataclass_fields__})
@@ -111,8 +78,4 @@ def read_manifest(data: bytes | bytearray, key: str) -> Artifact:
 def _is_spec(spec: JSON) -> bool:
     if not isinstance(spec, dict) or spec.keys() != {"dtype", "shape"} or not isinstance(spec["shape"], list):
         return False
-    return spec["dtype"] in DTYPES and all(type(side) is int for side in spec["shape"])
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return spec["dtype"] in TYPES and all(type(side) is int for side in spec["shape"])

@@ -1,20 +1,15 @@
-"""The folder of a store: opened and checked once, swept of what killed processes left, and its locks."""
+"""The folder of a store: opened and checked once, and swept of what killed processes left."""
 
 import fcntl
 import os
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
 from pathlib import Path
 
-from runner.durable import PART, TMP, explained, folder, owner
+from runner.durable import PART, TMP, Entry, entries, explained, folder, owner
+from runner.locks import LOCK
 from stages.errors import StoreError
 
-LOCK = ".lock"
 ORPHAN_AFTER = 3600.0
-PATIENCE = 3600.0
-_POLL = 0.05
-_LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def open_root(path: Path, layout: Collection[str], *, readonly: bool) -> Path:
@@ -42,74 +37,27 @@ def open_root(path: Path, layout: Collection[str], *, readonly: bool) -> Path:
     return root
 
 
-def sweep(root: Path) -> None:
-    """Remove what killed processes left in tmp/: older than an hour, and held by nobody."""
+def sweep(root: Path, *, older: float = ORPHAN_AFTER, dry: bool = False) -> list[Entry]:
+    """Remove (unless `dry`) what killed processes left in tmp/, `older` seconds ago and held by nobody; what it is."""
+    found = [entry for entry in entries(root, TMP) if entry.path.endswith((PART, LOCK)) and entry.age() >= older]
     with explained(root / TMP, "sweep"), folder(root, TMP) as tmp:
-        for name in os.listdir(tmp):
-            if name.endswith((PART, LOCK)):
-                with suppress(FileNotFoundError, BlockingIOError):
-                    _remove_orphan(tmp, name)
+        return [entry for entry in found if _remove_orphan(tmp, entry.path.rpartition("/")[2], dry)]
 
 
-@contextmanager
-def alone(root: Path, name: str, *, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock `name` in tmp/ for the block; `waiting` hears of a long wait.
-
-    It saves work and guards nothing: where there can be no lock, and after an hour of waiting, the block runs anyway.
-    """
+def _remove_orphan(tmp: int, name: str, dry: bool) -> bool:
     try:
-        with folder(root, TMP) as tmp:
-            handle = _locked(tmp, name, waiting)
-    except OSError:
-        handle = None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            with suppress(OSError), folder(root, TMP) as tmp:
-                os.unlink(name, dir_fd=tmp)
-            os.close(handle)
-
-
-def _locked(tmp: int, name: str, waiting: Callable[[str], None]) -> int | None:
-    start, told = time.monotonic(), False
-    while (waited := time.monotonic() - start) < PATIENCE:
-        handle = _try_lock(tmp, name)
-        if handle is not None:
-            return handle
-        if waited > 1 and not told:
-            waiting("another process is computing the same artifact: waiting for it")
-            told = True
-        time.sleep(_POLL)
-    waiting(f"another process has held the same artifact for {PATIENCE:.0f} s: going on without waiting")
-    return None
-
-
-def _try_lock(tmp: int, name: str) -> int | None:
-    handle, held = os.open(name, _LOCK, 0o600, dir_fd=tmp), False
+        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=tmp)
+    except FileNotFoundError:
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The last holder unlinks the file before it lets go: a lock on an unlinked file excludes nobody.
-        held = os.fstat(handle).st_nlink > 0
-    except BlockingIOError:
-        held = False
-    finally:
-        if not held:
-            os.close(handle)
-    return handle if held else None
-
-
-def _remove_orphan(tmp: int, name: str) -> None:
-    facts = os.stat(name, dir_fd=tmp, follow_symlinks=False)
-    # A clock that jumped may date a file in the future.
-    if abs(time.time() - facts.st_mtime) < ORPHAN_AFTER:
-        return
-    handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=tmp)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(name, dir_fd=tmp)
+        if not dry:
+            os.unlink(name, dir_fd=tmp)
+    except (FileNotFoundError, BlockingIOError):
+        return False
     finally:
         os.close(handle)
+    return True
 
 
 def _check_ours(root: Path, layout: Collection[str]) -> None:

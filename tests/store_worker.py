@@ -68,8 +68,8 @@ def compute(store: FolderStore, order: dict[str, Any]) -> str:
 
 
 def hold(store: FolderStore, order: dict[str, Any]) -> str:
-    """Hold the lock until a file appears."""
-    with store.working(KEY):
+    """Hold the lock, or be at work on a run, until a file appears."""
+    with store.working(KEY) if order["do"] == "hold" else store.running("r"):
         Path(order["marks"], "held").touch()
         while not Path(order["marks"], "enough").exists():
             time.sleep(0.01)
@@ -77,7 +77,7 @@ def hold(store: FolderStore, order: dict[str, Any]) -> str:
 
 
 Work = Callable[[FolderStore, dict[str, Any]], str]
-WORK: dict[str, Work] = {"put": put, "get": get, "drop": drop, "compute": compute, "hold": hold}
+WORK: dict[str, Work] = {"put": put, "get": get, "drop": drop, "compute": compute, "hold": hold, "run": hold}
 
 
 def child(order: dict[str, Any], gate: int, answer: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from runner import root
+from runner import locks
 from runner.artifacts import FolderStore
 from stages.errors import StoreError
 from tests.store_worker import KEY, Worker, state
@@ -307,16 +307,32 @@ def test_a_lock_is_waited_for_but_not_for_ever(
     (pid,) = worker.start({"do": "hold", "folder": str(store.path), "marks": str(tmp_path)})
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
-    monkeypatch.setattr(root, "PATIENCE", 1.2)
+    monkeypatch.setattr(locks, "PATIENCE", 1.2)
     with store.working(KEY):
         assert [text.split(": ")[-1] for text in told] == ["waiting for it", "going on without waiting"]
     with store.working(OTHER):
         assert len(told) == 2
     os.kill(pid, 9)
     assert worker.end().codes == [-9]
-    monkeypatch.setattr(root, "PATIENCE", 60.0)
+    monkeypatch.setattr(locks, "PATIENCE", 60.0)
     with store.working(KEY):
         assert len(told) == 2
+
+
+def test_a_run_that_goes_on_is_seen_until_its_last_process_ends(worker: Worker, tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    assert store.is_running("r") is False
+    with store.running("r"):
+        with FolderStore(store.path).running("r"):
+            assert store.is_running("r") is True and store.is_running("s") is False
+        assert store.is_running("r") is True
+    assert store.is_running("r") is False and os.listdir(store.path / "tmp") == []
+    (pid,) = worker.start({"do": "run", "folder": str(store.path), "marks": str(tmp_path)})
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    assert store.is_running("r") is True
+    os.kill(pid, 9)
+    assert worker.end().codes == [-9] and store.is_running("r") is False
 
 
 def test_orphans_are_swept_and_nothing_else(tmp_path: Path) -> None:
