@@ -132,6 +132,19 @@ def inspect(
 
 
 @app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN|last", help="The name of a run in the store.")],
+    out: Annotated[str | None, typer.Option(metavar="FILE.html", help="Where to; RUN.html if not said.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="The store.")] = None,
+) -> Callable[[], None]:
+    """Write what a run did as one HTML page: pictures, where every block lay, memory and time."""
+    from runner.publish import publish
+
+    return partial(publish, run, out, artifacts, overwrite=overwrite)
+
+
+@app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Cards to look at.")] = None,

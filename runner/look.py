@@ -22,7 +22,7 @@ def look(what: str, folder: str | None) -> None:
     from runner.inspection import open_artifact
 
     where = Path(folder) if folder is not None else default_store()
-    store = None if os.path.lexists(what) else open_store(str(where), warn=_warn, readonly=True)
+    store = None if os.path.lexists(what) else open_store(str(where), warn=warn, readonly=True)
     # What is not finite is what people come to see.
     Tolerant(sys.stdout).write("".join(f"{line}\n" for line in lines(*open_artifact(what, store))))
 
@@ -48,5 +48,6 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """A warning on standard error."""
     Tolerant(sys.stderr).write(f"warning: {clean(text)}\n")

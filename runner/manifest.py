@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from runner import display
 from runner.document import JSON, Damaged, canonical, read_document, write_document
 from runner.spec import TYPES, Spec
 
@@ -23,6 +24,12 @@ class Artifact:
     bytes: int
     tensors: Mapping[str, Spec]
     note: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return display.artifact_line(self)
+
+    def _repr_html_(self) -> str:
+        return display.artifact_html(self)
 
 
 def key_of(parts: Mapping[str, object]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from runner import display
 from runner.demo import CHECKPOINT
 from runner.ladder import Rung
 from runner.limits import limited, read_machine
@@ -44,6 +45,12 @@ class Plan:
     reasons: Mapping[str, str] = field(default_factory=dict)
     lanes: int = 1
     savings: Mapping[str, Saving] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return display.plan_line(self)
+
+    def _repr_html_(self) -> str:
+        return display.plan_html(self)
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def lines(plan: "Plan") -> list[str]:
     """The plan as a table: per stage and device weights, activations and what stays free; then what was decided."""
-    return [*aligned([*_needs(plan)]), *_choices(plan), *_refusals(plan)]
+    return [*aligned([*needs(plan)]), *choices(plan), *refusals(plan)]
 
 
 def document(plan: "Plan") -> dict[str, Any]:
@@ -47,7 +47,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def _needs(plan: "Plan") -> Iterator[tuple[str, ...]]:
+def needs(plan: "Plan") -> Iterator[tuple[str, ...]]:
+    """The head and the rows of the table: bytes on each device in each stage."""
     yield "stage", "device", "weights", "activations", "free then"
     for stage, needs in plan.needs.items():
         for device, need in needs.items():
@@ -55,7 +56,8 @@ def _needs(plan: "Plan") -> Iterator[tuple[str, ...]]:
             yield stage, device, gib(need.weights), gib(need.activations), gib(left)
 
 
-def _choices(plan: "Plan") -> Iterator[str]:
+def choices(plan: "Plan") -> Iterator[str]:
+    """What was decided: type and placement of every component, the modulation table, tiles."""
     for name, place in plan.places.items():
         dtype, reason = str(place.dtype).removeprefix("torch."), plan.reasons.get(name, "")
         why = f" ({reason})" if reason else ""
@@ -65,7 +67,8 @@ def _choices(plan: "Plan") -> Iterator[str]:
         yield f"decoded in tiles of {plan.tile} pixels, because the whole picture does not fit"
 
 
-def _refusals(plan: "Plan") -> Iterator[str]:
+def refusals(plan: "Plan") -> Iterator[str]:
+    """Why each rung that was refused does not fit."""
     for stage, rungs in plan.rungs.items():
         for rung in rungs:
             if rung.refused:

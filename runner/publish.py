@@ -1,0 +1,43 @@
+"""`runner report`: the page of a run, written to a file."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner import names
+from runner.events import Tolerant
+from runner.look import warn
+from runner.order import default_store
+from runner.request import shown
+from stages.errors import StoreError
+
+if TYPE_CHECKING:
+    from runner.artifacts import ArtifactStore
+
+
+def publish(run: str, out: str | None, artifacts: str | None, *, overwrite: bool) -> None:
+    """Write the page of a run in the store, or of its last one, and print its path."""
+    from runner.artifacts import open_store
+    from runner.page import page
+
+    path = None if out is None else checked(out)
+    store = open_store(artifacts or str(default_store()), warn=warn, readonly=True)
+    name = latest(store) if run == "last" else run
+    path = path or Path(f"{name}.html")
+    names.write(path, page(name, store.load_run(name), store).encode(), overwrite=overwrite)
+    Tolerant(sys.stdout).write(f"{path}\n")
+
+
+def checked(out: str) -> Path:
+    """Where a page goes to; ValueError for what is no name of one."""
+    if not out.lower().endswith((".html", ".htm")) or not out.isprintable():
+        raise ValueError(f"--out {shown(out)} must end in .html")
+    return Path(out)
+
+
+def latest(store: "ArtifactStore") -> str:
+    """The name of the run that began last; StoreError where there is none."""
+    runs = store.runs()
+    if not runs:
+        raise StoreError("there is no run in the store yet -> make a picture first, or name another --artifacts")
+    return runs[-1]
