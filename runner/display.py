@@ -85,10 +85,10 @@ def picture_html(picture: "Picture") -> str:
 
 def thumbnail(picture: "Picture", side: int) -> str:
     """The picture, at most `side` pixels wide and high, or a word about its absence."""
-    pixels = picture.read()
-    if pixels is None:
+    state = picture.store.get(picture.key)
+    if state is None:
         return f'<span style="{FAINT}">picture {picture.index} is no longer in the store</span>'
-    return image(pixels, side, picture.request.prompt)
+    return image(state.tensors()["pixels"].numpy(), side, picture.request.prompt)
 
 
 def artifact_line(artifact: "Artifact") -> str:

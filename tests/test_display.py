@@ -1,0 +1,148 @@
+"""Plans, runs, stages, pictures, artifacts and placements show themselves: one line, and HTML without scripts."""
+
+import dataclasses
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runner import Plan, Request, make_plan
+from runner.artifacts import MemoryStore
+from runner.display import picture_html, picture_line, report_html, report_line, stage_line, stages_html
+from runner.markup import image, said, table
+from runner.memory import Flushed
+from runner.run import Picture, Report, StageReport
+from stages.placement import Resident, Sharded
+from stages.state import State
+from tests.records import HOSTILE
+
+KEY = 64 * "a"
+
+
+class Tags(HTMLParser):
+    """The tags of HTML, each closed where it was opened."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.seen.append((tag, dict(attributes)))
+        if tag not in ("img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def checked(text: str) -> Tags:
+    """The HTML, harmless: what it says is text, and what it loads is in it."""
+    tags = Tags(text)
+    assert {tag for tag, _ in tags.seen} <= {"div", "span", "b", "table", "thead", "tbody", "tr", "th", "td", "img",
+                                              "code", "details", "summary"}
+    for _, attributes in tags.seen:
+        assert attributes.keys() <= {"style", "src", "alt", "width", "height"}
+        assert attributes.get("src", "data:image/png;").startswith("data:image/png;")
+        # No color of its own that would vanish on a light or on a dark page.
+        assert "color:" not in attributes.get("style", "").replace("border-color:", "")
+    assert "\u202e" not in text and "\x1b" not in text
+    return tags
+
+
+def one_line(text: str) -> str:
+    assert text.isascii() and text.isprintable() and len(text) < 250
+    return text
+
+
+@pytest.fixture(scope="module")
+def plan(flux: Path) -> Plan:
+    return make_plan("flux", [Request(HOSTILE, 64, 48, 2, 3.5, 7, 32)], model=flux, devices=["cpu"])
+
+
+def picture(plan: Plan, store: MemoryStore, index: int = 0) -> Picture:
+    return Picture(index, plan.requests[0], KEY, store, {})
+
+
+def kept() -> MemoryStore:
+    store = MemoryStore(warn=print)
+    store.put(KEY, "decode", State({"pixels": torch.zeros(480, 640, 3, dtype=torch.uint8)}), {})
+    return store
+
+
+def stage(name: str) -> StageReport:
+    seconds = {"load": 0.5, "compute": 1.25, "save": 0.0, "flush": 0.25}
+    return StageReport(name, 2, 1, seconds, {"cuda:0": 3 * 2**30, "cuda:1": 2**30}, Flushed(2**30, 0))
+
+
+def test_a_plan_shows_itself(plan: Plan) -> None:
+    line = one_line(repr(plan))
+    assert line.startswith("Plan(flux, ") and line.endswith(
+        "1 picture, encode on cpu, denoise on cpu, decode on cpu)")
+    text = checked(plan._repr_html_()).text
+    assert "activations" in text and "transformer: " in text
+    hostile = dataclasses.replace(plan.checkpoint, source="<script>alert(1)</script>")
+    assert "<script>" in checked(dataclasses.replace(plan, checkpoint=hostile)._repr_html_()).text
+
+
+def test_a_picture_shows_a_thumbnail_over_its_prompt(plan: Plan) -> None:
+    shown = picture(plan, kept())
+    assert one_line(picture_line(shown)).startswith("Picture(0, '\"><script>")
+    tags = checked(picture_html(shown))
+    (shot,) = [attributes for tag, attributes in tags.seen if tag == "img"]
+    assert (shot["width"], shot["height"]) == ("256", "192") and "<script>alert(1)</script>" in tags.text
+    gone = checked(picture_html(picture(plan, MemoryStore(warn=print))))
+    assert "no longer in the store" in gone.text
+
+
+def test_a_run_shows_its_stages_and_not_all_of_its_pictures(plan: Plan) -> None:
+    store = kept()
+    report = Report("r1", tuple(picture(plan, store, index) for index in range(100)), (stage("encode"),), {})
+    assert one_line(report_line(report)) == "Report(r1, 100 pictures, encode 2.0 s)"
+    text = report_html(report)
+    tags = checked(text)
+    assert len([tag for tag, _ in tags.seen if tag == "img"]) == 12 and "and 88 more" in tags.text
+    assert len(text) < 100_000
+
+
+def test_a_stage_shows_seconds_peaks_and_the_flush() -> None:
+    assert one_line(stage_line(stage("denoise"))) == (
+        "StageReport(denoise, 2 made, 1 re-used, 2.0 s, peak cuda:0 3.0 GiB, peak cuda:1 1.0 GiB)")
+    cells = checked(stages_html(stage("denoise"))).text
+    assert "peak cuda:1" in cells and "1.25" in cells and "freed" in cells
+
+
+def test_an_artifact_shows_its_tensors() -> None:
+    store = MemoryStore(warn=print)
+    values = {f"value_{index}": torch.zeros(2, 3) for index in range(30)}
+    artifact = store.put(KEY, "denoise", State(values), {})
+    assert one_line(repr(artifact)).startswith("Artifact(denoise aaaaaaaaaaaa, ")
+    text = checked(artifact._repr_html_()).text
+    assert "value_0" in text and "2x3" in text and "and 10 more" in text
+
+
+def test_a_placement_shows_who_holds_what() -> None:
+    dealt = Sharded("cuda:0", {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}, hosted=frozenset(["a.2"]))
+    assert repr(dealt) == "Sharded(cuda:0:1,cuda:1:1,cuda:0:1 (1 of them streamed))"
+    assert checked(dealt._repr_html_()).text.endswith("cuda:01 blockscuda:11 blockscpu1 blocks")
+    assert repr(Resident("cuda:0", 512)) == "Resident(cuda:0 in tiles of 512 pixels)"
+    assert checked(Resident("<b>")._repr_html_()).text == "<b>"
+
+
+def test_what_is_said_is_text_and_has_an_end() -> None:
+    assert said("<a b='x'>\x00\x1b[2J\ud800\u2066 & b") == "&lt;a b=&#x27;x&#x27;&gt;\ufffd\ufffd[2J\ufffd &amp; b"
+    assert len(said("x" * 10_000)) == 2000 and said("caf\u00e9 \u05d0") == "caf\u00e9 \u05d0"
+    assert checked(table(("one",), [("<b>a</b>",)])).text == "onea"
+
+
+def test_an_image_is_no_larger_than_asked() -> None:
+    tags = checked(image(torch.zeros(1000, 500, 3, dtype=torch.uint8).numpy(), 100, '"><script>'))
+    assert tags.seen[0][1] | {"src": ""} == {"width": "50", "height": "100", "alt": '"><script>', "src": ""}
