@@ -30,7 +30,8 @@ def json_lines(stream: TextIO) -> Emit:
     """Writes every event as one JSON line with its `kind` and the `time` in seconds since 1970."""
 
     def emit(kind: str, data: Mapping[str, object]) -> None:
-        stream.write(json.dumps({"time": round(time.time(), 3), "kind": kind, **data}, default=str) + "\n")
+        facts = {name: value for name, value in data.items() if not callable(value)}
+        stream.write(json.dumps({"time": round(time.time(), 3), "kind": kind, **facts}, default=str) + "\n")
         stream.flush()
 
     return emit

@@ -45,6 +45,7 @@ class Plan:
     reasons: Mapping[str, str] = field(default_factory=dict)
     lanes: int = 1
     savings: Mapping[str, Saving] = field(default_factory=dict)
+    placer: Placer | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         return display.plan_line(self)

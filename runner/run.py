@@ -2,30 +2,26 @@
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 
-from runner.artifacts import ArtifactStore, key_of, open_store
-from runner.memory import Flushed, Meter
-from runner.plan import Plan, inputs_of
-from runner.readahead import read_ahead
+from runner.artifacts import ArtifactStore, open_store
+from runner.interrupts import Halt, Interrupted
+from runner.keys import STAGES, chain, midway_key, missing, starts
+from runner.lanes import one_at_a_time
+from runner.plan import Plan
+from runner.relief import relieved
 from runner.request import Request
-from stages.copies import sound
-from stages.errors import StageOutOfMemory, StoreError
-from stages.modulation import Modulation
-from stages.placement import Places
-from stages.stage import Emit, Loaded, Stage, silent
+from runner.shift import Failure, Shift, StageReport
+from stages.errors import BadResult, StageOutOfMemory
+from stages.stage import Emit, Stage, silent
 from stages.state import State
-
-STAGES = ("encode", "denoise", "decode")
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,10 @@ class Picture:
     @cached_property
     def pixels(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         """uint8 [height, width, 3]."""
+        return self.read()
+
+    def read(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """The pixels, read from the store and not kept here."""
         state = self.store.get(self.key)
         assert state is not None, f"picture {self.index} left the store"
         pixels = state.values["pixels"]
@@ -48,26 +48,19 @@ class Picture:
         return pixels.numpy()
 
 
-@dataclass(frozen=True)
-class StageReport:
-    """What a stage did: requests computed and re-used, seconds by part, peak bytes by device, the flush."""
-
-    stage: str
-    ran: int
-    reused: int
-    seconds: Mapping[str, float]
-    peak: Mapping[str, int]
-    flushed: Flushed
+Done = Callable[[Picture], None]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did."""
+    """What a run did: `failures` are requests without a picture, `changes` what it changed to go on."""
 
     run: str
     pictures: tuple[Picture, ...]
     stages: tuple[StageReport, ...]
     keys: Mapping[str, tuple[str, ...]]
+    failures: tuple[Failure, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 def run_all(
@@ -78,37 +71,28 @@ def run_all(
     stop_after: str | None = None,
     from_stage: str | None = None,
     name: str | None = None,
+    record: Mapping[str, object] | None = None,
+    done: Done | None = None,
+    stop: Callable[[], bool] | None = None,
+    step_every: float = 10.0,
+    degrade: bool = True,
 ) -> Report:
-    """Make every picture of the plan, re-using what the store has.
+    """Make every picture of the plan, re-using what the store has; `done` is told of each as soon as it is there.
 
-    `stop_after` ends the run behind a stage; `from_stage` computes that stage and those behind it anew. Raises
-    BadResult, LoadError, StageOutOfMemory or StoreError; what was finished before stays in the store.
+    `stop_after` ends the run behind a stage; `from_stage` computes that stage and those behind it anew. `record` is
+    kept with the run. An unfinished denoise is kept every `step_every` seconds. A signal, or `stop` once it is true,
+    ends the run after the current step: Interrupted. A stage that runs out of memory is tried once more with one
+    thing changed, unless `degrade` is False.
+
+    Raises BadResult, LoadError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
     if not plan.machine.here:
         raise ValueError("this is a plan for cards that are not here: plan without machine= to run")
+    emit = one_at_a_time(emit)
     store = store or open_store("memory", warn=lambda text: emit("warning", {"text": text}))
     name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    keys = chain(plan)
-    stages = plan.stages[: STAGES.index(stop_after) + 1] if stop_after else plan.stages
-    todo = missing(store, stages, keys, from_stage)
-    emit("run", {"run": name, "requests": len(plan.requests), "model": plan.checkpoint.source,
-                 "seed": plan.requests[0].seed})
-    reports = []
-    record = {"model": plan.checkpoint.identity, "requests": [vars(r) for r in plan.requests],
-              "stages": {stage.name: list(keys[stage.name]) for stage in stages}}
-    store.save_run(name, {**record, "status": "running"})
-    warned: list[str] = []
-    for index, stage in enumerate(stages):
-        before = keys[stages[index - 1].name] if index else None
-        anew = from_stage is not None and STAGES.index(stage.name) >= STAGES.index(from_stage)
-        shift = Shift(plan, stage, store, keeping(emit, warned), anew, following(stages, index, todo))
-        reports.append(shift.work(keys[stage.name], before, todo[stage.name]))
-    store.save_run(name, {**record, "status": "done", "warnings": list(warned)})
-    pictures = () if stop_after in ("encode", "denoise") else tuple(
-        Picture(request.index, request, key, store, facts(plan))
-        for request, key in zip(plan.requests, keys["decode"], strict=True)
-    )
-    return Report(name, pictures, tuple(reports), keys)
+    run = Run(plan, store, emit, name, dict(record or {}), Halt(stop), step_every, degrade, done)
+    return run.go(stop_after, from_stage)
 
 
 def run_stage(plan: Plan, stage: str, *, store: ArtifactStore, emit: Emit = silent) -> list[State]:
@@ -119,185 +103,142 @@ def run_stage(plan: Plan, stage: str, *, store: ArtifactStore, emit: Emit = sile
     if before is not None and any(store.get(key) is None for key in before):
         raise ValueError(f"{stage} needs the artifacts of {STAGES[index - 1]}: run that stage first")
     todo = [i for i, key in enumerate(keys[stage]) if store.get(key) is None]
-    Shift(plan, plan.stages[index], store, emit).work(keys[stage], before, todo)
+    halt = Halt()
+    with halt.listening():
+        Shift(plan, plan.stages[index], store, one_at_a_time(emit), halt).work(keys[stage], before, todo)
     return [state for key in keys[stage] if (state := store.get(key)) is not None]
 
 
-def chain(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """Per stage, the artifact key of every request: the hash of everything that changes the artifact."""
-    keys: dict[str, tuple[str, ...]] = {}
-    before: Sequence[str] = [plan.checkpoint.identity] * len(plan.requests)
-    for stage in plan.stages:
-        types = {c.name: str(plan.places[c.name].dtype) for c in stage.components}
-        # A picture decoded in tiles is another picture.
-        tile = {"tile": plan.tile} if stage.name == "decode" and plan.tile is not None else {}
-        versions = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
-        before = keys[stage.name] = tuple(
-            key_of({"before": key, "stage": stage.name, "versions": versions, "dtype": types, **tile,
-                    "inputs": {n: v for n, v in inputs_of(request).items() if n in stage.inputs}})
-            for key, request in zip(before, plan.requests, strict=True)
-        )
-    return keys
-
-
-def missing(
-    store: ArtifactStore, stages: Sequence[Stage], keys: Mapping[str, Sequence[str]], from_stage: str | None
-) -> dict[str, list[int]]:
-    """Per stage, the requests that must be computed: those whose later artifact is needed and not there."""
-    todo: dict[str, list[int]] = {}
-    needed: Iterable[int] = range(len(keys[stages[-1].name]))
-    for stage in reversed(stages):
-        anew = from_stage is not None and STAGES.index(stage.name) >= STAGES.index(from_stage)
-        needed = [i for i in needed if anew or store.get(keys[stage.name][i]) is None]
-        if needed and from_stage is not None and not anew:
-            raise ValueError(
-                f"--from-stage {from_stage} needs the artifacts of {stage.name}, and {len(needed)} are not in the "
-                f"store: leave --from-stage out, or name the store with --artifacts"
-            )
-        todo[stage.name] = needed
-    return todo
-
-
 @dataclass
-class Shift:
-    """One stage's turn in a run: load, work through the requests, keep the results, flush."""
+class Run:
+    """A run that is going on."""
 
     plan: Plan
-    stage: Stage
     store: ArtifactStore
     emit: Emit
-    anew: bool = False
-    following: Stage | None = None
+    name: str
+    record: dict[str, object]
+    halt: Halt
+    step_every: float
+    degrade: bool
+    done: Done | None
+    changes: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
 
-    def work(self, keys: Sequence[str], before: Sequence[str] | None, todo: Sequence[int]) -> StageReport:
-        """Compute `todo`, the indices of the requests whose artifact is missing; `before` are the keys to read."""
-        name = self.stage.name
-        self.emit("stage", {"stage": name, "requests": len(keys), "reused": len(keys) - len(todo)})
-        seconds = dict.fromkeys(("load", "compute", "save", "flush"), 0.0)
-        meter = Meter(self.plan.devices)
+    def __post_init__(self) -> None:
+        self._announced: set[int] = set()
+        self._follow(self.plan)
+
+    def _follow(self, plan: Plan) -> None:
+        """Go by this plan from now on."""
+        self.plan, self.keys, self._facts = plan, chain(plan), facts_of(plan, self.changes)
+        self._sharing: dict[str, list[int]] = {}
+        for position, key in enumerate(self.keys["decode"]):
+            self._sharing.setdefault(key, []).append(position)
+
+    def go(self, stop_after: str | None, from_stage: str | None) -> Report:
+        """Go through the stages."""
+        stages = self.plan.stages[: STAGES.index(stop_after) + 1] if stop_after else self.plan.stages
+        todo = missing(self.store, stages, self.keys, from_stage)
+        self.record |= {
+            "model": self.plan.checkpoint.identity, "requests": [vars(r) for r in self.plan.requests],
+            "stages": {stage.name: list(self.keys[stage.name]) for stage in stages},
+        }
+        self.emit("run", {"run": self.name, "requests": len(self.plan.requests),
+                          "model": self.plan.checkpoint.source, "seed": self.plan.requests[0].seed})
+        for key in self.keys["denoise"] if from_stage in ("encode", "denoise") else ():
+            self.store.drop(midway_key(key))
+        reports = []
+        with self._recorded(), self.halt.listening():
+            for index, stage in enumerate(stages):
+                following = next((later for later in stages[index + 1 :] if todo[later.name]), None)
+                shift = Shift(self.plan, stage, self.store, self._heard, self.halt, self.step_every,
+                              starts(from_stage, stage), following, self.failures)
+                reports.append(self._worked(shift, stages[index - 1] if index else None, todo[stage.name]))
+        pictures = () if stop_after in ("encode", "denoise") else tuple(self._pictures())
+        return Report(self.name, pictures, tuple(reports), self.keys, tuple(self.failures), tuple(self.changes))
+
+    def _worked(self, shift: Shift, earlier: Stage | None, todo: Sequence[int]) -> StageReport:
+        """The stage done, with one thing changed where it ran out of memory."""
         try:
-            self._compute(list(todo), keys, before, seconds)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            return self._tried(shift, earlier, todo)
+        except StageOutOfMemory as error:
+            relief = relieved(self.plan, shift.stage.name) if self.degrade else None
+            if relief is None:
                 raise
-            raise StageOutOfMemory(self._shortage(error, meter)) from None
-        finally:
-            peak = meter.peak()
-            with timed(seconds, "flush"):
-                flushed = meter.flush()
-            self.emit("flush", {"stage": name, "freed": flushed.freed, "left": flushed.left,
-                                "leftovers": [vars(leftover) for leftover in flushed.leftovers]})
-        self.emit("end", {"stage": name, "seconds": seconds, "peak": peak})
-        return StageReport(name, len(todo), len(keys) - len(todo), seconds, peak, flushed)
+            shortage = str(error)
+        changed, text = relief
+        self.changes.append(text)
+        self._follow(changed)
+        self.record["stages"] = {name: list(self.keys[name]) for name in STAGES[: STAGES.index(shift.stage.name) + 1]}
+        self._heard("warning", {"text": f"{shortage} Trying once more: {text}"})
+        return self._tried(replace(shift, plan=self.plan), earlier, todo)
 
-    def _compute(
-        self, todo: list[int], keys: Sequence[str], before: Sequence[str] | None, seconds: dict[str, float]
-    ) -> None:
-        # Requests that share an artifact (one prompt, many seeds) are computed once.
-        first = {keys[index]: index for index in reversed(todo)}
-        if not first:
-            return
-        places = sound({c.name: self.plan.places[c.name] for c in self.stage.components}, self.emit)
-        table = self._table(places, sorted(first.values()), before, seconds)
-        start = time.perf_counter()
-        with self.stage.loaded(places, self.emit) as loaded:
-            if table is not None:
-                table.attach(loaded)
-            seconds["load"] = time.perf_counter() - start
-            self.emit("loaded", {"stage": self.stage.name, "seconds": seconds["load"]})
-            if self.following is not None:
-                files = [file for component in self.following.components for file in component.files]
-                self.emit("readahead", {"stage": self.following.name, "bytes": read_ahead(files)})
-            for position, (key, index) in enumerate(sorted(first.items(), key=lambda item: item[1])):
-                self.emit("item", {"stage": self.stage.name, "index": position, "of": len(first)})
-                with self.store.working(key):
-                    # Another process may have made it while this one loaded or waited.
-                    if self.anew or self.store.get(key) is None:
-                        with nullcontext() if table is None else table.request(index):
-                            self._make(loaded, key, index, before, seconds)
+    def _tried(self, shift: Shift, earlier: Stage | None, todo: Sequence[int]) -> StageReport:
+        keys = self.keys[shift.stage.name]
+        lost = {failure.index for failure in self.failures}
+        # Not what an earlier try made, nor what came to nothing before.
+        todo = [index for index in todo if index not in lost and keys[index] not in shift.made]
+        if shift.stage.name == "decode" and self.done is not None:
+            shift = replace(shift, finished=self._announce)
+            for key in {key for index, key in enumerate(keys) if index not in lost} - {keys[index] for index in todo}:
+                self._announce(key)
+        report = shift.work(keys, None if earlier is None else self.keys[earlier.name], todo)
+        if len({failure.index for failure in self.failures}) == len(self.plan.requests):
+            raise BadResult(f"every picture failed; the first: {self.failures[0].text}")
+        return report
 
-    def _table(
-        self, places: Places, order: Sequence[int], before: Sequence[str] | None, seconds: dict[str, float]
-    ) -> Modulation | None:
-        """The stage's modulation table, if layers of its component are left on the disk."""
-        layers = places[self.stage.components[0].name].folded
-        if not layers:
-            return None
-        table = Modulation(self.stage, places, layers, order, lambda index: (
-            self._state(index, before), inputs_of(self.plan.requests[index])))
-        seconds["table"] = 0.0
-        with timed(seconds, "table"):
-            table.open(order[0])
-        self.emit("table", {"stage": self.stage.name, "layers": len(layers), "bytes": table.bytes,
-                            "seconds": seconds["table"]})
-        return table
+    def _announce(self, key: str) -> None:
+        """Tell of the pictures that are the artifact `key`, once."""
+        assert self.done is not None
+        for position in self._sharing.get(key, ()):
+            if position not in self._announced:
+                self._announced.add(position)
+                self.done(self._picture(position))
 
-    def _make(
-        self, loaded: Loaded, key: str, index: int, before: Sequence[str] | None, seconds: dict[str, float]
-    ) -> None:
-        state = self._state(index, before)
-        with timed(seconds, "compute"):
-            result = loaded.run(state, inputs_of(self.plan.requests[index]), self.emit)
-        with timed(seconds, "save"):
-            self.store.put(key, self.stage.name, result, self._note())
+    def _pictures(self) -> Iterator[Picture]:
+        """The pictures that have not failed."""
+        lost = {failure.index for failure in self.failures}
+        return (self._picture(position) for position in range(len(self.plan.requests)) if position not in lost)
 
-    def _state(self, index: int, before: Sequence[str] | None) -> State:
-        """What the stage reads for a request."""
-        state = State() if before is None else self.store.get(before[index])
-        if state is None:
-            raise StoreError(
-                f"the artifact {before[index][:12] if before else ''} that {self.stage.name} reads was there and is "
-                f"now gone or damaged: run again, and it will be computed anew"
-            )
-        return state
+    def _picture(self, position: int) -> Picture:
+        request = self.plan.requests[position]
+        return Picture(request.index, request, self.keys["decode"][position], self.store, self._facts)
 
-    def _note(self) -> dict[str, Any]:
-        return {"model": self.plan.checkpoint.identity, "torch": torch.__version__,
-                "places": {c.name: str(self.plan.places[c.name].placement) for c in self.stage.components}}
-
-    def _shortage(self, error: BaseException, meter: Meter) -> str:
-        used = ", ".join(f"{device} peaked at {peak / 2**30:.2f} GiB" for device, peak in meter.peak().items())
-        text = str(error).splitlines()[0]
-        return f"{self.stage.name} ran out of memory ({used}): {text} The artifacts of earlier stages are kept."
-
-
-def following(stages: Sequence[Stage], index: int, todo: Mapping[str, Sequence[int]]) -> Stage | None:
-    """The stage behind stage `index` that will be loaded, if there is one."""
-    return next((stage for stage in stages[index + 1 :] if todo[stage.name]), None)
-
-
-def keeping(emit: Emit, texts: list[str]) -> Emit:
-    """The same emit, which also keeps the text of every warning for the run's record."""
-
-    def kept(kind: str, data: Mapping[str, object]) -> None:
+    def _heard(self, kind: str, data: Mapping[str, object]) -> None:
+        """Tell of an event, and keep the text of every warning for the run's record."""
         if kind == "warning":
-            texts.append(str(data["text"]))
-        emit(kind, data)
+            self.warned.append(str(data["text"]))
+        self.emit(kind, data)
 
-    return kept
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Keep the run's record with how it stands: running, and then done, interrupted or failed."""
+        self._save("running")
+        try:
+            yield
+        except Interrupted as stopped:
+            stopped.run = self.name
+            self._save("interrupted")
+            raise
+        except Exception as error:
+            self._save("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        self._save("done")
+
+    def _save(self, status: str, **more: object) -> None:
+        failures = [vars(failure) for failure in self.failures]
+        self.store.save_run(self.name, {**self.record, "status": status, "warnings": list(self.warned),
+                                        "changes": list(self.changes), "failures": failures, **more})
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device or the host has no memory left."""
-    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
-
-
-def facts(plan: Plan) -> dict[str, Any]:
+def facts_of(plan: Plan, changes: Sequence[str]) -> dict[str, Any]:
     """What a picture's metadata says of how it was made."""
     return {
         "model": plan.checkpoint.source, "identity": plan.checkpoint.identity, "family": plan.family.name,
         "dtype": {name: str(place.dtype).removeprefix("torch.") for name, place in plan.places.items()},
         "devices": list(plan.devices),
         **({} if plan.tile is None else {"tile": plan.tile}),
+        **({} if not changes else {"changes": list(changes)}),
     }
-
-
-@contextmanager
-def timed(seconds: dict[str, float], part: str) -> Any:
-    """Add the time of a block to `seconds[part]`."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[part] += time.perf_counter() - start

@@ -4,6 +4,7 @@ accelerate's hooks send every argument of every block again; here a tensor that 
 (the conditioning vector, the rotary embeddings) is copied there once and the copy lives as long as its source.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,7 +31,7 @@ class Crossing:
 
     def __init__(self, model: nn.Module, devices: Mapping[str, str], home: str, move: Move = direct) -> None:
         self._move = move
-        self._copies: dict[tuple[int, str], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+        self._copies: dict[tuple[int, str, int], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
         for name, device in devices.items():
             model.get_submodule(name).register_forward_pre_hook(self._enter(device), with_kwargs=True)
         model.register_forward_hook(self._leave(home))
@@ -51,7 +52,8 @@ class Crossing:
         return recursively_apply(lambda tensor: self._copy(tensor, device), data)
 
     def _copy(self, tensor: torch.Tensor, device: str) -> torch.Tensor:
-        key = (id(tensor), device)
+        # Threads have streams of their own: a copy that another one ordered may not be there yet.
+        key = (id(tensor), device, threading.get_ident())
         known = self._copies.get(key)
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]

@@ -1,50 +1,17 @@
 """Denoise: embeddings and noise become latents."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.modular_pipeline import (
-    LoopSequentialPipelineBlocks,
-    ModularPipeline,
-    ModularPipelineBlocks,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks, ModularPipeline
 
 from stages.checkpoint import Checkpoint
 from stages.errors import BadResult
 from stages.stage import Emit, Inputs, Stage
+from stages.steps import Midway, Turn, hear, unheard
 from stages.weights import skeleton
-
-OnStep = Callable[[int, int, Any], None]
-
-
-def unheard(step: int, steps: int, block_state: Any) -> None:
-    """The `OnStep` of those who do not listen."""
-
-
-class StepEvents(ModularPipelineBlocks):
-    """A pipeline block at the end of a denoise loop: diffusers' modular loops have no callback per step."""
-
-    model_name = "stagerun"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.on_step: OnStep = unheard
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StepEvents":
-        # init_pipeline deep-copies the blocks, and a copy would not hear who listens to the original.
-        return self
-
-    @property
-    def description(self) -> str:
-        return "Tells a listener that a denoise step is done."
-
-    def __call__(self, components: Any, block_state: Any, i: int = 0, **loop: Any) -> tuple[Any, Any]:
-        # Chunked loops pass more than i and t, and their state may have no timesteps.
-        timesteps = getattr(block_state, "timesteps", None)
-        self.on_step(i, 0 if timesteps is None else len(timesteps), block_state)
-        return components, block_state
-
 
 class Denoise(Stage):
     """The diffusion transformer and its scheduler."""
@@ -53,10 +20,11 @@ class Denoise(Stage):
 
     def __init__(self, checkpoint: Checkpoint, blocks: Any, reads: Any, tags: Any) -> None:
         super().__init__(checkpoint, blocks, reads, tags)
-        self.steps = StepEvents()
-        for block in blocks.sub_blocks.values():
-            if isinstance(block, LoopSequentialPipelineBlocks):
-                block.sub_blocks.insert("step_events", self.steps, len(block.sub_blocks))
+        self.turn = Turn()
+        kind = LoopSequentialPipelineBlocks
+        self._loops = [block for block in blocks.sub_blocks.values() if isinstance(block, kind)]
+        for loop in self._loops:
+            hear(loop, self.turn)
 
     @property
     def scale_factor(self) -> int:
@@ -73,20 +41,36 @@ class Denoise(Stage):
 
     def arguments(self, pipe: Any, inputs: Inputs, emit: Emit) -> dict[str, Any]:
         """The inputs, and one CPU generator per picture: its noise depends on no card, rank or lane."""
-        self.steps.on_step = Watch(emit)
+        self.turn.on_step = Watch(emit)
         arguments = super().arguments(pipe, inputs, emit)
         seed = inputs.get("seed")
         if "seed" in self.inputs and isinstance(seed, int):
             arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
         return arguments
 
+    def divisible(self, pipe: Any) -> bool:
+        """Whether a loop that stopped after some step can go on from its latents alone, to the same last bit.
+
+        A step of the flow-matching Euler scheduler reads nothing else of the steps before it.
+        """
+        scheduler = getattr(pipe, "scheduler", None)
+        plain = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.stochastic_sampling
+        return plain and len(self._loops) == 1
+
+    def rejoin(self, midway: Midway | None) -> None:
+        """Make the next request of this thread go on from there."""
+        self.turn.midway = midway
+
     def forget(self) -> None:
-        """Drop the listener of the last request, which holds a tensor on the device."""
-        self.steps.on_step = unheard
+        """Drop the listener of this thread's last request, which holds a tensor on the device."""
+        self.turn.on_step, self.turn.midway = unheard, None
 
 
 class Watch:
-    """Tells of every step, and stops a run whose latents are no longer finite."""
+    """Tells of every step, and stops a run whose latents are no longer finite.
+
+    An event's "latents" is a function that copies them to the host, for those who want them.
+    """
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
@@ -101,7 +85,8 @@ class Watch:
         if step + 1 == steps:
             self._check(step)
             self._finite = None
-        self._emit("step", {"stage": "denoise", "step": step + 1, "steps": steps})
+        told = {"latents": partial(_on_host, latents)} if isinstance(latents, torch.Tensor) else {}
+        self._emit("step", {"stage": "denoise", "step": step + 1, "steps": steps, **told})
 
     def _check(self, step: int) -> None:
         if self._finite is not None and not bool(self._finite):
@@ -109,3 +94,7 @@ class Watch:
                 f"denoise: latents are not finite after step {step + 1}: run again with --dtype "
                 f"transformer=bfloat16 (or float32)"
             )
+
+
+def _on_host(latents: torch.Tensor) -> torch.Tensor:
+    return latents.detach().to("cpu", copy=True)

@@ -117,10 +117,11 @@ class Modulation:
         model.register_forward_pre_hook(self._turn_page, with_kwargs=True, prepend=True)
 
     @contextmanager
-    def request(self, index: int) -> Iterator[None]:
-        """Whatever calls the model inside, in this thread, is the loop of this request."""
+    def request(self, index: int, done: int = 0) -> Iterator[None]:
+        """Whatever calls the model inside, in this thread, is the loop of this request, from step `done` on."""
         chapter, here = self.open(index), self._reading
-        here.chapter, here.calls, here.at, here.differs = chapter, chapter.calls[index], -1, None
+        here.chapter, here.calls, here.differs = chapter, chapter.calls[index], None
+        here.at = sum(told.step < done for told in here.calls) - 1
         try:
             yield
             here.check()

@@ -1,6 +1,6 @@
 """The calls that denoise loops will make of the denoiser, known before it is loaded."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Any
@@ -21,16 +21,20 @@ from stages.weights import float32, skeleton
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """What one call of the denoiser was told, of what its program reads: tensors on the host, in its order."""
+    """What one call of the denoiser was told, of what its program reads: tensors on the host, in its order.
+
+    `step` is the number of the step, from 0, that makes the call.
+    """
 
     program: Program
     given: tuple[torch.Tensor, ...]
+    step: int = 0
 
     @classmethod
-    def of(cls, found: Program, call: Call) -> "Told":
+    def of(cls, found: Program, call: Call, step: int = 0) -> "Told":
         """What `found` reads of the call, copied: pipelines may write to what they gave."""
         leaves = (call.leaves[at] for at, _ in found.reads)
-        return cls(found, tuple(torch.empty(leaf.shape, dtype=leaf.dtype).copy_(leaf) for leaf in leaves))
+        return cls(found, tuple(torch.empty(leaf.shape, dtype=leaf.dtype).copy_(leaf) for leaf in leaves), step)
 
     @cached_property
     def key(self) -> Any:
@@ -49,7 +53,7 @@ class Recorder(Loaded):
     ) -> None:
         super().__init__(stage, places, silent)
         self._layers = layers
-        self.programs, self.calls = programs, list[Told]()
+        self.programs, self.calls, self._step = programs, list[Told](), 0
 
     def __enter__(self) -> "Recorder":
         (component,) = self.stage.components
@@ -65,9 +69,12 @@ class Recorder(Loaded):
 
     def record(self, state: State, inputs: Inputs) -> list[Told]:
         """The calls that the denoise loop of one request makes."""
-        self.calls = []
-        self.run(state, inputs)
+        self.calls, self._step = [], 0
+        self.run(state, inputs, self._next)
         return self.calls
+
+    def _next(self, kind: str, data: Mapping[str, object]) -> None:
+        self._step += kind == "step"
 
     def _recording(self, model: nn.Module, forward: Any) -> Any:
         # Pipelines read the signature to see what a denoiser takes.
@@ -82,7 +89,7 @@ class Recorder(Loaded):
                 twin = next((known.kind for known in self.programs if known.essence() == found.essence()), None)
                 found = replace(found, like=twin)
                 self.programs.append(found)
-            self.calls.append(Told.of(found, call))
+            self.calls.append(Told.of(found, call, self._step))
             # Not by zeros: some guiders divide by the norm of what they combine.
             return tree_map(lambda leaf: torch.ones_like(leaf, device=self.home)
                             if isinstance(leaf, torch.Tensor) else leaf, found.result)

@@ -1,5 +1,6 @@
 """A stage: load its own components, run every request, let go of all of it."""
 
+import copy
 import logging
 import traceback
 import weakref
@@ -18,6 +19,7 @@ from stages.errors import BadResult, LoadError
 from stages.folding import folded
 from stages.placement import Place, Places
 from stages.state import State, Value
+from stages.steps import Midway
 
 Emit = Callable[[str, Mapping[str, object]], None]
 Inputs = Mapping[str, Value]
@@ -88,8 +90,16 @@ class Stage:
         """The values after the stage, as they are handed over."""
         return dict(values)
 
+    def divisible(self, pipe: Any) -> bool:
+        """Whether a request that stopped midway can go on from there, to the same last bit."""
+        return False
+
+    def rejoin(self, midway: Midway | None) -> None:
+        """Make the next request of this thread go on from there."""
+        assert midway is None, f"{self.name} has no middle"
+
     def forget(self) -> None:
-        """Drop what the last request left in the stage."""
+        """Drop what the last request of this thread left in the stage."""
 
 
 class Loaded:
@@ -100,6 +110,7 @@ class Loaded:
         self.pipe: Any = None
         self._emit = emit
         self._models: list[weakref.ref[nn.Module]] = []
+        self._lanes: list[Loaded] = []
 
     def __enter__(self) -> "Loaded":
         self.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
@@ -119,9 +130,11 @@ class Loaded:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        for name in list(self.pipe.components):
-            setattr(self.pipe, name, None)
-        self.pipe = None
+        for one in (self, *self._lanes):
+            for name in list(one.pipe.components):
+                setattr(one.pipe, name, None)
+            one.pipe = None
+        self._lanes.clear()
         self.stage.forget()
         if error is not None:
             detach(error)
@@ -155,11 +168,35 @@ class Loaded:
         """The type that floats have on entry: that of the first component."""
         return self.places[self.stage.components[0].name].dtype
 
-    def run(self, state: State, inputs: Inputs, emit: Emit = silent) -> State:
-        """The state after this stage, for one request; values are on the host.
+    @property
+    def divisible(self) -> bool:
+        """Whether a request that stopped midway can go on from there, to the same last bit."""
+        return self.stage.divisible(self.pipe)
+
+    def lane(self) -> "Loaded":
+        """The same models under a pipeline of its own, whose requests another thread may run at the same time."""
+        other = copy.copy(self)
+        other.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
+        # Schedulers and guiders count steps; everything else is only read.
+        mine = {name: part if isinstance(part, nn.Module) or name.startswith("tokenizer") else copy.deepcopy(part)
+                for name, part in self.pipe.components.items()}
+        other.pipe.update_components(**mine)
+        other.pipe.set_progress_bar_config(disable=True)
+        self.stage.prepare(other.pipe)
+        self._lanes.append(other)
+        return other
+
+    def run(self, state: State, inputs: Inputs, emit: Emit = silent, midway: Midway | None = None) -> State:
+        """The state after this stage, for one request, from its beginning or from `midway`; values are on the host.
 
         Raises BadResult naming the stage and the value when a result is not finite.
         """
+        try:
+            return self._run(state, inputs, emit, midway)
+        finally:
+            self.stage.forget()
+
+    def _run(self, state: State, inputs: Inputs, emit: Emit, midway: Midway | None) -> State:
         arguments = self.stage.arguments(self.pipe, inputs, emit)
         if self.stage.guided:
             # A guider decides in encode whether there are negative embeddings, and in denoise what they do; families
@@ -170,6 +207,7 @@ class Loaded:
             values={name: self._entered(value) for name, value in state.values.items()},
             kwargs_mapping={tag: list(names) for tag, names in state.tags.items()},
         )
+        self.stage.rejoin(midway)
         after = self.pipe(state=before, **arguments)
         made = set(self.stage.blocks.intermediate_output_names)
         values = self.stage.result({n: v for n, v in after.values.items() if n in made}, inputs)

@@ -29,7 +29,7 @@ from diffusers.modular_pipelines.wan import encoders as wan_encoders
 
 from runner import Request, make_plan
 from runner.artifacts import FolderStore, MemoryStore, key_of
-from runner.run import chain
+from runner.keys import chain
 from stages.checkpoint import find
 from stages.errors import BadResult, LoadError
 from stages.families import FAMILIES

@@ -1,0 +1,63 @@
+"""Requests that are midway through their denoise: kept from time to time, and when the run must stop."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from runner.artifacts import ArtifactStore
+from runner.keys import midway_key
+from stages.stage import Emit
+from stages.state import State
+from stages.steps import Midway
+
+
+class Left(BaseException):
+    """A request was left midway, because the run must stop; it goes on from there."""
+
+
+def midway_of(store: ArtifactStore, key: str) -> Midway | None:
+    """Where the request whose artifact is to be `key` was left, if it was."""
+    state = store.get(midway_key(key))
+    if state is None:
+        return None
+    steps, latents = state.values.get("steps"), state.values.get("latents")
+    assert isinstance(steps, int) and isinstance(latents, torch.Tensor)
+    return Midway(steps, latents)
+
+
+@dataclass
+class Keeper:
+    """An emit for one request, which keeps its latents every `seconds` and when `stopping`.
+
+    `facts` go with every step that is told. With no `store`, a request that must stop starts over the next time.
+    """
+
+    emit: Emit
+    key: str
+    facts: Mapping[str, object]
+    stopping: Callable[[], bool]
+    store: ArtifactStore | None
+    seconds: float
+    kept: float = field(default_factory=time.monotonic)
+
+    def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
+        if kind != "step":
+            self.emit(kind, data)
+            return
+        self.emit(kind, {**data, **self.facts})
+        stopping = self.stopping()
+        # After the last step there is an artifact to write, which is as good as stopping.
+        if data["step"] < data["steps"]:
+            if stopping or time.monotonic() - self.kept >= self.seconds:
+                self._keep(data)
+            if stopping:
+                raise Left
+
+    def _keep(self, data: Mapping[str, Any]) -> None:
+        if self.store is not None and "latents" in data:
+            midway = State({"latents": data["latents"](), "steps": int(data["step"])})
+            self.store.put(midway_key(self.key), "midway", midway, {"of": self.key})
+            self.kept = time.monotonic()

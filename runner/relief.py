@@ -1,0 +1,57 @@
+"""After a stage ran out of memory: the one thing that is changed before it is tried once more."""
+
+from dataclasses import replace
+
+from runner.events import gib
+from runner.ladder import NoRung
+from runner.placing import TILES
+from runner.plan import Plan
+from stages.placement import Resident
+
+MORE = 10
+
+
+def relieved(plan: Plan, stage: str) -> tuple[Plan, str] | None:
+    """The plan with exactly one thing changed that makes `stage` take less, and what it is; None for no way left.
+
+    Fewer lanes first, then smaller tiles for the decoder, then a tenth of every card more in reserve.
+    """
+    if stage == "denoise" and plan.lanes > 1:
+        return replace(plan, lanes=1), f"one request at a time instead of {plan.lanes}"
+    if stage == "decode":
+        return _tiled(plan)
+    return _reserved(plan, stage)
+
+
+def _tiled(plan: Plan) -> tuple[Plan, str] | None:
+    """The decoder in tiles, or in smaller ones; it is a picture that differs in its last bits."""
+    side = plan.tile or max(max(request.width, request.height) for request in plan.requests)
+    tile = next((tile for tile in TILES if tile < side), None)
+    vae = plan.stages[-1].components[0].name
+    placement = plan.places[vae].placement
+    if tile is None or not isinstance(placement, Resident):
+        return None
+    place = replace(plan.places[vae], placement=replace(placement, tile=tile))
+    return replace(plan, places={**plan.places, vae: place}), f"decoding in tiles of {tile} pixels"
+
+
+def _reserved(plan: Plan, stage: str) -> tuple[Plan, str] | None:
+    tight = replace(plan.machine, devices=tuple(
+        replace(device, free=device.free - device.total // MORE,
+                limit=None if device.limit is None else device.limit - device.total // MORE)
+        for device in plan.machine.devices
+    ))
+    if plan.placer is None or not plan.machine.cards:
+        return None
+    try:
+        placed = replace(plan.placer, machine=tight).place(plan.stages)
+    except NoRung:
+        return None
+    (mine,) = (one for one in plan.stages if one.name == stage)
+    moved = {part.name: placed.places[part.name] for part in mine.components}
+    if all(plan.places[name] == place for name, place in moved.items()):
+        return None
+    spare = ", ".join(f"{gib(card.total // MORE)} of {card.name}" for card in plan.machine.cards)
+    text = f"{stage} placed anew with {spare} more in reserve: " + ", ".join(
+        f"{name} {place.placement}" for name, place in moved.items())
+    return replace(plan, places={**plan.places, **moved}), text

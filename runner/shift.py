@@ -1,0 +1,231 @@
+"""One stage's turn in a run: load, work through the requests, keep the results, flush."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from runner import lanes
+from runner.artifacts import ArtifactStore
+from runner.interrupts import Halt
+from runner.keys import midway_key
+from runner.memory import Flushed, Meter
+from runner.midway import Keeper, Left, midway_of
+from runner.plan import Plan, inputs_of
+from runner.readahead import read_ahead
+from stages.copies import sound
+from stages.errors import BadResult, StageOutOfMemory, StoreError
+from stages.modulation import Modulation
+from stages.placement import Places
+from stages.stage import Emit, Loaded, Stage
+from stages.state import State
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did: requests computed and re-used, seconds by part, peak bytes by device, the flush.
+
+    With several `lanes`, their compute and save seconds are averages.
+    """
+
+    stage: str
+    ran: int
+    reused: int
+    seconds: Mapping[str, float]
+    peak: Mapping[str, int]
+    flushed: Flushed
+    lanes: int = 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that came to nothing, while others went on: its number in the plan, the stage and the reason."""
+
+    index: int
+    stage: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Errand:
+    """One artifact of a shift: its number in it, the requests that share it, its key, and the key to read."""
+
+    position: int
+    indices: Sequence[int]
+    key: str
+    before: str | None
+
+    @property
+    def index(self) -> int:
+        """The first of its requests."""
+        return self.indices[0]
+
+
+@dataclass
+class Shift:
+    """One stage of a plan with its store.
+
+    The keys of what is made are added to `made` and told to `finished`; requests that fail alone go to `failures`.
+    """
+
+    plan: Plan
+    stage: Stage
+    store: ArtifactStore
+    emit: Emit
+    halt: Halt = field(default_factory=Halt)
+    step_every: float = 10.0
+    anew: bool = False
+    following: Stage | None = None
+    failures: list[Failure] = field(default_factory=list)
+    made: set[str] = field(default_factory=set)
+    finished: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.seconds = dict.fromkeys(("load", "compute", "save", "flush"), 0.0)
+        self._clock, self._broken = threading.Lock(), threading.Event()
+        self._table: Modulation | None = None
+
+    @property
+    def lanes(self) -> int:
+        """How many requests are in flight."""
+        return self.plan.lanes if self.stage.name == "denoise" else 1
+
+    def work(self, keys: Sequence[str], before: Sequence[str] | None, todo: Sequence[int]) -> StageReport:
+        """Compute `todo`, the indices of the requests whose artifact is missing; `before` are the keys to read."""
+        name = self.stage.name
+        self.emit("stage", {"stage": name, "requests": len(keys), "reused": len(keys) - len(todo)})
+        # Requests that share an artifact (one prompt, many seeds) are computed once.
+        sharing: dict[str, list[int]] = {}
+        for index in todo:
+            sharing.setdefault(keys[index], []).append(index)
+        errands = [Errand(position, indices, key, None if before is None else before[indices[0]])
+                   for position, (key, indices) in enumerate(sharing.items())]
+        meter = Meter(self.plan.devices)
+        try:
+            if errands:
+                self._compute(errands)
+        except Left:
+            self.halt.stop()
+            raise AssertionError("a request was left midway, and nobody asked for it") from None
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise StageOutOfMemory(self._shortage(error, meter)) from None
+        finally:
+            peak = meter.peak()
+            with self._timed("flush"):
+                flushed = meter.flush()
+            self.emit("flush", {"stage": name, "freed": flushed.freed, "left": flushed.left,
+                                "leftovers": [vars(leftover) for leftover in flushed.leftovers]})
+        self.emit("end", {"stage": name, "seconds": self.seconds, "peak": peak})
+        return StageReport(name, len(todo), len(keys) - len(todo), self.seconds, peak, flushed, self.lanes)
+
+    def _compute(self, errands: Sequence[Errand]) -> None:
+        places = sound({c.name: self.plan.places[c.name] for c in self.stage.components}, self.emit)
+        self._table = self._tabulated(places, errands)
+        start = time.perf_counter()
+        with self.stage.loaded(places, self.emit) as loaded:
+            if self._table is not None:
+                self._table.attach(loaded)
+            self.seconds["load"] = time.perf_counter() - start
+            self.emit("loaded", {"stage": self.stage.name, "seconds": self.seconds["load"]})
+            if self.following is not None:
+                files = [file for component in self.following.components for file in component.files]
+                self.emit("readahead", {"stage": self.following.name, "bytes": read_ahead(files)})
+            cards = [name for name in self.plan.devices if name != "cpu"]
+            with self.halt.patiently() if loaded.divisible else nullcontext():
+                lanes.work(loaded, self.lanes, cards, errands, lambda lane, errand: self._run(
+                    lane, errand, len(errands)), self._broken)
+        for part in ("compute", "save"):
+            self.seconds[part] /= min(self.lanes, len(errands))
+
+    def _run(self, lane: Loaded, errand: Errand, of: int) -> None:
+        self.emit("item", {"stage": self.stage.name, "index": errand.position, "of": of, "request": errand.index})
+        try:
+            with self.store.working(errand.key):
+                # Another process may have made it while this one loaded or waited.
+                if self.anew or self.store.get(errand.key) is None:
+                    self._make(lane, errand, of)
+        except BadResult as error:
+            if of == 1:
+                raise
+            self.failures.extend(Failure(index, self.stage.name, str(error)) for index in errand.indices)
+            self.emit("failure", {"stage": self.stage.name, "request": errand.index, "text": str(error)})
+            return
+        self.made.add(errand.key)
+        if self.finished is not None:
+            self.finished(errand.key)
+
+    def _make(self, lane: Loaded, errand: Errand, of: int) -> None:
+        state, inputs = self._state(errand), inputs_of(self.plan.requests[errand.index])
+        keeper = Keeper(
+            self.emit, errand.key, {"index": errand.position, "of": of, "request": errand.index}, self._stopping,
+            self.store if lane.divisible else None, self.step_every,
+        )
+        midway = midway_of(self.store, errand.key) if lane.divisible else None
+        if midway is not None:
+            self.emit("rejoin", {"stage": self.stage.name, "request": errand.index, "step": midway.steps})
+        done = 0 if midway is None else midway.steps
+        with nullcontext() if self._table is None else self._table.request(errand.index, done), self._timed("compute"):
+            result = lane.run(state, inputs, keeper, midway)
+        with self._timed("save"):
+            self.store.put(errand.key, self.stage.name, result, self._note())
+            if lane.divisible:
+                self.store.drop(midway_key(errand.key))
+
+    def _stopping(self) -> bool:
+        return self.halt.asked or self._broken.is_set()
+
+    def _tabulated(self, places: Places, errands: Sequence[Errand]) -> Modulation | None:
+        """The stage's modulation table, if layers of its component are left on the disk."""
+        layers = places[self.stage.components[0].name].folded
+        if not layers:
+            return None
+        known = {errand.index: errand for errand in errands}
+        table = Modulation(self.stage, places, layers, list(known), lambda index: (
+            self._state(known[index]), inputs_of(self.plan.requests[index])))
+        self.seconds["table"] = 0.0
+        with self._timed("table"):
+            table.open(errands[0].index)
+        self.emit("table", {"stage": self.stage.name, "layers": len(layers), "bytes": table.bytes,
+                            "seconds": self.seconds["table"]})
+        return table
+
+    def _state(self, errand: Errand) -> State:
+        """What the stage reads for a request."""
+        state = State() if errand.before is None else self.store.get(errand.before)
+        if state is None:
+            raise StoreError(
+                f"the artifact {(errand.before or '')[:12]} that {self.stage.name} reads was there and is now gone or "
+                f"damaged: run again, and it will be computed anew"
+            )
+        return state
+
+    def _note(self) -> dict[str, Any]:
+        return {"model": self.plan.checkpoint.identity, "torch": torch.__version__,
+                "places": {c.name: str(self.plan.places[c.name].placement) for c in self.stage.components}}
+
+    def _shortage(self, error: BaseException, meter: Meter) -> str:
+        used = ", ".join(f"{device} peaked at {peak / 2**30:.2f} GiB" for device, peak in meter.peak().items())
+        text = str(error).splitlines()[0]
+        return f"{self.stage.name} ran out of memory ({used}): {text} The artifacts of earlier stages are kept."
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Add the time of a block to a part of the stage's seconds."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._clock:
+                self.seconds[part] += time.perf_counter() - start
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device or the host has no memory left."""
+    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
