@@ -42,6 +42,7 @@ class Keeper:
     store: ArtifactStore | None
     seconds: float
     kept: float = field(default_factory=time.monotonic)
+    last: Mapping[str, Any] | None = None
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         if kind != "step":
@@ -50,14 +51,15 @@ class Keeper:
         self.emit(kind, {**data, **self.facts})
         stopping = self.stopping()
         # After the last step there is an artifact to write, which is as good as stopping.
-        if data["step"] < data["steps"]:
-            if stopping or time.monotonic() - self.kept >= self.seconds:
-                self._keep(data)
-            if stopping:
-                raise Left
+        self.last = data if data["step"] < data["steps"] and "latents" in data else None
+        if stopping or time.monotonic() - self.kept >= self.seconds:
+            self.keep()
+        if stopping and data["step"] < data["steps"]:
+            raise Left
 
-    def _keep(self, data: Mapping[str, Any]) -> None:
-        if self.store is not None and "latents" in data:
-            midway = State({"latents": data["latents"](), "steps": int(data["step"])})
+    def keep(self) -> None:
+        """Keep the request as it was after its last step."""
+        if self.store is not None and self.last is not None:
+            midway = State({"latents": self.last["latents"](), "steps": int(self.last["step"])})
             self.store.put(midway_key(self.key), "midway", midway, {"of": self.key})
             self.kept = time.monotonic()

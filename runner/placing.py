@@ -13,7 +13,7 @@ from runner.wishes import Wish, granted
 from stages.dtypes import choose
 from stages.ledger import Met
 from stages.machine import Machine
-from stages.placement import Place, Placement, Resident, remainder
+from stages.placement import Place, Placement, Resident, Sharded, remainder
 from stages.rehearsal import Rehearsal, rehearse
 from stages.stage import Inputs, Stage
 from stages.state import State
@@ -46,20 +46,25 @@ class Placed:
     rungs: dict[str, tuple[Rung, ...]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     savings: dict[str, Saving] = field(default_factory=dict)
+    lanes: int = 1
 
 
 @dataclass(frozen=True)
 class Placer:
-    """What decides where the components of every stage go."""
+    """What decides where the components of every stage go.
+
+    `lanes` requests are denoised at once; without it as many of the `requests` as there are cards to keep busy.
+    """
 
     machine: Machine
     inputs: Inputs
     dtypes: Mapping[str, torch.dtype]
     wishes: Mapping[str, Wish]
     offload: bool
-    lanes: int
+    lanes: int | None
     smaller: Mapping[str, float]
     table: bool = True
+    requests: int = 1
 
     def place(self, stages: Sequence[Stage]) -> Placed:
         """All stages placed; NoRung for the first that does not fit."""
@@ -78,6 +83,8 @@ class Placer:
         for tile in (None, *self._tiles()) if stage.name == "decode" else (None,):
             try:
                 places, found, rungs = self._fitted(task, tile)
+                if stage.name == "denoise":
+                    done.lanes, places, found, rungs = self._laned(task, places, found, rungs)
                 break
             except NoRung as error:
                 refused += error.rungs if tile is None else ()
@@ -137,6 +144,21 @@ class Placer:
             raise NoRung(f"{task.stage.name}: its activations outgrow every reserve: choose a smaller --size", rungs)
         return places, found, rungs
 
+    def _laned(
+        self, task: "Task", places: dict[str, Place], found: Rehearsal, rungs: tuple[Rung, ...]
+    ) -> tuple[int, dict[str, Place], Rehearsal, tuple[Rung, ...]]:
+        """As many lanes as asked for; or as fit without streaming, up to one for each card that the denoiser is on."""
+        if self.lanes is not None:
+            return self.lanes, places, found, rungs
+        for count in range(min(busy(places), self.requests), 1, -1):
+            try:
+                more = replace(self, lanes=count)._fitted(task, None)
+            except NoRung:
+                continue
+            if busy(more[0]) > 1:
+                return count, *more
+        return 1, places, found, rungs
+
     def _climbed(
         self, task: "Task", found: Rehearsal, reserve: Mapping[str, int], pinned: frozenset[str]
     ) -> tuple[dict[str, Placement], tuple[Rung, ...]]:
@@ -164,11 +186,19 @@ class Placer:
         return replace(found, peak=peak)
 
     def _lanes(self, stage: Stage) -> int:
-        return self.lanes if stage.name == "denoise" else 1
+        return self.lanes or 1 if stage.name == "denoise" else 1
 
     def _room(self, name: str) -> int:
         known = [device.room for device in self.machine.devices if device.name == name]
         return known[0] if known else self.machine.host_free
+
+
+def busy(places: Mapping[str, Place]) -> int:
+    """How many cards take turns: those that blocks are dealt over. One where blocks are streamed to them."""
+    (placement, *others) = (place.placement for place in places.values())
+    if others or not isinstance(placement, Sharded) or placement.hosted:
+        return 1
+    return len(set(placement.devices.values()))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def make_plan(
     max_memory: str | None = None,
     place: Sequence[str] = (),
     allow_offload: bool = False,
-    lanes: int = 1,
+    lanes: int | None = None,
     modulation_table: bool = True,
     peer_copies: bool = True,
 ) -> Plan:
@@ -85,8 +85,9 @@ def make_plan(
 
     `dtype` maps component names to types ("" stands for all others). `machine` is one that need not be here, such as
     "2x16GB"; `max_memory`, `place` and `allow_offload` are those of the command line; `lanes` requests are denoised
-    at once; without `modulation_table` all of the denoiser is loaded, and without `peer_copies` cards send each other
-    everything through host memory. Raises LoadError, PlanError or ValueError.
+    at once, by default one for each card that the denoiser is dealt over; without `modulation_table` all of the
+    denoiser is loaded, and without `peer_copies` cards send each other everything through host memory. Raises
+    LoadError, PlanError or ValueError.
     """
     chosen = family_of(family, model)
     for request in requests:
@@ -106,11 +107,11 @@ def make_plan(
     check_sizes(requests, multiple)
     most = largest(requests)
     placer = Placer(there, inputs_of(most), dtype or {}, read_wishes(place, stages), allow_offload, lanes,
-                    smaller(most, multiple), modulation_table)
+                    smaller(most, multiple), modulation_table, len(requests))
     placed = placer.place(stages)
     places = placed.places if peer_copies else rerouted(placed.places)
     return Plan(chosen, checkpoint, tuple(requests), there, stages, places, placed.weights, placed.needs,
-                placed.rungs, placed.reasons, lanes, placed.savings)
+                placed.rungs, placed.reasons, placed.lanes, placed.savings, placer)
 
 
 def largest(requests: Sequence[Request]) -> Request:

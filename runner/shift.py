@@ -21,8 +21,9 @@ from stages.copies import sound
 from stages.errors import BadResult, StageOutOfMemory, StoreError
 from stages.modulation import Modulation
 from stages.placement import Places
-from stages.stage import Emit, Loaded, Stage
+from stages.stage import Emit, Inputs, Loaded, Stage
 from stages.state import State
+from stages.steps import Midway
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,19 @@ class Shift:
             self.emit("rejoin", {"stage": self.stage.name, "request": errand.index, "step": midway.steps})
         done = 0 if midway is None else midway.steps
         with nullcontext() if self._table is None else self._table.request(errand.index, done), self._timed("compute"):
-            result = lane.run(state, inputs, keeper, midway)
+            result = self._kept(lane, state, inputs, keeper, midway)
         with self._timed("save"):
             self.store.put(errand.key, self.stage.name, result, self._note())
             if lane.divisible:
                 self.store.drop(midway_key(errand.key))
+
+    def _kept(self, lane: Loaded, state: State, inputs: Inputs, keeper: Keeper, midway: Midway | None) -> State:
+        try:
+            return lane.run(state, inputs, keeper, midway)
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                keeper.keep()
+            raise
 
     def _stopping(self) -> bool:
         return self.halt.asked or self._broken.is_set()

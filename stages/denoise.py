@@ -13,6 +13,7 @@ from stages.stage import Emit, Inputs, Stage
 from stages.steps import Midway, Turn, hear, unheard
 from stages.weights import skeleton
 
+
 class Denoise(Stage):
     """The diffusion transformer and its scheduler."""
 
