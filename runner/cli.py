@@ -14,6 +14,7 @@ import typer
 
 from runner.events import Tolerant, clean
 from runner.watch import RankLost
+from runner.interrupts import Interrupted
 from stages.errors import BadResult, LoadError, PlanError, StoreError
 from stages.families import FAMILIES, Family
 
@@ -181,24 +182,16 @@ def respond(job: Callable[[], object], *, verbose: bool) -> int:
     try:
         job()
         return 0
-    except Stopped as stopped:
-        return _refuse(f"stopped by {stopped.signal.name}; what was finished is kept", 128 + stopped.signal)
+    except Interrupted as stopped:
+        return _refuse(f"{stopped}; what was finished is kept, the same command goes on from there", stopped.code)
     except KeyboardInterrupt:
         return _refuse("interrupted; what was finished is kept, the same command goes on from there", 130)
     except Exception as error:  # the last one to answer for the process: a line and an exit code, not a traceback
         return _failed(error, verbose=verbose)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end; like Ctrl-C it runs every `finally` on its way."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.signal = signal.Signals(number)
-
-
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped(number)
+    raise Interrupted(number)
 
 
 def _usage(error: typer.TyperException) -> str:

@@ -105,10 +105,13 @@ class Shift:
             sharing.setdefault(keys[index], []).append(index)
         errands = [Errand(position, indices, key, None if before is None else before[indices[0]])
                    for position, (key, indices) in enumerate(sharing.items())]
+        places = {component.name: self.plan.places[component.name] for component in self.stage.components}
+        # Before the meter runs: the patterns that are copied for this are no part of the stage.
+        places = dict(sound(places, self.emit)) if errands else places
         meter = Meter(self.plan.devices)
         try:
             if errands:
-                self._compute(errands)
+                self._compute(errands, places)
         except Left:
             self.halt.stop()
             raise AssertionError("a request was left midway, and nobody asked for it") from None
@@ -125,8 +128,7 @@ class Shift:
         self.emit("end", {"stage": name, "seconds": self.seconds, "peak": peak})
         return StageReport(name, len(todo), len(keys) - len(todo), self.seconds, peak, flushed, self.lanes)
 
-    def _compute(self, errands: Sequence[Errand]) -> None:
-        places = sound({c.name: self.plan.places[c.name] for c in self.stage.components}, self.emit)
+    def _compute(self, errands: Sequence[Errand], places: Places) -> None:
         self._table = self._tabulated(places, errands)
         start = time.perf_counter()
         with self.stage.loaded(places, self.emit) as loaded:
