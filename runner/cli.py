@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 import typer
 
 from runner.events import Tolerant, clean
-from runner.watch import RankLost
 from runner.interrupts import Interrupted
+from runner.watch import RankLost
 from stages.errors import BadResult, LoadError, PlanError, StoreError
 from stages.families import FAMILIES, Family
 

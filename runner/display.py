@@ -12,7 +12,8 @@ from runner.request import shown
 if TYPE_CHECKING:
     from runner.manifest import Artifact
     from runner.plan import Plan
-    from runner.run import Picture, Report, StageReport
+    from runner.run import Picture, Report
+    from runner.shift import StageReport
 
 SIDE = 256
 SMALL = 128

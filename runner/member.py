@@ -133,7 +133,7 @@ class Member:
 
 def _whole(job: "Plan") -> dict[str, Any]:
     """What the record of the run says of all its requests."""
-    from runner.run import chain
+    from runner.keys import chain
 
     return {"model": job.checkpoint.identity, "requests": [vars(request) for request in job.requests],
             "stages": {name: list(keys) for name, keys in chain(job).items()}}

@@ -7,7 +7,8 @@ from typing import Any
 from runner.artifacts import ArtifactStore
 from runner.memory import Flushed
 from runner.request import Request
-from runner.run import Picture, Report, StageReport
+from runner.run import Picture, Report
+from runner.shift import StageReport
 
 
 @dataclass(frozen=True)

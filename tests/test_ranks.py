@@ -18,9 +18,9 @@ import torch
 
 from runner import Crew, RankLost, Report, Request, make_plan, run_all, spawn
 from runner.artifacts import open_store
+from runner.keys import chain
 from runner.pulse import Pulse
 from runner.ranks import Rank, launched, part, share
-from runner.run import chain
 from runner.shares import differing
 from runner.watch import SILENCE, TIMEOUT, Watch
 from stages.errors import LoadError
