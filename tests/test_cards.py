@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -58,10 +60,15 @@ def allocated(devices: list[str]) -> list[int]:
     """Bytes on each card, once the threads that transformers loads with have let go of theirs."""
     gc.collect()
     for _ in range(40):
-        if not any(found := [torch.accelerator.memory_allocated(device) for device in devices]):
+        if not any(found := on(devices)):
             break
         time.sleep(0.05)
     return found
+
+
+def on(devices: list[str]) -> list[int]:
+    """Bytes on each card now."""
+    return [torch.accelerator.memory_allocated(device) for device in devices]
 
 
 def test_three_stages_over_two_cards_make_the_picture_of_the_cpu(flux: Path, cards: Cards) -> None:
@@ -111,46 +118,64 @@ def test_a_stage_over_the_limit_fails_by_name_and_earlier_artifacts_survive(
     assert [stage.ran for stage in run_all(moved, store=store).stages] == [0, 1, 1]
 
 
+@pytest.fixture(scope="module")
+def least(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX checkpoint with as few blocks as there can be."""
+    return tiny.flux(tmp_path_factory.mktemp("least") / "flux", doubles=1, singles=1, text_layers=1)
+
+
 @pytest.mark.parametrize("name", ["encode", "denoise", "decode"])
 def test_every_failing_allocation_of_a_stage_is_survived(
-    tmp_path: Path, cards: Cards, sim: ModuleType, name: str
+    least: Path, cards: Cards, sim: ModuleType, name: str
 ) -> None:
-    """Fail the first, second, third ... allocation until the stage passes: no hang, no leak, no wrong result."""
-    model = tiny.flux(tmp_path / "flux", doubles=1, singles=1)
+    """Fail the first, second, third ... allocation until the stage passes: no hang, no leak, no wrong result.
+
+    First of its loading, then of its run, again and again in the one stage that is loaded.
+    """
     devices = cards(40 * MIB, 40 * MIB)
     first, second = devices
-    job = over(model, devices, {**spread(devices), "transformer": halved(first, second, 1, 1)})
+    job = over(least, devices, {**spread(devices), "transformer": halved(first, second, 1, 1)})
     index = ["encode", "denoise", "decode"].index(name)
-    store = MemoryStore(warn=print)
+    stage, store = job.stages[index], MemoryStore(warn=print)
     run_all(job, store=store)
     before = run_stage(job, job.stages[index - 1].name, store=store)[0] if index else State()
     inputs = inputs_of(dataclasses.replace(ASKED, steps=1))
-    expected = after(job, index, before, inputs)
-    gc.collect()
-    gc.freeze()  # What is here stays: hundreds of collections need not look at it.
+
+    def loads() -> State:
+        with stage.loaded(job.places):
+            return State()
+
     for device in devices if name != "decode" else [second]:
-        nth, tried = 1, 0
-        while True:
-            sim.fail_allocation(device, nth)
-            try:
-                result = after(job, index, before, inputs)
-                break
-            except torch.OutOfMemoryError:
-                tried += 1
-            finally:
-                sim.reset()
-            assert allocated(devices) == [0, 0]
-            # Every one of a denoise; of the others' hundreds, which are alike, every one at first.
-            nth += 1 if name == "denoise" else 1 + nth // 20
-        print(f"{name} on {device}: {tried} allocations failed, one at a time, the last the {nth}th")
-        assert tried > 20 and all(torch.equal(result[value], expected[value]) for value in expected)
-    gc.unfreeze()
+        tried, _ = survived(sim, device, loads, lambda: allocated(devices) == [0, 0])
+        with stage.loaded(job.places) as loaded:
+            expected = loaded.run(before, inputs).tensors()
+            held = on(devices)
+            failed, made = survived(sim, device, partial(loaded.run, before, inputs), partial(within, devices, held))
+        print(f"{name} on {device}: {tried} allocations of loading failed one at a time, and {failed} of the run")
+        assert tried > 5 and failed > 5
+        assert all(torch.equal(found, expected[value]) for value, found in made.tensors().items())
+        del loaded
+        assert allocated(devices) == [0, 0]
 
 
-def after(job: Plan, index: int, before: State, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors after stage `index`."""
-    with job.stages[index].loaded(job.places) as loaded:
-        return loaded.run(before, inputs).tensors()
+def within(devices: list[str], held: list[int]) -> bool:
+    return all(found <= most for found, most in zip(on(devices), held, strict=True))
+
+
+def survived(
+    sim: ModuleType, device: str, attempt: Callable[[], State], clean: Callable[[], bool]
+) -> tuple[int, State]:
+    """How many allocations of a card were made to fail, one at a time, until an attempt passed; and what it made."""
+    for nth in count(1):
+        sim.fail_allocation(device, nth)
+        try:
+            return nth - 1, attempt()
+        except torch.OutOfMemoryError:
+            pass
+        finally:
+            sim.reset()
+        assert clean()
+    raise AssertionError
 
 
 def test_two_cards_of_12_mb_run_a_transformer_of_20_mb(tmp_path: Path, cards: Cards, sim: ModuleType) -> None:

@@ -1,6 +1,5 @@
 """The command line: bad input is one line and an exit code, good input a path on standard output."""
 
-import gc
 import io
 import json
 import os
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +72,14 @@ BAD = [
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder and a cache of its own for each test; what a run froze is thawed."""
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder and a cache of its own for each test."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         monkeypatch.setenv(name, "error")
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize(("words", "says"), BAD, ids=[ascii(" ".join(words)[:40]) for words, _ in BAD])
