@@ -1,4 +1,7 @@
-"""Where the states between the stages are kept: content-addressed, checked on every read, in memory or in a folder."""
+"""Where the states between the stages are kept: content-addressed and checked on every read.
+
+In memory, in a folder, or behind a URL.
+"""
 
 import threading
 import time
@@ -14,6 +17,7 @@ from runner.document import JSON
 from runner.durable import Chunks, Entry
 from runner.manifest import Artifact, checked_key, checked_run, key_of
 from runner.store import Store, Warn
+from stages.errors import StoreError
 
 if TYPE_CHECKING:
     from stages.state import State
@@ -158,7 +162,24 @@ class FolderStore(Store):
 
 
 def open_store(where: str, *, warn: Warn = warnings.warn, strict: bool = False, readonly: bool = False) -> Store:
-    """The store at `where`: "memory", or a folder whose parent exists; `strict` refuses what is damaged."""
+    """The store at `where`: "memory", a folder whose parent exists, or a URL such as s3://bucket/folder; `strict`
+    refuses what is damaged.
+    """
     if where == "memory":
         return MemoryStore(warn=warn, strict=strict)
-    return FolderStore(Path(where).expanduser(), warn=warn, strict=strict, readonly=readonly)
+    folder = folder_of(where)
+    if folder is not None:
+        return FolderStore(folder, warn=warn, strict=strict, readonly=readonly)
+    from runner.remote import RemoteStore
+
+    return RemoteStore(where, warn=warn, strict=strict, readonly=readonly)
+
+
+def folder_of(where: str) -> Path | None:
+    """The folder that a place for artifacts names; None for "memory" and for URLs but file://."""
+    if where.startswith("file://"):
+        path = where.removeprefix("file://")
+        if not path.startswith("/"):
+            raise StoreError("--artifacts file:// takes a whole path -> such as file:///data/store")
+        return Path(path)
+    return None if where == "memory" or "://" in where else Path(where).expanduser()

@@ -71,7 +71,7 @@ class Options:
     allow_offload: Annotated[
         Literal["cpu"] | None, typer.Option(help="Let blocks that fit no card wait in host memory.")
     ] = None
-    artifacts: Annotated[str | None, typer.Option(metavar="DIR|memory", help="Where stages keep results.")] = None
+    artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL|memory", help="Where stages keep results.")] = None
     stop_after: Annotated[Literal["encode", "denoise"] | None, typer.Option(help="End the run there.")] = None
     from_stage: Annotated[
         Literal["encode", "denoise", "decode"] | None, typer.Option(help="Compute anew from there on.")
@@ -123,8 +123,8 @@ app.command("plan", help="Show where everything would go, and whether it fits; n
 
 @app.command()
 def inspect(
-    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or a path inside the store.")],
-    artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="The store.")] = None,
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or a path or URL inside the store.")],
+    artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL", help="The store.")] = None,
 ) -> Callable[[], None]:
     """Show what an artifact holds: names, shapes, types, ranges and non-finite values."""
     from runner.look import look

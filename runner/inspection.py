@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,17 @@ from pathlib import Path
 import torch
 
 from runner import durable
-from runner.artifacts import ArtifactStore, FolderStore
+from runner.artifacts import ArtifactStore, FolderStore, open_store
 from runner.document import Damaged
 from runner.envelope import unpack
 from runner.manifest import Artifact, is_key, is_run
 from runner.spec import MOST_BYTES
+from runner.store import object_path
 from stages.errors import StoreError
 from stages.state import State
 
 SHORTEST_PREFIX = 6
+_PLACE = re.compile(r"(?P<store>.+)/(stages/(?P<key>[0-9a-f]{64})\.json|objects/../(?P<object>[0-9a-f]{64}))")
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,26 @@ def describe(state: State) -> list[Row]:
     return [_row(name, tensor) for name, tensor in state.tensors().items()]
 
 
+def is_place(what: str) -> bool:
+    """Whether `what` names an artifact by its path or its URL, so that no store need be named."""
+    return "://" in what or os.path.lexists(what)
+
+
 def open_artifact(what: str, store: ArtifactStore | None = None) -> tuple[Artifact, State]:
     """The artifact that `what` names, non-finite values and all; StoreError where there is none, or it is damaged.
 
-    `what` is the path of an object or of a manifest; or, in `store`, a key or six and more of its first digits; or a
-    run and a stage, such as "RUN:denoise" or "RUN:denoise:3" for its request number 3, counted from 0.
+    `what` is the path or URL of an object or of a manifest; or, in `store`, a key or six and more of its first digits;
+    or a run and a stage, such as "RUN:denoise" or "RUN:denoise:3" for its request number 3, counted from 0.
     """
-    if os.path.lexists(what):
+    if "://" in what and (found := _PLACE.fullmatch(what)) is not None:
+        remote = open_store(found["store"], readonly=True)
+        if found["object"]:
+            return _opened(what, found["object"], remote.fetch(object_path(found["object"]), MOST_BYTES))
+        what, store = found["key"], remote
+    elif os.path.lexists(what):
         path = Path(os.path.realpath(what))
         if path.suffix != ".json":
-            return _open_object(path)
+            return _opened(str(path), path.name, durable.read(path.parent, path.name, most=MOST_BYTES))
         what, store = path.stem, FolderStore(path.parent.parent, readonly=True)
     if store is None:
         raise StoreError(f"there is no file {what}; name a store with --artifacts to look for a key or a run")
@@ -60,13 +73,12 @@ def open_artifact(what: str, store: ArtifactStore | None = None) -> tuple[Artifa
     return artifact, store.read(artifact, finite=False)
 
 
-def _open_object(path: Path) -> tuple[Artifact, State]:
-    data = durable.read(path.parent, path.name, most=MOST_BYTES)
+def _opened(where: str, name: str, data: bytearray | None) -> tuple[Artifact, State]:
     if data is None:
-        raise StoreError(f"there is no file {path}")
+        raise StoreError(f"there is no file {where}")
     digest = hashlib.sha256(data).hexdigest()
-    if is_key(path.name) and digest != path.name:
-        raise Damaged(f"{path} does not have the sha256 that names it: run its stage again")
+    if is_key(name) and digest != name:
+        raise Damaged(f"{where} does not have the sha256 that names it: run its stage again")
     found = unpack(data, finite=False)
     return Artifact(found.key, found.stage, digest, len(data), found.tensors), found.state
 

@@ -1,8 +1,6 @@
 """`runner inspect`: what a stage handed over, value by value."""
 
-import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.events import Tolerant, clean, gib
@@ -19,10 +17,10 @@ HEAD = ("name", "shape", "type", "min", "max", "mean", "non-finite")
 def look(what: str, folder: str | None) -> None:
     """Print what the artifact `what` holds: a path in a store, a key or the start of one, or RUN:STAGE."""
     from runner.artifacts import open_store
-    from runner.inspection import open_artifact
+    from runner.inspection import is_place, open_artifact
 
-    where = Path(folder) if folder is not None else default_store()
-    store = None if os.path.lexists(what) else open_store(str(where), warn=warn, readonly=True)
+    where = folder if folder is not None else str(default_store())
+    store = None if is_place(what) else open_store(where, warn=warn, readonly=True)
     # What is not finite is what people come to see.
     Tolerant(sys.stdout).write("".join(f"{line}\n" for line in lines(*open_artifact(what, store))))
 

@@ -42,11 +42,12 @@ def make(family: str, said: Any) -> None:
     progress = Progress(sys.stderr, verbosity=-1 if said.quiet else int(said.verbose))
     seconds: dict[str, float] = {}
     with logged(said.log, progress) as emit:
+        # Before the imports: an answer about a bucket or a package that is not there should not take seconds.
+        store = opened(asked, said, emit)
         with timed(seconds, "imports"), progress, untracked():
             emit("begin", {"what": "importing torch and diffusers"})
             from runner.run import run_all
         with timed(seconds, "plan"):
-            store = opened(asked, said, emit)
             job = planned(asked, said)
         if not said.quiet and (said.verbose or job.machine.cards):
             say(sys.stderr, tables.lines(job))
@@ -150,7 +151,8 @@ def results(report: "Report", asked: Order) -> list[str]:
     if asked.paths or asked.store == "memory":
         return [str(path) for path in asked.paths]
     last = report.keys[report.stages[-1].stage]
-    return [str(Path(asked.store) / "stages" / f"{key}.json") for key in dict.fromkeys(last)]
+    root = asked.store.rstrip("/") if "://" in asked.store else str(Path(asked.store))
+    return [f"{root}/stages/{key}.json" for key in dict.fromkeys(last)]
 
 
 def hush(verbose: bool) -> None:

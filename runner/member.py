@@ -118,7 +118,7 @@ class Member:
         except StoreError:
             raise StoreError(
                 f"run {task.order.run} is not in {task.order.store} as rank {self.rank.rank} sees it -> ranks on "
-                f"several hosts need one folder that all of them see: --artifacts DIR"
+                f"several hosts need one store that all of them see: --artifacts DIR or URL"
             ) from None
 
     @contextmanager

@@ -39,9 +39,10 @@ def spawn(
 ) -> Report:
     """Make pictures with several processes, each with its own cards; the report of all of it.
 
-    `ranks` are as many new ones, or a `Crew` that is at work already; `store` is a folder, by default that of the
-    command line; the other arguments are those of `make_plan` and `run_all`. Raises what those raise, and RankLost,
-    naming rank, stage and step, for a rank that was killed, failed, left early or hangs for `timeout` seconds.
+    `ranks` are as many new ones, or a `Crew` that is at work already; `store` is a folder or a URL, by default the
+    folder of the command line; the other arguments are those of `make_plan` and `run_all`. Raises what those raise,
+    and RankLost, naming rank, stage and step, for a rank that was killed, failed, left early or hangs for `timeout`
+    seconds.
     """
     if not isinstance(ranks, Crew):
         with Crew(ranks, timeout=timeout) as crew:
@@ -57,7 +58,7 @@ def spawn(
         family=family, model=None if model is None else str(model), revision=revision, requests=tuple(requests),
         run=new_run(), paths=(), devices=tuple(devices), like=None,
         dtype={name: str(type_).removeprefix("torch.") for name, type_ in (dtype or {}).items()},
-        store=str(Path(store or default_store()).absolute()),
+        store=str(store) if "://" in str(store) else str(Path(store or default_store()).absolute()),
     )
     answer = ranks.work(Task(order, said).document(), emit)
     if "refused" in answer:

@@ -53,6 +53,10 @@ class Store(ABC):
     def fetch(self, path: str, most: int, *, first: int | None = None) -> bytearray | None:
         """The bytes at `path`, or `first` of them; None where nothing is; StoreError where they are over `most`."""
 
+    def fetch_all(self, paths: Sequence[str], most: int, *, first: int | None = None) -> Iterator[bytearray | None]:
+        """What `fetch` gives for each path."""
+        return (self.fetch(path, most, first=first) for path in paths)
+
     @abstractmethod
     def publish(self, files: Mapping[str, Chunks]) -> None:
         """Put each file at its path, whole, in this order."""
@@ -193,9 +197,11 @@ class Store(ABC):
 
     def runs(self) -> list[str]:
         """Every run, the first started first."""
+        names = [run for run in self.names("runs") if is_run(run)]
         # A look at the first bytes: the record of a long run has millions.
-        found = ((run, self._head(run)) for run in self.names("runs") if is_run(run))
-        return [run for _, run in sorted((head, run) for run, head in found if head is not None)]
+        heads = self.fetch_all([run_path(run) for run in names], LONGEST, first=_HEAD_BYTES)
+        found = [(_parse_head(data), run) for run, data in zip(names, heads, strict=True) if data is not None]
+        return [run for _, run in sorted(found)]
 
     def _head(self, run: str) -> tuple[int, float] | None:
         data = self.fetch(run_path(run), LONGEST, first=_HEAD_BYTES)
@@ -212,7 +218,7 @@ class Store(ABC):
         if data is not None and data.isdigit():
             last = int(data)
         else:
-            last = max((head[0] for run in self.runs() if (head := self._head(run)) is not None), default=0)
+            last = next((head[0] for run in reversed(self.runs()) if (head := self._head(run)) is not None), 0)
         self.publish({"runs/.sequence": [str(last + 1).encode()]})
         return last + 1
 
