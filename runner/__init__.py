@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runner.crew import Crew
+    from runner.gathering import gather, split_between_ranks
     from runner.plan import Plan, make_plan
     from runner.request import Request
     from runner.run import Picture, Report, run_all, run_stage
     from runner.spawning import spawn
     from runner.watch import RankLost
 
-__all__ = ["Crew", "Picture", "Plan", "RankLost", "Report", "Request", "make_plan", "run_all", "run_stage", "spawn"]
+__all__ = [
+    "Crew", "Picture", "Plan", "RankLost", "Report", "Request", "gather", "make_plan", "run_all", "run_stage", "spawn",
+    "split_between_ranks",
+]
 
 _HOMES = {"Crew": "crew", "Picture": "run", "Plan": "plan", "RankLost": "watch", "Report": "run", "Request": "request",
-          "make_plan": "plan", "run_all": "run", "run_stage": "run", "spawn": "spawning"}
+          "gather": "gathering", "make_plan": "plan", "run_all": "run", "run_stage": "run", "spawn": "spawning",
+          "split_between_ranks": "gathering"}
 
 
 def __getattr__(name: str) -> Any:
