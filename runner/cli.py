@@ -83,6 +83,10 @@ class Options:
     rank_timeout: Annotated[
         str | None, typer.Option(metavar="SECONDS", help="How long a rank may do nothing; 120 unless said.")
     ] = None
+    preview: Annotated[str | None, typer.Option(metavar="N", help="Show a rough picture every N steps.")] = None
+    sample_memory: Annotated[
+        bool, typer.Option("--sample-memory", help="Record memory ten times a second, for the report.")
+    ] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, library warnings included.")] = False
 

@@ -1,17 +1,19 @@
 """From latents to rough colors, without a VAE: a linear map, learned from pictures that the store already has."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runner.demo import CHECKPOINT
 from stages.errors import StoreError
 
 if TYPE_CHECKING:
     from runner.artifacts import ArtifactStore
+    from runner.plan import Plan
 
 CELLS = 4
 RUNS, PICTURES = 40, 8
@@ -99,6 +101,19 @@ def cells_of(pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
     means = torch.nn.functional.adaptive_avg_pool2d(pixels.permute(2, 0, 1).float() / 255, shape)
     tiles = means.reshape(3, grid.height, CELLS, grid.width, CELLS).permute(1, 3, 2, 4, 0)
     return tiles.reshape(-1, CELLS * CELLS * 3)
+
+
+def colors_of(plan: "Plan", store: "ArtifactStore") -> Callable[[int], Colors | None]:
+    """What finds the colors of the plan's model: those that come with the demo, or what the store teaches."""
+
+    def find(features: int) -> Colors | None:
+        if plan.family.repo == "demo" and plan.checkpoint.path == CHECKPOINT:
+            from runner.demo.colors import demo_colors
+
+            return demo_colors()
+        return learned(store, plan.checkpoint.identity, features)
+
+    return find
 
 
 def learned(store: "ArtifactStore", model: str, features: int) -> Colors | None:

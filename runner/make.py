@@ -18,6 +18,7 @@ from runner.durable import explained
 from runner.events import Emit, Tolerant, json_lines, tee
 from runner.order import Order, devices, order
 from runner.picture import card_of, png
+from runner.previews import Beside
 from runner.progress import Progress
 from runner.ranks import launched
 from runner.report import document, lines
@@ -52,11 +53,13 @@ def make(family: str, said: Any) -> None:
         if not said.quiet and (said.verbose or job.machine.cards):
             say(sys.stderr, tables.lines(job))
         with progress:
+            told = tee(emit, Beside(asked.paths))
             report = run_all(
-                job, store=store, emit=emit, stop_after=said.stop_after, from_stage=said.from_stage, name=asked.run
+                job, store=store, emit=told, stop_after=said.stop_after, from_stage=said.from_stage, name=asked.run,
+                preview=asked.preview, sample_memory=said.sample_memory,
             )
             with timed(seconds, "pictures"):
-                cards = save(report, asked, said, emit)
+                cards = save(report, asked, said, told)
     seconds["total"] = time.perf_counter() - begin
     tell(report, asked, cards, seconds, said)
 

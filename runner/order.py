@@ -12,6 +12,7 @@ from typing import Any
 
 from runner import names, picture
 from runner.picture import Like
+from runner.ranks import launched
 from runner.request import COUNT, PROMPT_BYTES, SEED, STEPS, Request, ask, read_guidance, read_size, read_whole, shown
 from stages.families import FAMILIES, Family
 
@@ -37,6 +38,7 @@ class Order:
     devices: tuple[str, ...]
     store: str
     like: Like | None
+    preview: int = 0
 
 
 def order(family: str, said: Any) -> Order:
@@ -62,6 +64,7 @@ def order(family: str, said: Any) -> Order:
         devices=devices(said.device or (), said.gpus),
         store=said.artifacts or str(default_store()),
         like=like if said.model is None else None,
+        preview=0 if said.preview is None else read_whole("preview", said.preview, 1, STEPS),
     )
 
 
@@ -125,6 +128,8 @@ def _read_prompt(text: str) -> str:
 def _check_together(said: Any) -> None:
     if said.quiet and said.verbose:
         raise ValueError("--quiet and --verbose contradict each other -> leave one of them out")
+    if said.preview is not None and (said.ranks is not None or launched() is not None):
+        raise ValueError("--preview is for one process, and ranks are several -> leave one of them out")
     last = said.stop_after or "decode"
     if said.stop_after and said.out is not None:
         raise ValueError(f"--stop-after {last} makes no picture -> leave --out out")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from runner.events import Emit
+from runner.previews import Strips
 
 BORDERS = ("stage", "load", "loaded", "table", "flush", "end")
 WITHIN = ("item", "step", "part")
@@ -70,10 +71,12 @@ class Recorder:
         self._flushes: list[dict[str, Any]] = []
         self._peaks: dict[str, dict[str, int]] = {}
         self._warnings: list[str] = []
+        self.strips = Strips()
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         with self._lock:
             self._see(kind, data)
+        self.strips(kind, data)
         self._emit(kind, data)
 
     def __enter__(self) -> "Recorder":
@@ -108,8 +111,8 @@ class Recorder:
             self._stage, self._lanes = str(data["stage"]), {}
         if kind in BORDERS or kind in WITHIN:
             self._sample(kind)
-        if kind == "part":
-            self._span(str(data["part"]), float(data["seconds"]))
+        if kind in ("loaded", "part"):
+            self._span(str(data.get("part", "load")), float(data["seconds"]))
         elif kind == "flush":
             self._flushes.append({"seconds": self._now(), **{n: data[n] for n in ("stage", "freed", "left")}})
         elif kind == "end":

@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from runner import display
 from runner.artifacts import ArtifactStore, open_store
+from runner.colors import colors_of
 from runner.interrupts import Halt, Interrupted
 from runner.keys import STAGES, chain, midway_key, missing, starts
 from runner.lanes import one_at_a_time
 from runner.plan import Plan
+from runner.previews import Previewer
+from runner.record import described
+from runner.recorder import Recorder
 from runner.relief import relieved
 from runner.request import Request
 from runner.shift import Failure, Shift, StageReport
@@ -31,8 +36,14 @@ class Picture:
     index: int
     request: Request
     key: str
-    store: ArtifactStore = field(repr=False)
-    facts: Mapping[str, Any] = field(repr=False)
+    store: ArtifactStore
+    facts: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return display.picture_line(self)
+
+    def _repr_html_(self) -> str:
+        return display.picture_html(self)
 
     @cached_property
     def pixels(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
@@ -62,6 +73,12 @@ class Report:
     failures: tuple[Failure, ...] = ()
     changes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return display.report_line(self)
+
+    def _repr_html_(self) -> str:
+        return display.report_html(self)
+
 
 def run_all(
     plan: Plan,
@@ -76,22 +93,28 @@ def run_all(
     stop: Callable[[], bool] | None = None,
     step_every: float = 10.0,
     degrade: bool = True,
+    preview: int = 0,
+    sample_memory: bool = False,
 ) -> Report:
     """Make every picture of the plan, re-using what the store has; `done` is told of each as soon as it is there.
 
     `stop_after` ends the run behind a stage; `from_stage` computes that stage and those behind it anew. `record` is
     kept with the run. An unfinished denoise is kept every `step_every` seconds. A signal, or `stop` once it is true,
     ends the run after the current step: Interrupted. A stage that runs out of memory is tried once more with one
-    thing changed, unless `degrade` is False.
+    thing changed, unless `degrade` is False. Rough pictures are told of every `preview` steps; with `sample_memory`,
+    memory is recorded ten times a second, too.
 
     Raises BadResult, LoadError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
     if not plan.machine.here:
         raise ValueError("this is a plan for cards that are not here: plan without machine= to run")
-    emit = one_at_a_time(emit)
+    seen = Recorder(emit, plan.devices, often=sample_memory)
+    emit = one_at_a_time(seen)
     store = store or open_store("memory", warn=lambda text: emit("warning", {"text": text}))
     name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    run = Run(plan, store, emit, name, dict(record or {}), Halt(stop), step_every, degrade, done)
+    if preview:
+        emit = one_at_a_time(Previewer(seen, preview, plan.requests, colors_of(plan, store)))
+    run = Run(plan, store, emit, seen, name, dict(record or {}), Halt(stop), step_every, degrade, done)
     return run.go(stop_after, from_stage)
 
 
@@ -116,6 +139,7 @@ class Run:
     plan: Plan
     store: ArtifactStore
     emit: Emit
+    seen: Recorder
     name: str
     record: dict[str, object]
     halt: Halt
@@ -124,7 +148,6 @@ class Run:
     done: Done | None
     changes: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    warned: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._announced: set[int] = set()
@@ -150,10 +173,10 @@ class Run:
         for key in self.keys["denoise"] if from_stage in ("encode", "denoise") else ():
             self.store.drop(midway_key(key))
         reports = []
-        with self._recorded(), self.halt.listening():
+        with self._recorded(), self.halt.listening(), self.seen:
             for index, stage in enumerate(stages):
                 following = next((later for later in stages[index + 1 :] if todo[later.name]), None)
-                shift = Shift(self.plan, stage, self.store, self._heard, self.halt, self.step_every,
+                shift = Shift(self.plan, stage, self.store, self.emit, self.halt, self.step_every,
                               starts(from_stage, stage), following, self.failures)
                 reports.append(self._worked(shift, stages[index - 1] if index else None, todo[stage.name]))
         pictures = () if stop_after in ("encode", "denoise") else tuple(self._pictures())
@@ -172,7 +195,7 @@ class Run:
         self.changes.append(text)
         self._follow(changed)
         self.record["stages"] = {name: list(self.keys[name]) for name in STAGES[: STAGES.index(shift.stage.name) + 1]}
-        self._heard("warning", {"text": f"{shortage} Trying once more: {text}"})
+        self.emit("warning", {"text": f"{shortage} Trying once more: {text}"})
         return self._tried(replace(shift, plan=self.plan), earlier, todo)
 
     def _tried(self, shift: Shift, earlier: Stage | None, todo: Sequence[int]) -> StageReport:
@@ -206,12 +229,6 @@ class Run:
         request = self.plan.requests[position]
         return Picture(request.index, request, self.keys["decode"][position], self.store, self._facts)
 
-    def _heard(self, kind: str, data: Mapping[str, object]) -> None:
-        """Tell of an event, and keep the text of every warning for the run's record."""
-        if kind == "warning":
-            self.warned.append(str(data["text"]))
-        self.emit(kind, data)
-
     @contextmanager
     def _recorded(self) -> Iterator[None]:
         """Keep the run's record with how it stands: running, and then done, interrupted or failed."""
@@ -229,7 +246,8 @@ class Run:
 
     def _save(self, status: str, **more: object) -> None:
         failures = [vars(failure) for failure in self.failures]
-        self.store.save_run(self.name, {**self.record, "status": status, "warnings": list(self.warned),
+        self.store.save_run(self.name, {**self.record, **described(self.plan), **self.seen.document(),
+                                        "previews": self.seen.strips.keep(self.store, self.name), "status": status,
                                         "changes": list(self.changes), "failures": failures, **more})
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runner import lanes
+from runner import display, lanes
 from runner.artifacts import ArtifactStore
 from runner.interrupts import Halt
 from runner.keys import midway_key
@@ -40,6 +40,12 @@ class StageReport:
     peak: Mapping[str, int]
     flushed: Flushed
     lanes: int = 1
+
+    def __repr__(self) -> str:
+        return display.stage_line(self)
+
+    def _repr_html_(self) -> str:
+        return display.stages_html(self)
 
 
 @dataclass(frozen=True)
@@ -232,8 +238,10 @@ class Shift:
         try:
             yield
         finally:
+            took = time.perf_counter() - start
             with self._clock:
-                self.seconds[part] += time.perf_counter() - start
+                self.seconds[part] += took
+            self.emit("part", {"stage": self.stage.name, "part": part, "seconds": took})
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -10,10 +10,10 @@ import torch
 
 from runner import Plan, Request, make_plan
 from runner.artifacts import MemoryStore
-from runner.display import picture_html, picture_line, report_html, report_line, stage_line, stages_html
 from runner.markup import image, said, table
 from runner.memory import Flushed
-from runner.run import Picture, Report, StageReport
+from runner.run import Picture, Report
+from runner.shift import StageReport
 from stages.placement import Resident, Sharded
 from stages.state import State
 from tests.records import HOSTILE
@@ -95,28 +95,28 @@ def test_a_plan_shows_itself(plan: Plan) -> None:
 
 def test_a_picture_shows_a_thumbnail_over_its_prompt(plan: Plan) -> None:
     shown = picture(plan, kept())
-    assert one_line(picture_line(shown)).startswith("Picture(0, '\"><script>")
-    tags = checked(picture_html(shown))
+    assert one_line(repr(shown)).startswith("Picture(0, '\"><script>")
+    tags = checked(shown._repr_html_())
     (shot,) = [attributes for tag, attributes in tags.seen if tag == "img"]
     assert (shot["width"], shot["height"]) == ("256", "192") and "<script>alert(1)</script>" in tags.text
-    gone = checked(picture_html(picture(plan, MemoryStore(warn=print))))
+    gone = checked(picture(plan, MemoryStore(warn=print))._repr_html_())
     assert "no longer in the store" in gone.text
 
 
 def test_a_run_shows_its_stages_and_not_all_of_its_pictures(plan: Plan) -> None:
     store = kept()
     report = Report("r1", tuple(picture(plan, store, index) for index in range(100)), (stage("encode"),), {})
-    assert one_line(report_line(report)) == "Report(r1, 100 pictures, encode 2.0 s)"
-    text = report_html(report)
+    assert one_line(repr(report)) == "Report(r1, 100 pictures, encode 2.0 s)"
+    text = report._repr_html_()
     tags = checked(text)
     assert len([tag for tag, _ in tags.seen if tag == "img"]) == 12 and "and 88 more" in tags.text
     assert len(text) < 100_000
 
 
 def test_a_stage_shows_seconds_peaks_and_the_flush() -> None:
-    assert one_line(stage_line(stage("denoise"))) == (
+    assert one_line(repr(stage("denoise"))) == (
         "StageReport(denoise, 2 made, 1 re-used, 2.0 s, peak cuda:0 3.0 GiB, peak cuda:1 1.0 GiB)")
-    cells = checked(stages_html(stage("denoise"))).text
+    cells = checked(stage("denoise")._repr_html_()).text
     assert "peak cuda:1" in cells and "1.25" in cells and "freed" in cells
 
 

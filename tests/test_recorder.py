@@ -37,7 +37,8 @@ def test_every_event_goes_on_and_what_matters_is_kept() -> None:
     timeline = found["timeline"]
     assert [sample[2] for sample in timeline["samples"]] == heard[:-1]
     assert all(sample[1] == "denoise" and sample[3] == [] and sample[4] > 2**20 for sample in timeline["samples"])
-    assert [(span["part"], span["busy"]) for span in timeline["spans"]] == [("compute", 0.5), ("save", 0.25)]
+    assert [(span["part"], span["busy"]) for span in timeline["spans"]] == [
+        ("load", 0.1), ("compute", 0.5), ("save", 0.25)]
     assert timeline["flushes"][0]["freed"] == 7 and timeline["peaks"] == {"denoise": {"cpu": 9}}
 
 
