@@ -1,5 +1,6 @@
 """Denoise: embeddings and noise become latents."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,7 @@ class Denoise(Stage):
 
     def arguments(self, pipe: Any, inputs: Inputs, emit: Emit) -> dict[str, Any]:
         """The inputs, and one CPU generator per picture: its noise depends on no card, rank or lane."""
-        self.turn.on_step = Watch(emit)
+        self.turn.on_step = Watch(emit, pipe.scheduler.config.num_train_timesteps if self.divisible(pipe) else None)
         arguments = super().arguments(pipe, inputs, emit)
         seed = inputs.get("seed")
         if "seed" in self.inputs and isinstance(seed, int):
@@ -70,11 +71,12 @@ class Denoise(Stage):
 class Watch:
     """Tells of every step, and stops a run whose latents are no longer finite.
 
-    An event's "latents" is a function that copies them to the host, for those who want them.
+    An event's "latents" is a function that copies them to the host, for those who want them, and "clean" one that
+    gives what they would be if the model's last direction led straight to the end: a flow of `span` timesteps has one.
     """
 
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
+    def __init__(self, emit: Emit, span: int | None = None) -> None:
+        self._emit, self._span = emit, span
         self._finite: torch.Tensor | None = None
 
     def __call__(self, step: int, steps: int, block_state: Any) -> None:
@@ -86,7 +88,12 @@ class Watch:
         if step + 1 == steps:
             self._check(step)
             self._finite = None
-        told = {"latents": partial(_on_host, latents)} if isinstance(latents, torch.Tensor) else {}
+        told: dict[str, Callable[[], torch.Tensor]] = {}
+        direction = getattr(block_state, "noise_pred", None)
+        if isinstance(latents, torch.Tensor):
+            told["latents"] = partial(_on_host, latents)
+            if self._span is not None and isinstance(direction, torch.Tensor) and step + 1 < steps:
+                told["clean"] = partial(_clean, latents, direction, block_state.timesteps[step + 1], self._span)
         self._emit("step", {"stage": "denoise", "step": step + 1, "steps": steps, **told})
 
     def _check(self, step: int) -> None:
@@ -95,6 +102,10 @@ class Watch:
                 f"denoise: latents are not finite after step {step + 1}: run again with --dtype "
                 f"transformer=bfloat16 (or float32)"
             )
+
+
+def _clean(latents: torch.Tensor, direction: torch.Tensor, timestep: torch.Tensor, span: int) -> torch.Tensor:
+    return _on_host(latents - timestep.to(latents.device) / span * direction)
 
 
 def _on_host(latents: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from runner.charts.drawing import Drawing, wide
 from runner.charts.timeline import LEFT
 
 ROW, GAP, AXIS = 18, 10, 24
-PARTS = ("load", "table", "compute", "save", "flush")
+PARTS = ("table", "load", "compute", "save", "flush")
 LANES = 8
 
 Row = tuple[str, str, list[Mapping[str, Any]]]

@@ -1,0 +1,47 @@
+"""What a real run on two cards leaves in the store is enough for its report."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner import Request, make_plan, run_all
+from runner.artifacts import MemoryStore
+from runner.page import page
+from runner.previews import NOTHING_YET, strips
+from tests import tiny
+
+Cards = Callable[..., list[str]]
+ASKED = Request("a red <circle>", 64, 48, 4, 3.5, 7, 32)
+
+
+def test_a_run_on_two_cards_can_be_reported_from_the_store_alone(tmp_path: Path, cards: Cards) -> None:
+    model = tiny.flux(tmp_path / "flux", doubles=6, singles=12, heads=7)
+    devices = cards(12_000_000, 12_000_000)
+    job, store = make_plan("flux", [ASKED], model=model, dtype={"": torch.float32}), MemoryStore(warn=print)
+    first = run_all(job, store=store, preview=1)
+    record: dict[str, Any] = store.load_run(first.run)
+    assert record["warnings"] == [NOTHING_YET] and record["previews"] == {}
+    timeline = record["timeline"]
+    assert timeline["devices"] == devices and timeline["peaks"]["denoise"] == first.stages[1].peak
+    for at, device in enumerate(devices):
+        steps = [sample[3][at] for sample in timeline["samples"] if sample[2] == "step"]
+        held = sum(record["layout"]["denoise"][device]["transformer"].values())
+        assert len(steps) == 4 and all(held <= used <= first.stages[1].peak[device] for used in steps)
+        assert [sample[3][at] for sample in timeline["samples"] if sample[2] == "flush"] == [0, 0, 0]
+    spans = {(span["stage"], span["part"]): span["busy"] for span in timeline["spans"]}
+    for stage in first.stages:
+        assert all(abs(spans[stage.stage, part] - stage.seconds[part]) < 1e-9 for part in ("load", "compute", "flush"))
+    again = run_all(job, store=store, preview=1, from_stage="denoise", sample_memory=True)
+    record = store.load_run(again.run)
+    (strip,) = strips(record, store).values()
+    assert record["warnings"] == [] and [step for step, _ in strip] == [1, 2, 3, 4]
+    assert all(shot.shape == (12, 16, 3) for _, shot in strip)
+    # Where the noise would lead looks more and more like where it leads.
+    last = strip[-1][1].astype(float)
+    off = [np.abs(shot - last).mean() for _, shot in strip]
+    assert off[0] > off[2] > off[3] == 0
+    text = page(again.run, record, store)
+    assert "Denoising, step by step" in text and "transformer_blocks" in text and "a red &lt;circle&gt;" in text
