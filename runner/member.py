@@ -10,7 +10,7 @@ from runner.link import Link
 from runner.pulse import Pulse
 from runner.ranks import Rank, part, share
 from runner.task import Task, read_task
-from stages.errors import StoreError
+from stages.errors import BadResult, StoreError
 
 if TYPE_CHECKING:
     from runner.artifacts import ArtifactStore
@@ -92,17 +92,22 @@ class Member:
         from runner.make import save
         from runner.run import run_all
         from runner.shares import Share
+        from runner.shift import Failure
 
         positions = share(len(task.order.requests), self.rank.rank, self.rank.size)
         if not positions:
-            return Share(self.rank.rank, positions, None, (), {}).document()
+            return Share(self.rank.rank, positions).document()
         own = slice(positions.start, positions.stop)
         order = replace(task.order, requests=task.order.requests[own], paths=task.order.paths[own])
-        report = run_all(replace(job, requests=order.requests), store=store, emit=self._heard(task), name=order.run,
-                         stop_after=task.said.stop_after, from_stage=task.said.from_stage)
+        try:
+            report = run_all(replace(job, requests=order.requests), store=store, emit=self._heard(task),
+                             name=order.run, stop_after=task.said.stop_after, from_stage=task.said.from_stage)
+        except BadResult as error:
+            # Other ranks may do better: it is for the whole run to say whether anything came of it.
+            lost = [Failure(index, self._pulse.stage, str(error)) for index in range(len(positions))]
+            return Share(self.rank.rank, positions, failures=lost).document()
         cards = save(report, order, task.said, self._emit) if order.paths else []
-        made = report.pictures[0].facts if report.pictures else {}
-        return Share(self.rank.rank, positions, report, cards, made).document()
+        return Share(self.rank.rank, positions, report, cards, report.failures).document()
 
     def _heard(self, task: Task) -> Emit:
         """The emit of this rank's work, which begins by telling of the whole run."""

@@ -59,6 +59,14 @@ class Plan:
         return tuple(device.name for device in self.machine.devices)
 
     @property
+    def device_map(self) -> dict[str, dict[str, str]]:
+        """The map of every component: its modules ("" stands for all others) and the devices that hold their weights.
+
+        diffusers' own, `hf_device_map`, has one device for a component, and may lack one.
+        """
+        return {name: dict(place.placement.at_rest) for name, place in self.places.items()}
+
+    @property
     def tile(self) -> int | None:
         """The pixels along a side of the tiles that pictures are decoded in; None where they are decoded whole."""
         sides = (place.placement.tile for place in self.places.values() if isinstance(place.placement, Resident))

@@ -22,9 +22,8 @@ class Pulse:
     """
 
     def __init__(self, beat: Callable[[Mapping[str, Any]], None]) -> None:
-        self.where = "at the start"
+        self.where, self.stage = "at the start", ""
         self._beat = beat
-        self._stage = ""
         self._item = ""
         self._worked = time.monotonic()
         self._waiting = 0
@@ -37,11 +36,12 @@ class Pulse:
         if kind == "begin":
             self.where = str(data["what"])
         elif kind == "stage":
-            self._stage = self.where = f"in {data['stage']}"
+            self.stage = str(data["stage"])
+            self.where = f"in {self.stage}"
         elif kind == "load":
-            self.where = f"{self._stage}, loading {data['component']}"
+            self.where = f"in {self.stage}, loading {data['component']}"
         elif kind == "item":
-            self._item = self.where = f"{self._stage}, picture {int(data['index']) + 1} of {data['of']}"
+            self._item = self.where = f"in {self.stage}, picture {int(data['index']) + 1} of {data['of']}"
         elif kind == "step":
             self.where = f"{self._item}, step {data['step']} of {data['steps']}"
         elif kind == "end":

@@ -64,7 +64,10 @@ Done = Callable[[Picture], None]
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did: `failures` are requests without a picture, `changes` what it changed to go on."""
+    """What a run did: `failures` are requests without a picture, `changes` what it changed to go on.
+
+    `device_map` is that of its plan, as it was at the end.
+    """
 
     run: str
     pictures: tuple[Picture, ...]
@@ -72,6 +75,7 @@ class Report:
     keys: Mapping[str, tuple[str, ...]]
     failures: tuple[Failure, ...] = ()
     changes: tuple[str, ...] = ()
+    device_map: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return display.report_line(self)
@@ -180,7 +184,8 @@ class Run:
                               starts(from_stage, stage), following, self.failures)
                 reports.append(self._worked(shift, stages[index - 1] if index else None, todo[stage.name]))
         pictures = () if stop_after in ("encode", "denoise") else tuple(self._pictures())
-        return Report(self.name, pictures, tuple(reports), self.keys, tuple(self.failures), tuple(self.changes))
+        return Report(self.name, pictures, tuple(reports), self.keys, tuple(self.failures), tuple(self.changes),
+                      self.plan.device_map)
 
     def _worked(self, shift: Shift, earlier: Stage | None, todo: Sequence[int]) -> StageReport:
         """The stage done, with one thing changed where it ran out of memory."""

@@ -8,32 +8,40 @@ from runner.artifacts import ArtifactStore
 from runner.memory import Flushed
 from runner.request import Request
 from runner.run import Picture, Report
-from runner.shift import StageReport
+from runner.shift import Failure, StageReport
+from stages.errors import BadResult
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank did: the positions of its requests in the order, its report, and what its pictures say."""
+    """What a rank did: the positions of its requests in the order, its report, and what its pictures say.
+
+    A rank without a report had nothing to do, or nothing but `failures`, which count within the share.
+    """
 
     rank: int
     positions: range
-    report: Report | None
-    cards: Sequence[Mapping[str, Any]]
-    facts: Mapping[str, Any]
+    report: Report | None = None
+    cards: Sequence[Mapping[str, Any]] = ()
+    failures: Sequence[Failure] = ()
 
     def document(self) -> dict[str, Any]:
         """The share as JSON; the pictures stay in the store."""
         stages = () if self.report is None else self.report.stages
+        made = () if self.report is None else self.report.pictures
         return {
             "rank": self.rank,
             "positions": list(self.positions),
+            "pictures": [picture.index for picture in made],
+            "facts": dict(made[0].facts) if made else {},
+            "failures": [{**vars(failure), "index": self.positions[failure.index]} for failure in self.failures],
+            "changes": [] if self.report is None else list(self.report.changes),
+            "device_map": {} if self.report is None else dict(self.report.device_map),
             "stages": [{"stage": stage.stage, "ran": stage.ran, "reused": stage.reused, "left": stage.flushed.left,
                         "freed": stage.flushed.freed, "seconds": dict(stage.seconds), "peak": dict(stage.peak)}
                        for stage in stages],
             "keys": {} if self.report is None else {name: list(keys) for name, keys in self.report.keys.items()},
-            "pictures": self.report is not None and bool(self.report.pictures),
             "cards": list(self.cards),
-            "facts": dict(self.facts),
         }
 
 
@@ -42,7 +50,8 @@ def joined(
 ) -> Report:
     """One report of all shares, pictures in the order of the requests.
 
-    A stage's seconds are those of the slowest rank, its bytes of memory those of each card of each rank.
+    A stage's seconds are those of the slowest rank, its bytes of memory those of each card of each rank. Raises
+    BadResult where nothing but failures came of it.
     """
     keys: dict[str, list[str]] = {}
     pictures: dict[int, Picture] = {}
@@ -51,19 +60,29 @@ def joined(
             row = keys.setdefault(name, [""] * len(requests))
             for position, key in zip(share["positions"], own, strict=True):
                 row[position] = key
-        for position in share["positions"] if share["pictures"] else ():
+        for position in share["positions"]:
             request = requests[position]
-            pictures[position] = Picture(request.index, request, keys["decode"][position], store, share["facts"])
+            if request.index in share["pictures"]:
+                pictures[position] = Picture(request.index, request, keys["decode"][position], store, share["facts"])
+    failures = tuple(Failure(**failure) for share in shares for failure in share["failures"])
+    if len({failure.index for failure in failures}) == len(requests):
+        raise BadResult(f"every picture failed; the first: {failures[0].text}")
     names = dict.fromkeys(stage["stage"] for share in shares for stage in share["stages"])
-    return Report(run, tuple(pictures[position] for position in sorted(pictures)),
-                  tuple(_stage(name, shares) for name in names), {name: tuple(row) for name, row in keys.items()})
+    return Report(
+        run, tuple(pictures[position] for position in sorted(pictures)), tuple(_stage(name, shares) for name in names),
+        {name: tuple(row) for name, row in keys.items()},
+        failures,
+        tuple(dict.fromkeys(change for share in shares for change in share["changes"])),
+        {f"rank {share['rank']} {component}": devices
+         for share in shares for component, devices in share["device_map"].items()},
+    )
 
 
 def cards_of(shares: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """What the pictures of all shares say, in the order of the requests."""
-    told = {position: card for share in shares if share["cards"]
-            for position, card in zip(share["positions"], share["cards"], strict=True)}
-    return [told[position] for position in sorted(told)]
+    told = {index: card for share in shares if share["cards"]
+            for index, card in zip(share["pictures"], share["cards"], strict=True)}
+    return [told[index] for index in sorted(told)]
 
 
 def differing(shares: Sequence[Mapping[str, Any]]) -> str | None:

@@ -29,7 +29,8 @@ def document(plan: "Plan") -> dict[str, Any]:
         },
         "components": {
             name: {"dtype": str(place.dtype).removeprefix("torch."), "placement": str(place.placement),
-                   "bytes": plan.weights[name].total, "reason": plan.reasons.get(name, "")}
+                   "bytes": plan.weights[name].total, "reason": plan.reasons.get(name, ""),
+                   "device_map": plan.device_map[name]}
             for name, place in plan.places.items()
         },
         "refused": {stage: {rung.name: rung.refused for rung in rungs if rung.refused}
