@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from runner import housekeeping
 from runner.events import Tolerant, clean
 from runner.interrupts import Interrupted
 from runner.watch import RankLost
@@ -158,6 +159,9 @@ def doctor(
     from runner.make import diagnose
 
     return partial(diagnose, as_json=json, gpus=gpus)
+
+
+app.add_typer(housekeeping.app, name="runs")
 
 
 def main() -> int:

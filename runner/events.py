@@ -48,6 +48,8 @@ def gib(count: int) -> str:
 def clean(text: str) -> str:
     """`text` on one line without what moves a cursor or turns the reading direction."""
     spaced = " ".join(text.split())
+    if spaced.isascii() and spaced.isprintable():
+        return spaced
     return "".join(c for c in spaced if c not in BIDI and unicodedata.category(c) not in ("Cc", "Cs"))
 
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from runner import names
 from runner.events import Tolerant
+from runner.history import find_run
 from runner.look import warn
 from runner.order import default_store
 from runner.request import shown
-from stages.errors import StoreError
 
 if TYPE_CHECKING:
-    from runner.artifacts import ArtifactStore
+    pass
 
 
 def publish(run: str, out: str | None, artifacts: str | None, *, overwrite: bool) -> None:
@@ -22,7 +22,7 @@ def publish(run: str, out: str | None, artifacts: str | None, *, overwrite: bool
 
     path = None if out is None else checked(out)
     store = open_store(artifacts or str(default_store()), warn=warn, readonly=True)
-    name = latest(store) if run == "last" else run
+    name = find_run(store, run)
     path = path or Path(f"{name}.html")
     names.write(path, page(name, store.load_run(name), store).encode(), overwrite=overwrite)
     Tolerant(sys.stdout).write(f"{path}\n")
@@ -33,11 +33,3 @@ def checked(out: str) -> Path:
     if not out.lower().endswith((".html", ".htm")) or not out.isprintable():
         raise ValueError(f"--out {shown(out)} must end in .html")
     return Path(out)
-
-
-def latest(store: "ArtifactStore") -> str:
-    """The name of the run that began last; StoreError where there is none."""
-    runs = store.runs()
-    if not runs:
-        raise StoreError("there is no run in the store yet -> make a picture first, or name another --artifacts")
-    return runs[-1]

@@ -177,7 +177,7 @@ class Run:
         for key in self.keys["denoise"] if from_stage in ("encode", "denoise") else ():
             self.store.drop(midway_key(key))
         reports = []
-        with self._recorded(), self.halt.listening(), self.seen:
+        with self.store.running(self.name), self._recorded(), self.halt.listening(), self.seen:
             for index, stage in enumerate(stages):
                 following = next((later for later in stages[index + 1 :] if todo[later.name]), None)
                 shift = Shift(self.plan, stage, self.store, self.emit, self.halt, self.step_every,
