@@ -90,12 +90,12 @@ def keys(shown: Sequence[Panel]) -> list[tuple[str, str, str]]:
 
 
 def thin(points: Sequence[tuple[float, int]], most: int = POINTS) -> list[tuple[float, int]]:
-    """At most about `most` points: of each stretch its first, its lowest and its highest."""
-    size = max(1, -(-len(points) * 3 // most))
+    """At most about `most` points: of each stretch its ends, its lowest and its highest."""
+    size = max(1, -(-len(points) * 4 // most))
     found = []
     for start in range(0, len(points), size):
         part = points[start : start + size]
-        found += sorted({part[0], min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+        found += sorted({part[0], part[-1], min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
     return found
 
 
