@@ -8,7 +8,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,39 +20,22 @@ if TYPE_CHECKING:
 LIMIT = 400_000_000
 
 
-@dataclass(frozen=True)
-class Accelerated:
-    """A component as accelerate splits it over the cards by bytes, with accelerate's own hooks."""
-
-    device_map: Mapping[str, Any]
-    entry: str
-
-    @property
-    def at_work(self) -> dict[str, str]:
-        return {"": self.entry, **self.device_map}
-
-    @property
-    def way(self) -> Any:
-        """Accelerate copies as torch does."""
-        from stages.crossing import direct
-
-        return direct
-
-    def attach(self, model: Any, home: str) -> None:
-        """Leave the model with the hooks that from_pretrained gave it."""
-
-
 def accelerated(job: "Plan") -> "Plan":
     """The plan with the transformer split by accelerate, half of it on each card."""
     from accelerate import infer_auto_device_map
 
+    from stages.placement import Sharded
     from stages.weights import skeleton
+
+    class Accelerated(Sharded):
+        def attach(self, model: Any, home: str, move: Any = None) -> None:
+            """Leave the model with the hooks that from_pretrained gave it."""
 
     component = job.stages[1].components[0]
     model = skeleton(component, job.places["transformer"].dtype)
     whole = sum(weight.nbytes for weight in model.parameters())
     split = infer_auto_device_map(model, {0: whole // 2, 1: whole}, no_split_module_classes=model._no_split_modules)
-    placement = Accelerated({name: job.devices[int(card)] for name, card in split.items()}, job.devices[0])
+    placement = Accelerated(job.devices[0], {name: job.devices[int(card)] for name, card in split.items()})
     place = replace(job.places["transformer"], placement=placement, folded=frozenset())
     return replace(job, places={**job.places, "transformer": place})
 

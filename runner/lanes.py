@@ -1,7 +1,7 @@
 """Several requests in flight over one loaded stage, so that no card waits for another.
 
 A sharded denoiser keeps one card busy at a time. Each lane is a thread with a pipeline, a scheduler and, on each
-card, a stream of its own; all share the one model.
+card, a stream of its own; all share the one model, and take turns on the cards that it is dealt over.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +13,7 @@ import torch
 
 from runner.events import Emit
 from stages.stage import Loaded, detach
+from stages.turns import Turns, taking
 
 T = TypeVar("T")
 
@@ -31,9 +32,9 @@ def work(loaded: Loaded, lanes: int, cards: Sequence[str], items: Sequence[T], d
     for card in cards:
         # The weights came in another stream.
         torch.accelerator.synchronize(card)
-    queue = Queue(items)
+    queue, turns = Queue(items), Turns()
     with ThreadPoolExecutor(lanes, "lane") as pool:
-        futures = [pool.submit(_drain, loaded.lane(), cards, queue, do, halt) for _ in range(lanes)]
+        futures = [pool.submit(_drain, loaded.lane(), cards, turns, queue, do, halt) for _ in range(lanes)]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -78,11 +79,12 @@ def one_at_a_time(emit: Emit) -> Emit:
     return serial
 
 
-def _drain(loaded: Loaded, cards: Sequence[str], queue: Queue[T], do: Callable[[Loaded, T], None],
+def _drain(loaded: Loaded, cards: Sequence[str], turns: Turns, queue: Queue[T], do: Callable[[Loaded, T], None],
            halt: Event) -> None:
     for card in cards:
         torch.accelerator.set_stream(torch.Stream(device=card))
     for item in queue:
-        do(loaded, item)
+        with taking(turns):
+            do(loaded, item)
         if halt.is_set():
             return

@@ -13,6 +13,8 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 
+from stages import turns
+
 Move = Callable[[torch.Tensor, str], torch.Tensor]
 
 
@@ -38,13 +40,16 @@ class Crossing:
 
     def _enter(self, device: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            turns.enter(device)
             return self._sent(args, device), self._sent(kwargs, device)
 
         return hook
 
     def _leave(self, home: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            return self._sent(output, home)
+            home_again = self._sent(output, home)
+            turns.leave()
+            return home_again
 
         return hook
 
