@@ -97,7 +97,7 @@ def main() -> None:
 
     sim.configure([LIMIT, LIMIT])
     with tempfile.TemporaryDirectory() as folder:
-        jobs = plans(flux(Path(folder) / "flux", doubles=4, singles=8, heads=5), said.pictures)
+        jobs = plans(flux(Path(folder) / "flux", doubles=6, singles=14, heads=5), said.pictures)
         ways = {name: lambda job=job: measured(job, said.delay) for name, job in jobs.items()}
         raw = in_turns(ways, said.repeats, warm=0)
     print(markdown(["way", "s per picture", "of one lane's"], rows(raw, said.pictures)))

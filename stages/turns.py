@@ -27,6 +27,11 @@ class Turns:
             queue.append(me)
             self._changed.wait_for(lambda: queue[0] == me)
 
+    def asked(self, card: str) -> int:
+        """How many threads have the card or wait for it."""
+        with self._changed:
+            return len(self._waiting.get(card, ()))
+
     def give(self, card: str) -> None:
         """Let the next one have the card, once what this thread ordered of it is done."""
         # Orders run ahead of the card by far: without this, one lane's whole step would be in front of the next lane.

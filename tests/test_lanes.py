@@ -1,7 +1,11 @@
 """Several requests in flight over one sharded denoiser: the same bits, no card idle, and no lane lost."""
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations, product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from runner import Plan, Request, make_plan, run_all
 from runner.artifacts import MemoryStore
@@ -16,6 +22,7 @@ from runner.interrupts import Interrupted
 from runner.keys import chain, midway_key
 from stages.errors import StageOutOfMemory
 from stages.placement import Sharded
+from stages.turns import Turns, enter, taking
 from tests import tiny
 
 Cards = Callable[..., list[str]]
@@ -71,21 +78,73 @@ def test_lanes_make_the_pictures_of_one_at_a_time(
     assert all(made.stages[1].peak[card] <= job.needs["denoise"][card].total for card in devices)
 
 
-def test_lanes_keep_both_cards_busy(model: Path, cards: Cards, sim: ModuleType) -> None:
-    cards(40_000_000, 40_000_000)
-    seconds = {}
-    for count in (1, 2):
-        job = sharded(model, requests=ASKED[:4], lanes=count)
-        store = MemoryStore(warn=print)
-        run_all(job, store=store, stop_after="encode")
-        # Long enough that what the host does between kernels does not matter.
-        sim.delay(per_kernel_seconds=0.0005)
-        start = time.monotonic()
+@dataclass(frozen=True)
+class Spell:
+    """A time that a thread spent in a linear layer of the transformer's blocks."""
+
+    thread: int
+    card: str
+    start: float
+    end: float
+
+    def meets(self, other: "Spell") -> bool:
+        return self.thread != other.thread and self.start < other.end and other.start < self.end
+
+
+@contextmanager
+def spells() -> Iterator[list[Spell]]:
+    """What every thread does on every card, and when."""
+    found, began = list[Spell](), dict[int, float]()
+
+    def before(layer: nn.Module, args: object) -> None:
+        began[threading.get_ident()] = time.perf_counter()
+
+    def after(layer: nn.Module, args: object, output: object) -> None:
+        if isinstance(layer, nn.Linear):
+            me = threading.get_ident()
+            found.append(Spell(me, str(layer.weight.device), began[me], time.perf_counter()))
+
+    hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(after)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_lanes_keep_both_cards_busy_and_never_share_one(model: Path, cards: Cards, sim: ModuleType) -> None:
+    first, second = cards(40_000_000, 40_000_000)
+    job, store = sharded(model, requests=ASKED[:2], lanes=2), MemoryStore(warn=print)
+    run_all(job, store=store, stop_after="encode")
+    sim.delay(per_kernel_seconds=0.0005)
+    with spells() as found:
         run_all(job, store=store, stop_after="denoise")
-        seconds[count] = time.monotonic() - start
-        sim.reset()
-    print(f"four pictures: one lane {seconds[1]:.1f} s, two lanes {seconds[2]:.1f} s")
-    assert seconds[2] < 0.85 * seconds[1]
+    assert len({spell.thread for spell in found if spell.card in (first, second)}) == 2
+    here, there = ([spell for spell in found if spell.card == card] for card in (first, second))
+    assert not any(one.meets(other) for spells in (here, there) for one, other in combinations(spells, 2))
+    assert any(one.meets(other) for one, other in product(here, there)), "one card always waited for the other"
+
+
+def test_a_card_is_given_in_the_order_of_asking(cards: Cards) -> None:
+    (card,) = cards(1_000_000)
+    turns, had = Turns(), list[int]()
+
+    def lane(number: int) -> None:
+        with taking(turns):
+            enter(card)
+            had.append(number)
+
+    with taking(turns):
+        enter(card)
+        threads = [threading.Thread(target=lane, args=(number,)) for number in range(3)]
+        for asked, thread in enumerate(threads, 2):
+            thread.start()
+            while turns.asked(card) < asked:
+                time.sleep(0.001)
+        assert had == []
+    for thread in threads:
+        thread.join()
+    assert had == [0, 1, 2] and turns.asked(card) == 0
 
 
 def test_a_stop_keeps_every_lane(model: Path, alone: list[np.ndarray], cards: Cards) -> None:
@@ -98,8 +157,11 @@ def test_a_stop_keeps_every_lane(model: Path, alone: list[np.ndarray], cards: Ca
 
     with pytest.raises(Interrupted):
         run_all(job, store=store, emit=emit, stop=lambda: len(set(steps)) == 2)
-    assert [store.find(midway_key(key)) is not None for key in chain(job)["denoise"]] == [True, True] + [False] * 3
-    made = run_all(job, store=store)
+    kept = [store.find(key) or store.find(midway_key(key)) for key in chain(job)["denoise"]]
+    assert {index for index, artifact in enumerate(kept) if artifact is not None} == set(steps)
+    made = run_all(job, store=store, emit=emit)
+    # No step was done twice.
+    assert len(steps) == 3 * len(ASKED)
     assert all(np.array_equal(picture.pixels, pixels) for picture, pixels in zip(made.pictures, alone, strict=True))
 
 
