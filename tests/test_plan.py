@@ -177,8 +177,8 @@ def test_other_families_of_real_size(tmp_path: Path) -> None:
 
 def test_flux_at_2048_decodes_in_tiles_only_where_it_must(flux_dev: Path) -> None:
     request = asked(size=(2048, 2048))
-    assert make_plan("flux", [request], model=flux_dev, machine="2x24GB").tile is None
-    job = make_plan("flux", [request], model=flux_dev, machine="3x11GB")
+    assert make_plan("flux", [request], model=flux_dev, machine="2x24GB", modulation_table=False).tile is None
+    job = make_plan("flux", [request], model=flux_dev, machine="3x11GB", modulation_table=False)
     assert job.tile == 1024 and rung(job, "decode") == "tiles of 1024 pixels"
     assert "decode" in job.rungs and "for activations" in job.rungs["decode"][0].refused
 
@@ -187,7 +187,7 @@ def test_types_follow_the_cards(flux_dev: Path) -> None:
     """Without bfloat16 T5 has 19 GB in float32, and is dealt over both cards; only the denoiser is in float16."""
     cards = [dataclasses.replace(card, bfloat16=False) for card in imagined_machine([16 * GB] * 2).devices]
     old = Machine(tuple(cards), 64 * GB, 64 * GB, here=False)
-    job = make_plan("flux", [asked()], model=flux_dev, machine=old)
+    job = make_plan("flux", [asked()], model=flux_dev, machine=old, modulation_table=False)
     assert {name: place.dtype for name, place in job.places.items()} == {
         "text_encoder": torch.float32, "text_encoder_2": torch.float32, "transformer": torch.float16,
         "vae": torch.float32,
@@ -196,7 +196,8 @@ def test_types_follow_the_cards(flux_dev: Path) -> None:
     # CLIP's 77 positions are whole numbers, and no wider.
     assert sum(one.weights for one in job.needs["encode"].values()) == 2 * (T5 + CLIP) - 77 * 8
     assert rung(job, "encode") == "sharded"
-    wished = make_plan("flux", [asked()], model=flux_dev, machine=old, dtype={"vae": torch.float16})
+    wished = make_plan("flux", [asked()], model=flux_dev, machine=old, dtype={"vae": torch.float16},
+                       modulation_table=False)
     assert wished.places["vae"].dtype == torch.float16 and wished.reasons["vae"] == "asked for"
 
 
