@@ -71,7 +71,7 @@ def test_every_other_command_runs(flux: Path, tmp_path: Path, monkeypatch: pytes
         more = small if "--like" not in line else ("--model", str(flux), "--device", "cpu")
         steps = ("--steps", "2") if "--steps" not in line and "--like" not in line else ()
         if "runner report" in line:
-            assert run(line, tmp_path) == ["report.html"] and "Memory over time" in (
+            assert answered(line, tmp_path) == ["report.html"] and "Memory over time" in (
                 tmp_path / "report.html").read_text()
             continue
         if "runner plan" in line:
