@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from runner import display
-from runner.artifacts import ArtifactStore, open_store
+from runner.artifacts import ArtifactStore, MemoryStore, key_of, open_store
 from runner.colors import colors_of
 from runner.interrupts import Halt, Interrupted
 from runner.keys import STAGES, chain, midway_key, missing, starts
@@ -122,18 +122,39 @@ def run_all(
     return run.go(stop_after, from_stage)
 
 
-def run_stage(plan: Plan, stage: str, *, store: ArtifactStore, emit: Emit = silent) -> list[State]:
-    """One stage alone, for every request: the states after it. The stages before it must be in the store."""
+def run_stage(
+    plan: Plan, stage: str, *, store: ArtifactStore, emit: Emit = silent, states: Sequence[State] | None = None
+) -> list[State]:
+    """One stage alone, for every request: the states after it. The stages before it must be in the store.
+
+    With `states`, one for each request, it works on these instead, and what it makes is returned and not kept.
+    """
     keys = chain(plan)
     index = STAGES.index(stage)
-    before = keys[STAGES[index - 1]] if index else None
-    if before is not None and any(store.get(key) is None for key in before):
+    before: Sequence[str] | None = keys[STAGES[index - 1]] if index else None
+    after: Sequence[str] = keys[stage]
+    if states is not None:
+        store, before, after = lent(plan, stage, states)
+    elif before is not None and any(store.get(key) is None for key in before):
         raise ValueError(f"{stage} needs the artifacts of {STAGES[index - 1]}: run that stage first")
-    todo = [i for i, key in enumerate(keys[stage]) if store.get(key) is None]
+    todo = [i for i, key in enumerate(after) if store.get(key) is None]
     halt = Halt()
     with halt.listening():
-        Shift(plan, plan.stages[index], store, one_at_a_time(emit), halt).work(keys[stage], before, todo)
-    return [state for key in keys[stage] if (state := store.get(key)) is not None]
+        Shift(plan, plan.stages[index], store, one_at_a_time(emit), halt).work(after, before, todo)
+    return [state for key in after if (state := store.get(key)) is not None]
+
+
+def lent(plan: Plan, stage: str, states: Sequence[State]) -> tuple[ArtifactStore, list[str], list[str]]:
+    """A store of its own with `states`, their keys in it, and the keys for what the stage makes of them."""
+    if stage == STAGES[0]:
+        raise ValueError(f"{stage} is the first stage: it works on requests -> leave states out")
+    if len(states) != len(plan.requests):
+        raise ValueError(f"{len(states)} states for {len(plan.requests)} requests -> one for each")
+    store = MemoryStore()
+    before = [key_of({"lent": number}) for number in range(len(states))]
+    for key, state in zip(before, states, strict=True):
+        store.put(key, STAGES[STAGES.index(stage) - 1], state, {})
+    return store, before, [key_of({"made of": key}) for key in before]
 
 
 @dataclass

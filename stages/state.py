@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import Union
 
 import torch
@@ -21,6 +22,14 @@ class State:
 
     values: Mapping[str, Value] = field(default_factory=dict)
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"State({', '.join(f'{name} {_shape(tensor)}' for name, tensor in self.tensors().items())})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{escape(name)}</td><td>{_shape(tensor)}</td><td>{_extremes(tensor)}</td></tr>"
+                       for name, tensor in self.tensors().items())
+        return f"<table><tr><th>tensor</th><th>type and shape</th><th>from, to</th></tr>{rows}</table>"
 
     def only(self, names: Collection[str]) -> "State":
         """The same state with nothing but `names`."""
@@ -47,3 +56,13 @@ def _tensors(path: str, value: object) -> list[tuple[str, torch.Tensor]]:
     if isinstance(value, list | tuple):
         return [found for index, item in enumerate(value) for found in _tensors(f"{prefix}{index}", item)]
     return []
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    """Such as `float32[1, 20, 64]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _extremes(tensor: torch.Tensor) -> str:
+    """Such as `-3.2, 4.1`."""
+    return ", ".join(f"{value.item():.4g}" for value in (tensor.min(), tensor.max())) if tensor.numel() else ""
