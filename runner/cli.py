@@ -11,8 +11,11 @@ from types import FrameType
 from typing import Annotated, Literal
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from runner import housekeeping
+from runner.again import again
 from runner.events import Tolerant, clean
 from runner.interrupts import Interrupted
 from runner.watch import RankLost
@@ -70,7 +73,8 @@ class Options:
         typer.Option(metavar="STAGE=WHERE", help="denoise=sharded, encode.text_encoder_2=1, denoise=0:9,1:28,0:20."),
     ] = None
     allow_offload: Annotated[
-        Literal["cpu"] | None, typer.Option(help="Let blocks that fit no card wait in host memory.")
+        Literal["cpu", "disk"] | None,
+        typer.Option(help="Let blocks that fit no card wait in host memory; disk: and on the disk, if they must."),
     ] = None
     artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL|memory", help="Where stages keep results.")] = None
     stop_after: Annotated[Literal["encode", "denoise"] | None, typer.Option(help="End the run there.")] = None
@@ -182,11 +186,15 @@ def answer(words: Sequence[str]) -> int:
         job = app(list(words) or ["--help"], standalone_mode=False)
     except typer.TyperException as error:
         return _refuse(_usage(error), 2)
-    return respond(job, verbose=not {"-v", "--verbose"}.isdisjoint(words)) if callable(job) else int(job)
+    verbose = not {"-v", "--verbose"}.isdisjoint(words)
+    return respond(job, verbose=verbose, words=words) if callable(job) else int(job)
 
 
-def respond(job: Callable[[], object], *, verbose: bool) -> int:
-    """Do what a command line asks for, errors in one line included; the exit code."""
+def respond(job: Callable[[], object], *, verbose: bool, words: Sequence[str] = ()) -> int:
+    """Do what a command line asks for, errors in one line included; the exit code.
+
+    What does not fit ends with a command made of the `words` of this one, if they are known.
+    """
     try:
         job()
         return 0
@@ -195,7 +203,7 @@ def respond(job: Callable[[], object], *, verbose: bool) -> int:
     except KeyboardInterrupt:
         return _refuse("interrupted; what was finished is kept, the same command goes on from there", 130)
     except Exception as error:  # the last one to answer for the process: a line and an exit code, not a traceback
-        return _failed(error, verbose=verbose)
+        return _failed(error, words, verbose=verbose)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -208,18 +216,29 @@ def _usage(error: typer.TyperException) -> str:
     return f"{error.message}. Did you mean {close[0]}?" if close else error.format_message()
 
 
-def _failed(error: Exception, *, verbose: bool) -> int:
+def _failed(error: Exception, words: Sequence[str], *, verbose: bool) -> int:
     if verbose:
         Tolerant(sys.stderr).write("".join(traceback.format_exception(error)))
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
     if code != 1:
-        return _refuse(str(error), code)
+        return _refuse(str(error), code, _next(error, words) if isinstance(error, PlanError) and words else "")
     hint = "" if verbose else " -> run again with -v to see where"
     return _refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code)
 
 
-def _refuse(message: str, code: int) -> int:
+def _next(error: PlanError, words: Sequence[str]) -> str:
+    """A line with the command that would fit; "" where none is known, or the command has no such options."""
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    known = {name: vars(param).get("is_flag", False) for param in group.commands[words[0]].params
+             for name in param.opts}
+    if not error.options or {change.partition(" ")[0] for change in error.options} - known.keys():
+        return ""
+    return f"next: {again(words, error.options, [name for name, flag in known.items() if flag])}\n"
+
+
+def _refuse(message: str, code: int, more: str = "") -> int:
     stderr = Tolerant(sys.stderr)
-    stderr.write(f"error: {clean(message[: 2 * MESSAGE])}\n")
+    stderr.write(f"error: {clean(message[: 2 * MESSAGE])}\n{more}")
     stderr.flush()
     return code

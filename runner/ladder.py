@@ -3,9 +3,10 @@
     resident   all of them on the card with most room
     apart      whole components on different cards
     sharded    components too large for a card dealt over several, block by block
-    streamed   as sharded, with some blocks waiting in host memory; only where that is allowed
+    streamed   as sharded, with some blocks waiting in host memory or on the disk; only where that is allowed
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,11 +14,13 @@ from runner.events import gib
 from stages.deal import Hand, deal
 from stages.errors import PlanError
 from stages.machine import Device, Machine
-from stages.placement import Placement, Resident, Sharded
+from stages.placement import DISK, Placement, Resident, Sharded
 from stages.weights import Weights
 
 Rooms = dict[str, int]
 Placements = dict[str, Placement]
+
+OFFLOADS = (None, "cpu", "disk")
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Ask:
     `work` are the operations in each block of a component, `reserve` the bytes that each device keeps for
     activations, `rest` gives the names outside the blocks of a component. `fixed` components are placed already. With
     `lanes` requests in flight as many cards are of use; `split` says whether components may be split, and `offload`
-    whether blocks may wait in host memory. `pinned` blocks stay with what is outside the blocks. `smaller` are smaller
-    pictures with their part of the pixels.
+    whether blocks may wait in host memory ("cpu"), and those that do not fit there on the disk ("disk"). `pinned`
+    blocks stay with what is outside the blocks. `smaller` are smaller pictures with their part of the pixels.
     """
 
     stage: str
@@ -47,7 +50,7 @@ class Ask:
     fixed: Mapping[str, Placement] = field(default_factory=dict)
     lanes: int = 1
     split: bool = True
-    offload: bool = False
+    offload: str | None = None
     pinned: frozenset[str] = frozenset()
     smaller: Mapping[str, float] = field(default_factory=dict)
 
@@ -63,11 +66,11 @@ class Ask:
 
 
 class NoRung(PlanError):
-    """A stage that fits on no rung; `options` are those of the command line that would make it fit, where some do."""
+    """A stage that fits on no rung."""
 
-    def __init__(self, text: str, rungs: Sequence[Rung], options: Sequence[str] = ()) -> None:
-        super().__init__(text)
-        self.rungs, self.options = tuple(rungs), tuple(options)
+    def __init__(self, text: str, rungs: Sequence[Rung], options: Mapping[str, str] | None = None) -> None:
+        super().__init__(text, options)
+        self.rungs = tuple(rungs)
 
 
 def climb(ask: Ask, machine: Machine, only: str | None = None) -> tuple[Placements, tuple[Rung, ...]]:
@@ -83,25 +86,32 @@ def climb(ask: Ask, machine: Machine, only: str | None = None) -> tuple[Placemen
     raise NoRung(f"{ask.stage} does not fit.{tried}\n-> {words}", rungs, options)
 
 
-def change(ask: Ask, machine: Machine, only: str | None = None) -> tuple[str, tuple[str, ...]]:
+def change(ask: Ask, machine: Machine, only: str | None = None) -> tuple[str, dict[str, str]]:
     """The least change that makes a stage fit: in words, and as options of the command line."""
     if (only or ask.fixed) and _climbed(replace(ask, fixed={}), machine)[0] is not None:
-        return f"it fits without --place {ask.stage}", ()
+        return f"it fits without --place {ask.stage}", {f"--place {ask.stage}": ""}
     ask = replace(ask, fixed={})
-    free = replace(machine, devices=tuple(replace(device, limit=None) for device in machine.devices))
-    if free != machine and _climbed(ask, free)[0] is not None:
-        return "it fits without --max-memory", ("--max-memory", "100%")
-    streamed = _climbed(replace(ask, offload=True), machine)[0] if machine.cards else None
-    if streamed is not None:
-        waiting = sum(streamed[name].share(weights).get("cpu", 0) for name, weights in ask.weights.items())
-        return (f"--allow-offload cpu: {gib(waiting)} would wait in host memory and be copied to the card for every "
-                f"pass"), ("--allow-offload", "cpu")
+    if machine.unlimited != machine and _climbed(ask, machine.unlimited)[0] is not None:
+        return "it fits without --max-memory", {"--max-memory": ""}
+    for offload in OFFLOADS[OFFLOADS.index(ask.offload) + 1 :]:
+        streamed = _climbed(replace(ask, offload=offload), machine)[0]
+        if streamed is not None:
+            return f"--allow-offload {offload}: {_waiting(ask, streamed)}", {"--allow-offload": str(offload)}
     for size, part in ask.smaller.items():
         # What does not shrink with the picture, such as the prompt, is a small part.
         reserve = {name: int(held * min(1, part + 0.1)) for name, held in ask.reserve.items()}
         if _climbed(replace(ask, reserve=reserve), machine)[0] is not None:
-            return f"--size {size}: a smaller picture needs less for activations", ("--size", size)
-    return f"it would fit with {gib(lacking(ask, machine))} more on {_usable(machine)[0].name}", ()
+            return f"--size {size}: a smaller picture needs less for activations", {"--size": size}
+    return f"it would fit with {gib(lacking(ask, machine))} more on {_usable(machine)[0].name}", {}
+
+
+def _waiting(ask: Ask, streamed: Placements) -> str:
+    waiting = Counter[str]()
+    for name, weights in ask.weights.items():
+        waiting.update(streamed[name].share(weights))
+    disk = f"{gib(waiting[DISK])} would be read from the disk" if waiting[DISK] else ""
+    host = f"{gib(waiting['cpu'])} would wait in host memory and be copied to the card" if waiting["cpu"] else ""
+    return f"{' and '.join(filter(None, (host, disk)))} for every pass"
 
 
 def lacking(ask: Ask, machine: Machine) -> int:
@@ -127,11 +137,14 @@ def _climbed(
     ask: Ask, machine: Machine, only: str | None = None
 ) -> tuple[Placements | None, tuple[Rung, ...]]:
     rooms = {device.name: device.room - ask.reserve.get(device.name, 0) for device in _usable(machine)}
+    # The host holds what is placed there by hand, and is no choice for the others.
+    left = {"cpu": machine.host_room} | rooms
     for name, placement in ask.fixed.items():
         for device, size in placement.share(ask.weights[name]).items():
-            rooms[device] = rooms.get(device, machine.host_free) - size
-    if short := [name for name, room in rooms.items() if room < 0 and ask.fixed]:
-        return None, (Rung("as placed", f"{short[0]} lacks {gib(-rooms[short[0]])}"),)
+            left[device] -= size
+    if short := [name for name, room in left.items() if room < 0 and ask.fixed]:
+        return None, (Rung("as placed", f"{short[0]} lacks {gib(-left[short[0]])}"),)
+    rooms = {name: left[name] for name in rooms}
     rungs: list[Rung] = []
     for name in LADDER if only is None else [only]:
         found = LADDER[name](ask, machine, dict(rooms))
@@ -180,26 +193,30 @@ def _sharded(ask: Ask, machine: Machine, rooms: Rooms) -> Placements | str:
 
 
 def _streamed(ask: Ask, machine: Machine, rooms: Rooms) -> Placements | str:
-    if not machine.cards or not ask.split:
+    if not ask.split or not (machine.cards or ask.offload == "disk"):
         return ""
-    if not ask.offload:
+    if ask.offload is None:
         return "what does not fit would wait in host memory, which nobody allowed"
     found: Placements = {}
-    host = machine.host_free
+    # Where the host is the device that computes, all that waits is on the disk.
+    host = machine.host_room if machine.cards else 0
     for weights in ask.open:
         best = max(rooms, key=lambda name: rooms[name])
         whole = weights.total <= rooms[best]
         placement = Resident(best) if whole else _with_hosted(ask, weights, rooms)
         if placement is None:
             return f"not even one block of {weights.component} at a time; {_room(machine, rooms, best, ask)}"
-        share = placement.share(weights)
-        host -= share.pop("cpu", 0)
-        if host < 0:
-            waiting = machine.host_free - host
-            return f"{gib(waiting)} would wait in host memory, which has {gib(machine.host_free)} free"
+        if isinstance(placement, Sharded):
+            waiting = sum(weights.blocks[name] for name in placement.hosted)
+            if waiting > host and ask.offload != "disk":
+                return (f"{gib(waiting)} of {weights.component} would wait in host memory, which has "
+                        f"{gib(host)} for it")
+            placement = _shelved(placement, weights, host)
+            host -= sum(weights.blocks[name] for name in placement.hosted)
         found[weights.component] = placement
-        for device, size in share.items():
-            rooms[device] -= size
+        for device, size in placement.share(weights).items():
+            if device in rooms:
+                rooms[device] -= size
     return found
 
 
@@ -232,11 +249,25 @@ def _with_hosted(ask: Ask, weights: Weights, rooms: Rooms) -> Sharded | None:
     """With as few blocks in host memory as fit, spread evenly between the others."""
     names = [name for name in weights.blocks if name not in ask.pinned]
     for count in range(1, len(names) + 1):
-        hosted = frozenset(names[(2 * at + 1) * len(names) // (2 * count)] for at in range(count))
-        placement = _dealt(ask, weights, rooms, hosted)
+        placement = _dealt(ask, weights, rooms, _spread(names, count))
         if placement is not None:
             return placement
     return None
+
+
+def _shelved(placement: Sharded, weights: Weights, room: int) -> Sharded:
+    """With as few of the blocks that wait on the disk as leave the others `room` bytes of host memory."""
+    names = [name for name in weights.blocks if name in placement.hosted]
+    for count in range(len(names) + 1):
+        shelved = _spread(names, count)
+        if sum(weights.blocks[name] for name in placement.hosted - shelved) <= room:
+            break
+    return replace(placement, hosted=placement.hosted - shelved, shelved=shelved)
+
+
+def _spread(names: Sequence[str], count: int) -> frozenset[str]:
+    """So many of the names, evenly between the others."""
+    return frozenset(names[(2 * at + 1) * len(names) // (2 * count)] for at in range(count))
 
 
 def _usable(machine: Machine) -> Sequence[Device]:

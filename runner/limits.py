@@ -55,13 +55,13 @@ def limited(machine: Machine, text: str) -> Machine:
     for device in machine.devices:
         amount = named.get(device.name, named.get(""))
         if amount is not None:
-            limits[device.name] = _limit(device, amount)
+            limits[device.name] = _limit(device, amount, _others(named, device.name))
     host = Device("cpu", machine.host_total, machine.host_free, bfloat16=False)
-    host_limit = _limit(host, named["cpu"]) if "cpu" in named else machine.host_free
+    host_limit = _limit(host, named["cpu"], _others(named, "cpu")) if "cpu" in named else None
     return replace(
         machine,
         devices=tuple(replace(device, limit=limits.get(device.name)) for device in machine.devices),
-        host_free=min(machine.host_free, host_limit),
+        host_limit=host_limit,
     )
 
 
@@ -92,7 +92,12 @@ def _device(machine: Machine, name: str) -> str:
     return full
 
 
-def _limit(device: Device, amount: str) -> int:
+def _others(named: Mapping[str, str], name: str) -> str:
+    """The text of the limits besides that of a device."""
+    return ",".join(f"{other}={amount}" for other, amount in named.items() if other not in ("", name))
+
+
+def _limit(device: Device, amount: str, others: str) -> int:
     if percent := re.fullmatch(r"([0-9]{1,3}(\.[0-9]{1,3})?) ?%", amount):
         if not 0 < float(percent[1]) <= 100:
             raise ValueError(f"--max-memory {amount}: write more than 0% and no more than 100%")
@@ -101,15 +106,17 @@ def _limit(device: Device, amount: str) -> int:
         left = read_bytes(amount[1:])
         if left >= device.free:
             raise PlanError(f"--max-memory {amount} leaves nothing of {device.name}, which has {device.free} bytes "
-                            f"({device.free / 2**30:.1f} GiB) free: leave less free")
+                            f"({device.free / 2**30:.1f} GiB) free: leave less free", {"--max-memory": others})
         return device.free - left
     limit = read_bytes(amount)
     if limit > device.total:
         raise PlanError(f"--max-memory {amount} is {limit} bytes ({limit / 2**30:.1f} GiB), more than the "
-                        f"{device.total} bytes ({device.total / 2**30:.1f} GiB) of {device.name}: lower it")
+                        f"{device.total} bytes ({device.total / 2**30:.1f} GiB) of {device.name}: lower it",
+                        {"--max-memory": others})
     return limit
 
 
 def understood(machine: Machine) -> Mapping[str, int]:
     """The limits in bytes by device, as they were understood."""
-    return {device.name: device.limit for device in machine.devices if device.limit is not None}
+    found = {device.name: device.limit for device in machine.devices if device.limit is not None}
+    return found if machine.host_limit is None else found | {"cpu": machine.host_limit}

@@ -111,9 +111,9 @@ def planned(asked: Order, said: Any, machine: "str | Machine | None" = None) -> 
     """The plan of an order; LoadError where it should repeat a picture of another model."""
     import torch
 
-    from runner.plan import make_plan
+    from runner.remedy import plan_or_remedy
 
-    job = make_plan(
+    job = plan_or_remedy(
         asked.family,
         asked.requests,
         model=asked.model,
@@ -123,7 +123,7 @@ def planned(asked: Order, said: Any, machine: "str | Machine | None" = None) -> 
         machine=machine,
         max_memory=said.max_memory,
         place=said.place or (),
-        allow_offload=said.allow_offload is not None,
+        allow_offload=said.allow_offload,
         modulation_table=not said.no_modulation_table,
         peer_copies=not said.no_p2p,
     )

@@ -15,6 +15,7 @@ from stages.ledger import Met
 from stages.machine import Machine
 from stages.placement import Place, Placement, Resident, Sharded, remainder
 from stages.rehearsal import Rehearsal, rehearse
+from stages.shelf import reading
 from stages.stage import Inputs, Stage
 from stages.state import State
 from stages.weights import Weights, skeleton, weigh
@@ -47,6 +48,7 @@ class Placed:
     reasons: dict[str, str] = field(default_factory=dict)
     savings: dict[str, Saving] = field(default_factory=dict)
     lanes: int = 1
+    reads: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Placer:
     inputs: Inputs
     dtypes: Mapping[str, torch.dtype]
     wishes: Mapping[str, Wish]
-    offload: bool
+    offload: str | None
     lanes: int | None
     smaller: Mapping[str, float]
     table: bool = True
@@ -93,6 +95,7 @@ class Placer:
             raise last
         done.places |= places
         done.weights |= weights
+        done.reads[stage.name] = sum(reading(component, places[component.name]) for component in stage.components)
         done.needs[stage.name] = task.needs(places, found)
         done.rungs[stage.name] = (*refused, *rungs) if tile is None else (*refused, Rung(f"tiles of {tile} pixels"))
         return found.state
@@ -136,12 +139,15 @@ class Placer:
                     raise
                 pinned = frozenset(name for weights in task.weights.values() for name in branches(weights))
                 continue
-            over = {name: need.total - self._room(name) for name, need in task.needs(places, found).items()}
+            over = {name: need.total - room for name, need in task.needs(places, found).items()
+                    if (room := self.machine.room(name)) is not None}
             if max(over.values()) <= 0:
                 break
             reserve.update({name: excess for name, excess in over.items() if excess > 0})
         else:
-            raise NoRung(f"{task.stage.name}: its activations outgrow every reserve: choose a smaller --size", rungs)
+            half = next((size for size, part in self.smaller.items() if part <= 0.5), None)
+            raise NoRung(f"{task.stage.name}: its activations outgrow every reserve -> choose a smaller --size", rungs,
+                         {"--size": half} if half else {})
         return places, found, rungs
 
     def _laned(
@@ -174,7 +180,7 @@ class Placer:
             stage.name, weights, found.work, reserve, rest,
             fixed={name: granted(value, weights[name], self.machine, rest) for name, value in wish.places.items()},
             lanes=self._lanes(stage), split=stage.name != "decode", offload=self.offload, pinned=pinned,
-            smaller=self.smaller,
+            smaller={} if stage.name == "encode" else self.smaller,
         )
         return climb(ask, self.machine, wish.rung)
 
@@ -188,15 +194,11 @@ class Placer:
     def _lanes(self, stage: Stage) -> int:
         return self.lanes or 1 if stage.name == "denoise" else 1
 
-    def _room(self, name: str) -> int:
-        known = [device.room for device in self.machine.devices if device.name == name]
-        return known[0] if known else self.machine.host_free
-
 
 def busy(places: Mapping[str, Place]) -> int:
     """How many cards take turns: those that blocks are dealt over. One where blocks are streamed to them."""
     (placement, *others) = (place.placement for place in places.values())
-    if others or not isinstance(placement, Sharded) or placement.hosted:
+    if others or not isinstance(placement, Sharded) or placement.hosted or placement.shelved:
         return 1
     return len(set(placement.devices.values()))
 

@@ -30,7 +30,8 @@ class Plan:
     """What a run will do: its model, its requests, its stages, and the place of every component.
 
     `needs` are the bytes on each device in each stage, `rungs` what was tried to place it, `reasons` why a component
-    has its type, `savings` what the modulation table saves of it.
+    has its type, `savings` what the modulation table saves of it, `reads` the bytes that a pass of a stage
+    reads from the disk.
     """
 
     family: Family
@@ -45,6 +46,7 @@ class Plan:
     reasons: Mapping[str, str] = field(default_factory=dict)
     lanes: int = 1
     savings: Mapping[str, Saving] = field(default_factory=dict)
+    reads: Mapping[str, int] = field(default_factory=dict)
     placer: Placer | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -84,7 +86,7 @@ def make_plan(
     machine: str | Machine | None = None,
     max_memory: str | None = None,
     place: Sequence[str] = (),
-    allow_offload: bool = False,
+    allow_offload: str | None = None,
     lanes: int | None = None,
     modulation_table: bool = True,
     peer_copies: bool = True,
@@ -119,7 +121,7 @@ def make_plan(
     placed = placer.place(stages)
     places = placed.places if peer_copies else rerouted(placed.places)
     return Plan(chosen, checkpoint, tuple(requests), there, stages, places, placed.weights, placed.needs,
-                placed.rungs, placed.reasons, placed.lanes, placed.savings, placer)
+                placed.rungs, placed.reasons, placed.lanes, placed.savings, placed.reads, placer)
 
 
 def largest(requests: Sequence[Request]) -> Request:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -33,7 +33,7 @@ def spawn(
     devices: Sequence[str] = (),
     max_memory: str | None = None,
     place: Sequence[str] = (),
-    allow_offload: bool = False,
+    allow_offload: Literal["cpu", "disk"] | None = None,
     modulation_table: bool = True,
     stop_after: str | None = None,
 ) -> Report:
@@ -51,7 +51,7 @@ def spawn(
                          allow_offload=allow_offload, modulation_table=modulation_table)
     said = Options(
         ctx=None,  # type: ignore[arg-type]  # no command line is behind them
-        max_memory=max_memory, place=list(place), allow_offload="cpu" if allow_offload else None,
+        max_memory=max_memory, place=list(place), allow_offload=allow_offload,
         no_modulation_table=not modulation_table, stop_after=stop_after,  # type: ignore[arg-type]
     )
     order = Order(

@@ -53,8 +53,9 @@ def needs(plan: "Plan") -> Iterator[tuple[str, ...]]:
     yield "stage", "device", "weights", "activations", "free then"
     for stage, needs in plan.needs.items():
         for device, need in needs.items():
-            left = plan.machine[device].room - need.total if device != "cpu" else plan.machine.host_free - need.total
-            yield stage, device, gib(need.weights), gib(need.activations), gib(left)
+            room = plan.machine.room(device)
+            left = "" if room is None else gib(room - need.total)
+            yield stage, device, gib(need.weights), gib(need.activations), left
 
 
 def choices(plan: "Plan") -> Iterator[str]:

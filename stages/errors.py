@@ -9,13 +9,22 @@
     +- StageOutOfMemory     a device ran out of memory                   exit code 4
 """
 
+from collections.abc import Mapping
+
 
 class LoadError(ValueError):
     """A model that is not found, not readable, not complete, or not of the family asked for."""
 
 
 class PlanError(ValueError):
-    """A request that does not fit the devices."""
+    """A request that does not fit the devices.
+
+    `options` are those of the command line that would make it fit, with their values; "" leaves an option out.
+    """
+
+    def __init__(self, text: str, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.options = dict(options or {})
 
 
 class StoreError(ValueError):

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,13 +60,15 @@ class Device:
 class Machine:
     """The devices in the order of use, and the host's memory in bytes under the container's limit.
 
-    A machine that is not `here` can be planned for, and nothing else.
+    A machine that is not `here` can be planned for, and nothing else; `host_limit` is what the user allows at most
+    to wait in host memory.
     """
 
     devices: tuple[Device, ...]
     host_total: int
     host_free: int
     here: bool = True
+    host_limit: int | None = None
 
     def __getitem__(self, name: str) -> Device:
         return next(device for device in self.devices if device.name == name)
@@ -75,6 +77,21 @@ class Machine:
     def cards(self) -> tuple[Device, ...]:
         """The devices that are not the host."""
         return tuple(device for device in self.devices if not device.is_host)
+
+    def room(self, name: str) -> int | None:
+        """Bytes for weights and activations on a device, or in host memory ("cpu"); None for the disk."""
+        known = next((device.room for device in self.devices if device.name == name), None)
+        return self.host_room if known is None and name == "cpu" else known
+
+    @property
+    def host_room(self) -> int:
+        """Bytes of host memory for weights that wait there."""
+        return Device("cpu", self.host_total, self.host_free, bfloat16=False, limit=self.host_limit).room
+
+    @property
+    def unlimited(self) -> "Machine":
+        """The machine without the user's limits."""
+        return replace(self, devices=tuple(replace(device, limit=None) for device in self.devices), host_limit=None)
 
 
 def probe(names: Sequence[str] = ()) -> Machine:

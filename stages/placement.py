@@ -1,19 +1,28 @@
 """Where one component's weights live: on one device, or dealt over several."""
 
+import threading
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Any, Protocol
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
 from stages.crossing import Crossing, Move, by_host, direct
 from stages.errors import PlanError
 from stages.weights import Weights
+
+DISK = "disk"
+# Gives the weight of this name as it waits, from what stands in its place meanwhile.
+Fetch = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def waiting(name: str, data: torch.Tensor) -> torch.Tensor:
+    """A weight that waits in host memory."""
+    return data
 
 
 class Placement(Protocol):
@@ -48,8 +57,11 @@ class Placement(Protocol):
         """The bytes of the component that each device holds between calls."""
         ...
 
-    def attach(self, model: nn.Module, home: str, move: Move | None = None) -> None:
-        """Make the loaded model take inputs from, and give outputs to, the device `home`; `move` instead of `way`."""
+    def attach(self, model: nn.Module, home: str, move: Move | None = None, fetch: Fetch = waiting) -> None:
+        """Make the loaded model take inputs from, and give outputs to, the device `home`.
+
+        `move` copies, instead of `way`; `fetch` reads weights that wait on the disk.
+        """
         ...
 
 
@@ -96,7 +108,7 @@ class Resident:
     def share(self, weights: Weights) -> dict[str, int]:
         return {self.device: weights.total}
 
-    def attach(self, model: nn.Module, home: str, move: Move | None = None) -> None:
+    def attach(self, model: nn.Module, home: str, move: Move | None = None, fetch: Fetch = waiting) -> None:
         if self.tile is not None:
             cut(model, self.tile)
         if torch.device(home) != torch.device(self.device):
@@ -107,8 +119,8 @@ class Resident:
 class Sharded:
     """Blocks dealt over `devices`; everything else, named in `rest`, stays on `entry`, where a pass starts and ends.
 
-    The blocks named in `hosted` wait in host memory, and are on their device only while they compute. With `by_host`,
-    what crosses from card to card goes through host memory.
+    The blocks named in `hosted` wait in host memory and those in `shelved` on the disk: they are on their device only
+    while they compute. With `by_host`, what crosses from card to card goes through host memory.
     """
 
     entry: str
@@ -116,6 +128,7 @@ class Sharded:
     rest: tuple[str, ...] = ()
     hosted: frozenset[str] = frozenset()
     by_host: bool = False
+    shelved: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"Sharded({self})"
@@ -127,7 +140,9 @@ class Sharded:
 
     def __str__(self) -> str:
         dealt = ",".join(f"{device}:{len(list(run))}" for device, run in groupby(self.devices.values()))
-        return f"{dealt} ({len(self.hosted)} of them streamed)" if self.hosted else dealt
+        told = [f"{len(blocks)} of them {how}" for how, blocks in
+                (("streamed", self.hosted), ("read from the disk", self.shelved)) if blocks]
+        return f"{dealt} ({', '.join(told)})" if told else dealt
 
     @property
     def at_work(self) -> dict[str, str]:
@@ -135,15 +150,13 @@ class Sharded:
 
     @property
     def at_rest(self) -> dict[str, str]:
-        return self.at_work | dict.fromkeys(self.hosted, "cpu")
+        return self.at_work | dict.fromkeys(self.hosted, "cpu") | dict.fromkeys(self.shelved, DISK)
 
     @property
     def device_map(self) -> dict[str, str]:
-        # No name may hold another's: accelerate first moves what stands under the outer one to its device. And with
-        # some on the host it would leave them on the meta device, so then `attach` moves the others.
-        if self.hosted:
-            return {"": "cpu"}
-        return {**dict.fromkeys(self.rest, self.entry), **self.devices}
+        # No name may hold another's: accelerate first moves what stands under the outer one to its device.
+        waiting = dict.fromkeys(self.hosted, "cpu") | dict.fromkeys(self.shelved, "meta")
+        return {**dict.fromkeys(self.rest, self.entry), **self.devices, **waiting}
 
     @property
     def way(self) -> Move:
@@ -155,17 +168,18 @@ class Sharded:
             found[self.at_rest[block]] += size
         return dict(found)
 
-    def attach(self, model: nn.Module, home: str, move: Move | None = None) -> None:
-        # from_pretrained leaves accelerate's hooks behind, which send every argument of every block again.
-        remove_hook_from_module(model, recurse=True)
-        move = move or self.way
-        # Tensors of modules that hold blocks it has put on a card of its choice.
+    def attach(self, model: nn.Module, home: str, move: Move | None = None, fetch: Fetch = waiting) -> None:
+        move, at_rest = move or self.way, self.at_rest
+        # accelerate puts tensors of modules that hold blocks on a card of its choice.
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            tensor.data = move(tensor.data, standing(name, self.at_rest))
+            if standing(name, at_rest) != DISK:
+                tensor.data = move(tensor.data, standing(name, at_rest))
         around = dict.fromkeys(outside(model, self.devices), self.entry)
         Crossing(model, {"": self.entry, **around, **self.devices}, home, move)
-        for block in self.hosted:
-            stream(model.get_submodule(block), self.devices[block], move)
+        turns = {device: threading.Lock() for device in self.devices.values()}
+        for block in self.hosted | self.shelved:
+            device = self.devices[block]
+            stream(model, block, device, move, fetch if block in self.shelved else waiting, turns[device])
 
 
 @dataclass(frozen=True)
@@ -211,22 +225,30 @@ def _above(blocks: Collection[str]) -> set[str]:
     return {""} | {name[:at] for name in blocks for at, letter in enumerate(name) if letter == "."}
 
 
-def stream(block: nn.Module, device: str, move: Move) -> None:
-    """Make a block in host memory have its weights on `device` for each call; they are copied there, never back."""
-    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+def stream(model: nn.Module, name: str, device: str, move: Move, fetch: Fetch, turn: threading.Lock) -> None:
+    """Make a block that waits elsewhere have its weights on `device` for each call; they are copied there, never back.
 
-    def fetch(*call: Any) -> None:
-        waiting.extend((tensor, tensor.data) for tensor in (*block.parameters(), *block.buffers()))
-        for tensor, data in waiting:
-            tensor.data = move(data, device)
+    `fetch` gives a weight as it waits. Blocks that share a `turn` are never on the device at the same time.
+    """
+    block = model.get_submodule(name)
+    tensors = {f"{name}.{inner}": tensor for inner, tensor in (*block.named_parameters(), *block.named_buffers())}
+    put_off: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def drop(*call: Any) -> None:
-        for tensor, data in waiting:
+    def arrive(*call: Any) -> None:
+        # Lanes share the block: the next one waits until this one is done.
+        turn.acquire()
+        for full, tensor in tensors.items():
+            put_off.append((tensor, tensor.data))
+            tensor.data = move(fetch(full, tensor.data), device)
+
+    def leave(*call: Any) -> None:
+        for tensor, data in put_off:
             tensor.data = data
-        waiting.clear()
+        put_off.clear()
+        turn.release()
 
-    block.register_forward_pre_hook(fetch)
-    block.register_forward_hook(drop, always_call=True)
+    block.register_forward_pre_hook(arrive)
+    block.register_forward_hook(leave, always_call=True)
 
 
 def cut(model: Any, side: int) -> None:

@@ -11,13 +11,15 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_module
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, PipelineState, SequentialPipelineBlocks
 from torch import nn
 
 from stages.checkpoint import Checkpoint, Component
 from stages.errors import BadResult, LoadError
 from stages.folding import folded
-from stages.placement import Place, Places
+from stages.placement import DISK, Place, Places, standing, waiting
+from stages.shelf import Shelf
 from stages.state import State, Value
 from stages.steps import Midway
 
@@ -146,7 +148,9 @@ class Loaded:
 
     def adopt(self, component: Component, model: nn.Module) -> None:
         """Take the one reference to a loaded model."""
-        self.places[component.name].placement.attach(model, self.home)
+        placement = self.places[component.name].placement
+        on_disk = DISK in placement.at_rest.values()
+        placement.attach(model, self.home, fetch=Shelf(component, model).fetch if on_disk else waiting)
         self.pipe.update_components(**{component.name: model})
         self._models.append(weakref.ref(model))
 
@@ -249,7 +253,11 @@ def load(component: Component, place: Place) -> nn.Module:
             component.folder, dtype=place.dtype, device_map=place.placement.device_map, use_safetensors=True,
             output_loading_info=True,
         )
-    missing = sorted(info["missing_keys"]) + [n for n, p in model.named_parameters() if p.is_meta]
+    # accelerate's hooks send every argument of every block again, and keep what is on the host from the model.
+    remove_hook_from_module(model, recurse=True)
+    at_rest = place.placement.at_rest
+    absent = [n for n, p in model.named_parameters() if p.is_meta and standing(n, at_rest) != DISK]
+    missing = sorted(info["missing_keys"]) + absent
     if missing:
         raise LoadError(
             f"{component.name}: {len(missing)} parameters are not in the files, first {missing[0]}: "

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,9 +20,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from stages.checkpoint import Component
 from stages.errors import LoadError
 from stages.hub import download
-from stages.shards import read_header
+from stages.shards import Entry, read_header
 
-Shapes = Mapping[str, tuple[int, ...] | None]
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, under the name that it has there."""
+
+    path: Path
+    name: str
+    entry: Entry
 
 
 @dataclass(frozen=True)
@@ -155,13 +163,14 @@ def _prefixes(name: str) -> Iterator[str]:
 def _compare(component: Component, model: nn.Module) -> tuple[str, ...]:
     """The names that only the files have; LoadError for what the model has and the files lack or shape otherwise."""
     wanted = model.state_dict(keep_vars=True)
-    found = _renamed(component, model)
+    found = sources(component, model)
     there = {id(wanted[name]) for name in found if name in wanted}
     optional = _any_of(getattr(model, "_keys_to_ignore_on_load_missing", None))
     missing = [name for name, tensor in wanted.items() if id(tensor) not in there and not optional(name)]
     wrong = [
         f"{name} is {list(shape)} and not {list(wanted[name].shape)}"
-        for name, shape in found.items() if shape is not None and name in wanted and wanted[name].shape != shape
+        for name, source in found.items()
+        if source is not None and name in wanted and wanted[name].shape != (shape := source.entry.shape)
     ]
     for what, names in (("asks for {} tensors that the files lack", missing),
                         ("does not fit the shape of {} tensors in the files", wrong)):
@@ -175,25 +184,25 @@ def _compare(component: Component, model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(name for name in found if name not in known and not ignored(name)))
 
 
-def _renamed(component: Component, model: Any) -> Shapes:
-    """The shapes in the files under the names that the library gives them on loading; None where it merges tensors."""
-    shapes = {name: entry.shape for path in component.files for name, entry in read_header(path).items()}
+def sources(component: Component, model: Any) -> Mapping[str, Stored | None]:
+    """Where the tensors come from, under the names that the library gives them; None where it merges several."""
+    stored = {name: Stored(path, name, entry) for path in component.files for name, entry in read_header(path).items()}
     if component.library == "diffusers":
         if len(component.files) == 1:
-            model._fix_state_dict_keys_on_load(shapes)
-        return shapes
+            model._fix_state_dict_keys_on_load(stored)
+        return stored
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     state = model.state_dict()
-    found: dict[str, tuple[int, ...] | None] = {}
-    for name, shape in shapes.items():
+    found: dict[str, Stored | None] = {}
+    for name, source in stored.items():
         new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if new not in state and name in state:
             new, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
         rule = next((rule for rule in converters if pattern in rule.source_patterns), None)
         if rule is None:
-            found[new] = shape
+            found[new] = source
         else:
             found.update({new.replace(rule.target_patterns[0], target): None for target in rule.target_patterns})
     return found

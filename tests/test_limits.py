@@ -39,19 +39,26 @@ def test_a_unit_that_may_mean_two_things_is_refused_with_both() -> None:
 def test_one_value_is_for_every_card_and_not_for_the_host() -> None:
     machine = limited(TWO, "7GiB")
     assert understood(machine) == {"cuda:0": 7 * GIB, "cuda:1": 7 * GIB}
-    assert machine.host_free == 60 * GIB
+    assert machine.host_limit is None and machine.host_room == 60 * GIB - 256 * 2**20
 
 
 def test_values_by_device() -> None:
     machine = limited(TWO, "0=14GiB, cuda:1=4GB ,cpu=24GiB")
-    assert understood(machine) == {"cuda:0": 14 * GIB, "cuda:1": 4 * 10**9}
-    assert machine.host_free == 24 * GIB
+    assert understood(machine) == {"cuda:0": 14 * GIB, "cuda:1": 4 * 10**9, "cpu": 24 * GIB}
+    assert machine.host_room == 24 * GIB and machine.unlimited == TWO
     assert understood(limited(TWO, "1=2GiB")) == {"cuda:1": 2 * GIB}
 
 
 def test_percent_are_of_the_whole_card_and_a_negative_value_stays_free() -> None:
     assert understood(limited(TWO, "50%")) == {"cuda:0": 8 * GIB, "cuda:1": 4 * GIB}
     assert understood(limited(TWO, "-2GiB")) == {"cuda:0": 13 * GIB, "cuda:1": 6 * GIB}
+
+
+def test_a_limit_that_cannot_be_is_left_out_of_the_next_command() -> None:
+    for text, left in (("0=20GiB,1=4GiB,cpu=8GiB", "cuda:1=4GiB,cpu=8GiB"), ("20GiB", ""), ("-20GiB", "")):
+        with pytest.raises(PlanError) as refused:
+            limited(TWO, text)
+        assert refused.value.options == {"--max-memory": left}
 
 
 def test_a_limit_is_no_promise_that_the_memory_is_free() -> None:
@@ -105,4 +112,4 @@ def test_what_is_no_machine_is_refused(text: str) -> None:
 def test_limits_hold_on_a_machine_that_has_only_a_host() -> None:
     host = probe(["cpu"])
     assert limited(host, "50%").devices[0].room <= host.host_total // 2
-    assert dataclasses.replace(limited(host, "cpu=1GiB"), devices=()).host_free == GIB
+    assert dataclasses.replace(limited(host, "cpu=1GiB"), devices=()).host_room == GIB

@@ -108,8 +108,8 @@ def test_flux_on_cards_of_16_and_8_gb(flux_dev: Path) -> None:
     """14.93 + 6.93 - 2 x 0.5 GB leave 20.9 for 23.8; with 4.7 GB in host memory, 0.68 pass through each card."""
     with pytest.raises(NoRung, match=r"13\.4 GiB \+ 6\.0 GiB = 19\.4 GiB") as refused:
         imagined(flux_dev, "16GB+8GB")
-    assert refused.value.options == ("--allow-offload", "cpu")
-    job = imagined(flux_dev, "16GB+8GB", allow_offload=True)
+    assert refused.value.options == {"--allow-offload": "cpu"}
+    job = imagined(flux_dev, "16GB+8GB", allow_offload="cpu")
     need = job.needs["denoise"]
     assert rung(job, "denoise") == "streamed" and sum(one.weights for one in need.values()) == FLUX
     assert need["cpu"].weights == pytest.approx(FLUX - (16 * GB + 8 * GB - 2 * GIB - 2 * (DOUBLE + GB // 2)), rel=0.1)
@@ -131,8 +131,8 @@ def test_flux_on_two_cards_of_8_gb(flux_dev: Path) -> None:
     """T5 alone has more than a card: it is sharded; 2 x 6.4 GB are not enough for the transformer."""
     with pytest.raises(NoRung, match=r"6\.0 GiB \+ 6\.0 GiB = 12\.0 GiB") as refused:
         imagined(flux_dev, "2x8GB")
-    assert refused.value.options == ("--allow-offload", "cpu")
-    job = imagined(flux_dev, "2x8GB", allow_offload=True)
+    assert refused.value.options == {"--allow-offload": "cpu"}
+    job = imagined(flux_dev, "2x8GB", allow_offload="cpu")
     encode = job.places["text_encoder_2"].placement
     assert isinstance(encode, Sharded) and len(set(encode.devices.values())) == 2
     assert sum(one.weights for one in job.needs["encode"].values()) == T5 + CLIP
@@ -141,17 +141,18 @@ def test_flux_on_two_cards_of_8_gb(flux_dev: Path) -> None:
 
 def test_flux_on_one_card_of_16_gb(flux_dev: Path) -> None:
     """14.4 GB for weights, of which one block of 0.68 passes: 13.7 stay, and 10.1 of the 23.8 wait."""
-    job = imagined(flux_dev, "1x16GB", allow_offload=True)
+    job = imagined(flux_dev, "1x16GB", allow_offload="cpu")
     need = job.needs["denoise"]
     assert need["cpu"].weights == pytest.approx(FLUX - (16 * GB - GIB - DOUBLE - GB // 2), rel=0.05)
-    with pytest.raises(NoRung, match=r"9\.\d GiB would wait in host memory, which has 4\.0 GiB free"):
-        imagined(flux_dev, "1x16GB", allow_offload=True, max_memory="cpu=4GiB")
+    with pytest.raises(NoRung, match=r"9\.\d GiB of transformer would wait in host memory, which has 4\.0 GiB"):
+        imagined(flux_dev, "1x16GB", allow_offload="cpu", max_memory="cpu=4GiB")
 
 
 def test_what_an_error_names_makes_it_fit(flux_dev: Path) -> None:
     with pytest.raises(NoRung, match="it fits without --max-memory") as refused:
         imagined(flux_dev, "2x16GB", max_memory="10GiB")
-    assert rung(imagined(flux_dev, "2x16GB", max_memory=refused.value.options[1]), "denoise") == "sharded"
+    assert refused.value.options == {"--max-memory": ""}
+    assert rung(imagined(flux_dev, "2x16GB"), "denoise") == "sharded"
 
 
 def test_other_families_of_real_size(tmp_path: Path) -> None:
@@ -290,8 +291,26 @@ def test_what_does_not_fit_is_streamed_only_when_allowed(thousandth: Path, cards
     devices = cards(8 * 10**6)
     with pytest.raises(NoRung, match="--allow-offload cpu"):
         small(thousandth, devices)
-    job = small(thousandth, devices, allow_offload=True)
+    job = small(thousandth, devices, allow_offload="cpu")
     assert job.needs["denoise"]["cpu"].weights > 8 * 10**6
+    peaks, picture = measured(job)
+    agree(job, peaks)
+    assert np.array_equal(picture, expected)
+
+
+def test_what_not_even_host_memory_holds_is_read_from_the_disk(
+    thousandth: Path, cards: Cards, sim: ModuleType
+) -> None:
+    """17 MB of transformer: 8 on the card, 3 in host memory, and the rest read from the files in every step."""
+    expected = measured(small(thousandth, cards(64 * MIB)))[1]
+    devices = cards(8 * 10**6)
+    with pytest.raises(NoRung, match=r"which has 2\.9 MiB for it\n-> it fits without --max-memory") as refused:
+        small(thousandth, devices, allow_offload="cpu", max_memory="cpu=3MB")
+    assert refused.value.options == {"--max-memory": ""}
+    job = small(thousandth, devices, allow_offload="disk", max_memory="cpu=3MB")
+    need = job.needs["denoise"]
+    assert 2 * 10**6 < need["cpu"].weights <= 3 * 10**6 and need["disk"].weights > 5 * 10**6
+    assert job.reads == {"encode": 0, "denoise": need["disk"].weights, "decode": 0}
     peaks, picture = measured(job)
     agree(job, peaks)
     assert np.array_equal(picture, expected)
@@ -303,7 +322,7 @@ def test_with_the_modulation_table_plans_hold_too(
 ) -> None:
     """4.6 of 17 MB are never loaded: resident, dealt over two cards, and partly streamed."""
     expected = measured(small(thousandth, cards(64 * MIB)))[1]
-    job = small(thousandth, cards(*(limit * 10**6 for limit in limits)), modulation_table=True, allow_offload=True)
+    job = small(thousandth, cards(*(limit * 10**6 for limit in limits)), modulation_table=True, allow_offload="cpu")
     assert rung(job, "denoise") == {64: "resident", 9: "sharded", 8: "streamed"}[limits[0]]
     peaks, picture = measured(job)
     agree(job, peaks)

@@ -1,0 +1,65 @@
+"""Weights that wait on the disk: read from their files for every call of their block, and never kept."""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from stages.checkpoint import Component
+from stages.errors import PlanError
+from stages.placement import DISK, Place
+from stages.weights import Stored, skeleton, sources
+
+
+class Shelf:
+    """The files of a loaded component, as `fetch` for the blocks of it that wait on the disk."""
+
+    def __init__(self, component: Component, model: nn.Module) -> None:
+        self._sources = sources(component, model)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_meta:
+                _empty(model, name, tensor)
+
+    def fetch(self, name: str, data: torch.Tensor) -> torch.Tensor:
+        """The weight of this name as the library loads it; `data` is the empty one that stands in its place.
+
+        It is a window on its file, so host memory holds it only where there is room, unless its type is another one.
+        """
+        source = self._sources[name]
+        assert source is not None, f"{name} was planned to be read from a file that does not hold it as one tensor"
+        with safe_open(source.path, "pt") as file:
+            stored: torch.Tensor = file.get_tensor(source.name)
+        return stored.to(data.dtype)
+
+
+def _empty(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put an empty tensor in place of one on the meta device, whose data cannot be set."""
+    parent, _, leaf = name.rpartition(".")
+    empty = torch.empty(0, dtype=tensor.dtype)
+    is_weight = isinstance(tensor, nn.Parameter)
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(empty, requires_grad=False) if is_weight else empty)
+
+
+def reading(component: Component, place: Place) -> int:
+    """Bytes read from the disk for a pass through a component; those of layers that are folded are not read.
+
+    Raises PlanError for a block with a tensor that the files do not hold as it is.
+    """
+    blocks = [name for name, device in place.placement.at_rest.items() if device == DISK]
+    return sum(source.entry.bytes for source in _shelved(component, blocks, place.folded)) if blocks else 0
+
+
+def _shelved(component: Component, blocks: Collection[str], folded: Collection[str]) -> Iterator[Stored]:
+    model = skeleton(component)
+    found = sources(component, model)
+    for block in blocks:
+        inside = model.get_submodule(block)
+        for inner, _ in (*inside.named_parameters(), *inside.named_buffers()):
+            if f"{block}.{inner}".rpartition(".")[0] in folded:
+                continue
+            source = found.get(f"{block}.{inner}")
+            if source is None:
+                raise PlanError(f"{component.name}: {block}.{inner} is not in the files as it is, so its block cannot "
+                                f"wait on the disk: --allow-offload cpu, on a host with more memory")
+            yield source

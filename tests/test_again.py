@@ -1,0 +1,100 @@
+"""A plan that does not fit ends with exit code 4 and a command: pasted, it plans, or runs."""
+
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from runner.again import again, quoted
+from runner.cli import answer
+from tests import sparse, tiny
+
+Cards = Callable[..., list[str]]
+FLAGS = ("--json", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def flux_dev(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """FLUX.1-dev in its real shapes, without its bytes."""
+    return str(sparse.flux_dev(tmp_path_factory.mktemp("sparse") / "flux dev"))
+
+
+def pasted(capsys: pytest.CaptureFixture[str], words: list[str]) -> tuple[list[str], str]:
+    """The words of the command that a refused one ends with, and the error before it."""
+    assert answer(words) == 4
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) > 1, told
+    *_, error, command = told
+    assert error.startswith("error: ") and command.startswith("next: python -m runner ")
+    return shlex.split(command)[4:], error
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "why"),
+    [
+        ("--machine 2x16GB --max-memory=3GiB", "--machine 2x16GB", "it fits without --max-memory"),
+        ("--no-modulation-table --machine 2x8GB", "--no-modulation-table --machine 2x8GB --allow-offload cpu",
+         "11.6 GiB would wait in host memory"),
+        ("--machine 2x16GB --no-modulation-table --place denoise=0 --place decode=1",
+         "--machine 2x16GB --no-modulation-table --place decode=1", "it fits without --place denoise"),
+        ("--size 2048x2048 --machine 1x3GB", "--machine 1x3GB --allow-offload cpu --size 1536x1536", "would wait"),
+    ],
+)
+def test_the_next_command_plans(
+    flux_dev: str, capsys: pytest.CaptureFixture[str], options: str, expected: str, why: str
+) -> None:
+    words, error = pasted(capsys, ["plan", "flux", "--model", flux_dev, *options.split()])
+    assert words == ["plan", "flux", "--model", flux_dev, *expected.split()] and why in error
+    assert answer(words) == 0 and "denoise" in capsys.readouterr().out
+
+
+def test_where_nothing_helps_the_last_reason_is_told(flux_dev: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(["plan", "flux", "--model", flux_dev, "--machine", "1x2GB"]) == 4
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "That is not enough, with --allow-offload cpu: encode does not fit" in error
+    assert "it would fit with" in error
+
+
+def test_a_run_ends_with_a_command_that_makes_the_picture(
+    tmp_path: Path, cards: Cards, sim: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """33 MB of transformer, on a card of 25 MB."""
+    model = tiny.flux(tmp_path / "flux", doubles=8, singles=16, heads=8)
+    (device,) = cards(25 * 10**6)
+    out = tmp_path / "a picture's.png"
+    words, error = pasted(capsys, [
+        "flux", "--model", str(model), "--prompt", "a red circle", "--size", "64x48", "--steps", "1", "--seed", "1",
+        "--dtype", "float32", "--device", device, "--artifacts", "memory", "--out", str(out), "--no-modulation-table",
+    ])
+    assert words[-2:] == ["--allow-offload", "cpu"] and "denoise does not fit" in error
+    assert answer(words) == 0 and out.is_file()
+
+
+def test_options_are_replaced_and_others_kept() -> None:
+    words = ["plan", "flux", "--prompt", "--size", "--size=64x64", "-q", "--json", "--place", "denoise.transformer=0",
+             "--place=decode=1", "--max-memory", "3GiB", "--", "--size", "1x1"]
+    line = again(words, {"--size": "32x32", "--max-memory": "", "--place denoise": ""}, FLAGS)
+    assert line == ("python -m runner plan flux --prompt --size -q --json --place=decode=1 --size 32x32 -- --size 1x1")
+
+
+@pytest.mark.parametrize("word", ["plain", "two  words", "it's $HOME `x` \\n !", "caf\u00e9", "a\nb\tc", "\u202e'\\"])
+def test_every_word_is_quoted_for_the_shell(word: str) -> None:
+    line = quoted(word)
+    assert line.isprintable()
+    shown = subprocess.run(["bash", "-c", f"printf %s {line}"], capture_output=True, check=True,
+                           env={"LC_ALL": "C.UTF-8"})
+    assert shown.stdout.decode() == word
+
+
+def test_a_command_without_the_option_is_not_proposed(capsys: pytest.CaptureFixture[str]) -> None:
+    from runner.cli import _next
+    from stages.errors import PlanError
+
+    assert _next(PlanError("x", {"--size": "64x64"}), ["doctor"]) == ""
+    assert _next(PlanError("x"), ["flux"]) == ""
+    assert _next(PlanError("x", {"--size": "64x64"}), ["flux", "--json", "a"]) == (
+        "next: python -m runner flux --json a --size 64x64\n"
+    )
