@@ -1,11 +1,16 @@
 """How fast the disk gives a model, and how long loading takes at that rate."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from stages.stage import Stage
+if TYPE_CHECKING:
+    from runner.plan import Plan
+    from stages.stage import Stage
 
 SAMPLE = 128 * 2**20
 CHUNK = 8 * 2**20
@@ -31,7 +36,31 @@ def read_rate(files: Iterable[Path]) -> float | None:
     return done / seconds if done and seconds > 0 else None
 
 
-def stored(stages: Sequence[Stage]) -> Mapping[str, int]:
+@dataclass(frozen=True)
+class Disk:
+    """What a plan takes from the disk: bytes that are free where the model lies, to download, and of each stage.
+
+    `rate` is what the disk gives in a second, None where it cannot be measured.
+    """
+
+    free: int
+    download: int
+    stored: Mapping[str, int]
+    rate: float | None
+
+    def seconds(self, count: int) -> float | None:
+        """How long the disk takes to give so many bytes."""
+        return None if self.rate is None else count / self.rate
+
+
+def look(plan: "Plan") -> Disk:
+    """What the plan takes from the disk; the rate is measured."""
+    files = [file for component in plan.checkpoint.components.values() for file in component.files]
+    free = shutil.disk_usage(plan.checkpoint.path).free
+    here = [file for file in files if file.suffix == ".safetensors"]
+    return Disk(free, plan.checkpoint.absent, stored(plan.stages), read_rate(here))
+
+
+def stored(stages: "Sequence[Stage]") -> Mapping[str, int]:
     """Bytes of the weights of each stage on the disk."""
-    return {stage.name: sum(file.stat().st_size for component in stage.components for file in component.files)
-            for stage in stages}
+    return {stage.name: sum(component.bytes for component in stage.components) for stage in stages}

@@ -114,9 +114,3 @@ def _limit(device: Device, amount: str, others: str) -> int:
                         f"{device.total} bytes ({device.total / 2**30:.1f} GiB) of {device.name}: lower it",
                         {"--max-memory": others})
     return limit
-
-
-def understood(machine: Machine) -> Mapping[str, int]:
-    """The limits in bytes by device, as they were understood."""
-    found = {device.name: device.limit for device in machine.devices if device.limit is not None}
-    return found if machine.host_limit is None else found | {"cpu": machine.host_limit}

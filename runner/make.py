@@ -47,11 +47,15 @@ def make(family: str, said: Any) -> None:
         store = opened(asked, said, emit)
         with timed(seconds, "imports"), progress, untracked():
             emit("begin", {"what": "importing torch and diffusers"})
+            from runner.plan import fetched
             from runner.run import run_all
         with timed(seconds, "plan"):
-            job = planned(asked, said)
+            job = planned(asked, said, weights=False)
         if not said.quiet and (said.verbose or job.machine.cards):
             say(sys.stderr, tables.lines(job))
+        if job.checkpoint.absent:
+            with timed(seconds, "download"):
+                job = fetched(job)
         with progress:
             told = tee(emit, Beside(asked.paths))
             report = run_all(
@@ -91,7 +95,7 @@ def foresee(family: str, said: Any) -> None:
         raise ValueError(f"there is no family {shown(family)} -> choose from {', '.join(close or FAMILIES)}")
     hush(said.verbose)
     asked = order(family, replace(said, prompt=said.prompt or "a picture", stop_after="encode"))
-    job = planned(asked, said, machine=said.machine)
+    job = planned(asked, said, machine=said.machine, weights=False)
     say(sys.stdout, [json.dumps(tables.document(job))] if said.json else tables.lines(job))
 
 
@@ -107,8 +111,8 @@ def diagnose(*, as_json: bool, gpus: str | None) -> None:
         raise LoadError(f"not well: {', '.join(bad)} -> the lines above say what to do")
 
 
-def planned(asked: Order, said: Any, machine: "str | Machine | None" = None) -> "Plan":
-    """The plan of an order; LoadError where it should repeat a picture of another model."""
+def planned(asked: Order, said: Any, machine: "str | Machine | None" = None, *, weights: bool = True) -> "Plan":
+    """The plan of an order, its `weights` downloaded; LoadError where it should repeat a picture of another model."""
     import torch
 
     from runner.remedy import plan_or_remedy
@@ -126,6 +130,7 @@ def planned(asked: Order, said: Any, machine: "str | Machine | None" = None) -> 
         allow_offload=said.allow_offload,
         modulation_table=not said.no_modulation_table,
         peer_copies=not said.no_p2p,
+        weights=weights,
     )
     for component in asked.dtype.keys() - {"", *job.places}:
         close = get_close_matches(component, job.places, 1)

@@ -90,14 +90,16 @@ def make_plan(
     lanes: int | None = None,
     modulation_table: bool = True,
     peer_copies: bool = True,
+    weights: bool = True,
 ) -> Plan:
     """Find and check the model, and place every component where it fits together with its activations.
 
     `dtype` maps component names to types ("" stands for all others). `machine` is one that need not be here, such as
     "2x16GB"; `max_memory`, `place` and `allow_offload` are those of the command line; `lanes` requests are denoised
     at once, by default one for each card that the denoiser is dealt over; without `modulation_table` all of the
-    denoiser is loaded, and without `peer_copies` cards send each other everything through host memory. Raises
-    LoadError, PlanError or ValueError.
+    denoiser is loaded, and without `peer_copies` cards send each other everything through host memory. Weights that
+    are not here are downloaded when all of them are placed; without `weights`, or for a machine that is not here,
+    they stay where they are. Raises LoadError, PlanError or ValueError.
     """
     chosen = family_of(family, model)
     for request in requests:
@@ -109,7 +111,7 @@ def make_plan(
         require(chosen.requires)
     source = CHECKPOINT if chosen.repo == "demo" and model in (None, "demo") else model or chosen.repo
     check(find(source, revision=revision, components=()), family=chosen)
-    checkpoint = find(source, revision=revision)
+    checkpoint = find(source, revision=revision, weights=False)
     if source == CHECKPOINT:
         checkpoint = replace(checkpoint, source="demo")
     stages = split(checkpoint, inputs_of(requests[0]))
@@ -120,8 +122,18 @@ def make_plan(
                     smaller(most, multiple), modulation_table, len(requests))
     placed = placer.place(stages)
     places = placed.places if peer_copies else rerouted(placed.places)
-    return Plan(chosen, checkpoint, tuple(requests), there, stages, places, placed.weights, placed.needs,
+    plan = Plan(chosen, checkpoint, tuple(requests), there, stages, places, placed.weights, placed.needs,
                 placed.rungs, placed.reasons, placed.lanes, placed.savings, placed.reads, placer)
+    return fetched(plan) if weights and there.here else plan
+
+
+def fetched(plan: Plan) -> Plan:
+    """The same plan with the model's weights on this machine: downloaded, where they are not; LoadError if not."""
+    if not plan.checkpoint.absent:
+        return plan
+    # Of the commit that was planned for, whatever has become of its branch.
+    checkpoint = find(plan.checkpoint.source, revision=plan.checkpoint.path.name)
+    return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, inputs_of(plan.requests[0])))
 
 
 def largest(requests: Sequence[Request]) -> Request:

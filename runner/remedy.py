@@ -39,7 +39,7 @@ def remedy(
         changes |= error.options
         sized, altered = changed(requests, options, changes)
         try:
-            make_plan(family, sized, **altered)
+            make_plan(family, sized, **(altered | {"weights": False}))
             return changes, None
         except PlanError as another:
             error = another

@@ -112,6 +112,8 @@ def run_all(
     """
     if not plan.machine.here:
         raise ValueError("this is a plan for cards that are not here: plan without machine= to run")
+    if plan.checkpoint.absent:
+        raise ValueError(f"{plan.checkpoint.absent} bytes of weights are not here: plan with weights=True to run")
     seen = Recorder(emit, plan.devices, often=sample_memory)
     emit = one_at_a_time(seen)
     store = store or open_store("memory", warn=lambda text: emit("warning", {"text": text}))

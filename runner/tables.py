@@ -1,8 +1,10 @@
 """The plan as people and programs read it, before a byte is loaded."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from runner import disk
 from runner.events import gib
 
 if TYPE_CHECKING:
@@ -11,17 +13,23 @@ if TYPE_CHECKING:
 
 def lines(plan: "Plan") -> list[str]:
     """The plan as a table: per stage and device weights, activations and what stays free; then what was decided."""
-    return [*aligned([*needs(plan)]), *choices(plan), *refusals(plan)]
+    return [*aligned([*needs(plan)]), *choices(plan), *costs(plan, disk.look(plan)), *refusals(plan)]
 
 
 def document(plan: "Plan") -> dict[str, Any]:
     """The plan as one JSON object; bytes are whole numbers."""
+    found = disk.look(plan)
     return {
         "model": plan.checkpoint.source,
         "family": plan.family.name,
         "devices": {device.name: {"total": device.total, "free": device.free, "room": device.room,
                                   "bfloat16": device.bfloat16} for device in plan.machine.devices},
-        "host": {"total": plan.machine.host_total, "free": plan.machine.host_free},
+        "host": {"total": plan.machine.host_total, "free": plan.machine.host_free, "room": plan.machine.host_room,
+                 "stages": {stage: asdict(need) for stage, need in hosts(plan).items()}},
+        "limits": dict(plan.machine.limits),
+        "disk": {"free": found.free, "download": found.download, "rate": found.rate,
+                 "stages": {stage: {"bytes": size, "seconds": found.seconds(size), "every_pass": plan.reads[stage]}
+                            for stage, size in found.stored.items()}},
         "stages": {
             stage: {device: {"weights": need.weights, "activations": need.activations}
                     for device, need in needs.items()}
@@ -67,6 +75,49 @@ def choices(plan: "Plan") -> Iterator[str]:
     yield from map(str, plan.savings.values())
     if plan.tile is not None:
         yield f"decoded in tiles of {plan.tile} pixels, because the whole picture does not fit"
+
+
+def costs(plan: "Plan", found: disk.Disk) -> Iterator[str]:
+    """What the plan takes besides the devices: host memory, disk, the time to load; and the limits that were given."""
+    if limits := plan.machine.limits:
+        yield f"limits: {', '.join(f'{device} {gib(size)} ({size} bytes)' for device, size in limits.items())}"
+    host = (f"{stage} {gib(need.loading)}" + (f" ({gib(need.held)} held)" if need.held else "")
+            for stage, need in hosts(plan).items())
+    if plan.machine.cards:
+        yield f"host memory while loading, at most: {', '.join(host)}; {gib(plan.machine.host_free)} free"
+    download = f"{gib(found.download)} to download" if found.download else "nothing to download"
+    short = " (NOT ENOUGH)" if found.download > found.free else ""
+    yield f"disk: {download}, {gib(found.free)} free{short}"
+    if found.rate is not None:
+        times = (f"{stage} {gib(size)} in {found.seconds(size):.1f} s" for stage, size in found.stored.items())
+        yield f"loading: {', '.join(times)}, at {gib(int(found.rate))}/s from the disk"
+    for stage, size in plan.reads.items():
+        if size:
+            each = "" if found.rate is None else f", {found.seconds(size):.1f} s each time"
+            yield f"{stage} reads {gib(size)} from the disk for every pass{each}"
+
+
+@dataclass(frozen=True)
+class Host:
+    """Host memory in a stage: bytes that are `held` by weights that wait, and at most while `loading`."""
+
+    held: int
+    loading: int
+
+
+def hosts(plan: "Plan") -> dict[str, Host]:
+    """What each stage takes of the host's memory besides its devices; nothing is besides where the host is one."""
+    found: dict[str, Host] = {}
+    if not plan.machine.cards:
+        return found
+    for stage in plan.stages:
+        held = loading = 0
+        for component in stage.components:
+            share = plan.places[component.name].placement.share(plan.weights[component.name])
+            held += share.get("cpu", 0)
+            loading = max(loading, held + component.passing)
+        found[stage.name] = Host(held, loading)
+    return found
 
 
 def refusals(plan: "Plan") -> Iterator[str]:

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages import hub
+from stages import headers, hub
 from stages.errors import LoadError
 from stages.families import FAMILIES, Family
 from stages.files import SMALL, Incomplete, head, read_json, size_of
 from stages.index import INDEX, MODULAR, Index, read_index
-from stages.shards import read_header, weight_files
+from stages.shards import HEADER, file_bytes, read_header, weight_files
 
 WHOLE = 64 * 2**20
 _WEIGHTLESS = re.compile(r"(Tokenizer|TokenizerFast|Processor|ProcessorFast|FeatureExtractor|Scheduler)$")
@@ -28,6 +28,25 @@ class Component:
     folder: Path
     files: tuple[Path, ...]
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the safetensors files, wherever they are."""
+        return sum(map(file_bytes, self.files))
+
+    @property
+    def passing(self) -> int:
+        """Bytes of files that are mapped into host memory at once while the library loads them.
+
+        They are the page cache's, so the system takes them back where memory is short.
+        """
+        sizes = [file_bytes(path) for path in self.files]
+        return max(sizes, default=0) if self.library == "diffusers" else sum(sizes)
+
+    @property
+    def absent(self) -> int:
+        """Bytes of the safetensors files that are not here."""
+        return sum(file_bytes(path) for path in self.files if path.suffix == HEADER)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -39,18 +58,24 @@ class Checkpoint:
     pipeline: str
     components: Mapping[str, Component]
 
+    @property
+    def absent(self) -> int:
+        """Bytes of the weights that are not here: to be downloaded before anything is loaded."""
+        return sum(component.absent for component in self.components.values())
+
 
 def find(
-    model: str | Path, *, revision: str | None = None, components: Collection[str] | None = None
+    model: str | Path, *, revision: str | None = None, components: Collection[str] | None = None, weights: bool = True
 ) -> Checkpoint:
     """The model as a checked local folder; from the hub, only what `components` need is downloaded.
 
     `components` defaults to all that the model has; `()` reads nothing but the index, which is enough for `check`.
-    Raises LoadError when the model is not found, not complete, damaged, or would run code of its own.
+    Without `weights` no more of them is read than the headers, which is enough to weigh and to plan. Raises
+    LoadError when the model is not found, not complete, damaged, or would run code of its own.
     """
     folder = Path(model).expanduser()
     if isinstance(model, str) and not folder.exists() and hub.is_id(model):
-        return _find_on_hub(model, revision, components)
+        return _find_on_hub(model, revision, components, weights)
     if revision is not None:
         raise ValueError(f"--revision {revision} is for models of the hub, but {model} is a folder; leave it out")
     if not folder.is_dir():
@@ -75,11 +100,14 @@ def weightless(class_name: str) -> bool:
     return _WEIGHTLESS.search(class_name) is not None
 
 
-def _find_on_hub(model: str, revision: str | None, components: Collection[str] | None) -> Checkpoint:
+def _find_on_hub(
+    model: str, revision: str | None, components: Collection[str] | None, weights: bool
+) -> Checkpoint:
     cached = hub.cached(model, revision)
     if cached is not None:
+        kept = None if weights else headers.kept(model, cached.name)
         try:
-            return _survey(cached, model, f"{model}@{cached.name}", components)
+            return _survey(cached, model, f"{model}@{cached.name}", components, kept)
         except Incomplete as missing:
             hub.refuse_offline(model, revision, missing)
     root = hub.fetch_index(model, revision)
@@ -90,13 +118,19 @@ def _find_on_hub(model: str, revision: str | None, components: Collection[str] |
     sizes = hub.fetch_small(model, root, wanted, weighty)
     for name in wanted:
         _refuse_code(root / name)
-    hub.fetch_weights(model, root, weighty, sizes)
-    return _survey(root, model, f"{model}@{root.name}", components)
+    if weights:
+        hub.fetch_weights(model, root, weighty, sizes)
+    else:
+        hub.fetch_headers(model, root, weighty, sizes)
+    kept = None if weights else headers.kept(model, root.name)
+    return _survey(root, model, f"{model}@{root.name}", components, kept)
 
 
-def _survey(root: Path, source: str, identity: str | None, wanted: Collection[str] | None) -> Checkpoint:
+def _survey(
+    root: Path, source: str, identity: str | None, wanted: Collection[str] | None, kept: Path | None = None
+) -> Checkpoint:
     index = read_index(root, source)
-    components = {name: _component(root, name, index) for name in _wanted(index, source, wanted)}
+    components = {name: _component(root, name, index, kept) for name in _wanted(index, source, wanted)}
     return Checkpoint(root, source, identity or _fingerprint(root, index), index.pipeline, components)
 
 
@@ -109,7 +143,7 @@ def _wanted(index: Index, source: str, names: Collection[str] | None) -> tuple[s
     return tuple(name for name in index.parts if name in names)
 
 
-def _component(root: Path, name: str, index: Index) -> Component:
+def _component(root: Path, name: str, index: Index, kept: Path | None) -> Component:
     (library, class_name), folder = index.part(name), root / name
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
@@ -122,7 +156,7 @@ def _component(root: Path, name: str, index: Index) -> Component:
     if read_json(folder / "config.json").get("quantization_config"):
         raise LoadError(f"{folder} holds quantized weights, which are not run; use a model in bfloat16 or float32, "
                         f"such as the one that it was made from")
-    files = weight_files(folder, library)
+    files = weight_files(folder, library, kept / name if kept else None)
     for path in files:
         read_header(path)
     return Component(name, library, class_name, folder, files)

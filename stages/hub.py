@@ -10,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub.constants as settings
 
+from stages import headers
 from stages.errors import LoadError
 from stages.files import SMALL, Incomplete, hub_id
 from stages.index import INDEX, MODULAR
@@ -81,6 +82,20 @@ def fetch_small(model: str, root: Path, names: Collection[str], weighty: Mapping
 
 def fetch_weights(model: str, root: Path, weighty: Mapping[str, str], sizes: Mapping[str, int]) -> None:
     """Downloads the safetensors of components, if the disk has room; their configs are there already."""
+    paths = _weights(model, root, weighty, sizes)
+    _check_disk(model, root, {path: sizes[path] for path in paths})
+    _fetch(model, root, paths)
+
+
+def fetch_headers(model: str, root: Path, weighty: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+    """Reads the headers of the safetensors of components that are not there; their configs are there already."""
+    lacking = [path for path in _weights(model, root, weighty, sizes) if not (root / path).exists()]
+    with _explained(model, root.name):
+        headers.fetch(model, root.name, lacking, sizes)
+
+
+def _weights(model: str, root: Path, weighty: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
+    """The paths of the safetensors of components; LoadError for one that the model lacks."""
     paths = []
     for name, library in weighty.items():
         first = entrance(root / name, library, _inside(model, name, sizes))
@@ -88,8 +103,7 @@ def fetch_weights(model: str, root: Path, weighty: Mapping[str, str], sizes: Map
         paths += [f"{name}/{file}" for file in files]
     if absent := [path for path in paths if path not in sizes]:
         raise LoadError(f"{model} has no {absent[0]}, though its index names it: the model itself is incomplete")
-    _check_disk(model, root, {path: sizes[path] for path in paths})
-    _fetch(model, root, paths)
+    return paths
 
 
 def _inside(model: str, name: str, paths: Iterable[str]) -> list[str]:

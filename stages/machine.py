@@ -89,6 +89,12 @@ class Machine:
         return Device("cpu", self.host_total, self.host_free, bfloat16=False, limit=self.host_limit).room
 
     @property
+    def limits(self) -> dict[str, int]:
+        """The bytes that the user allows at most, by device; "cpu" is what may wait in host memory."""
+        found = {device.name: device.limit for device in self.devices if device.limit is not None}
+        return found if self.host_limit is None else {"cpu": self.host_limit} | found
+
+    @property
     def unlimited(self) -> "Machine":
         """The machine without the user's limits."""
         return replace(self, devices=tuple(replace(device, limit=None) for device in self.devices), host_limit=None)

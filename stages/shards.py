@@ -9,6 +9,8 @@ from stages.errors import LoadError
 from stages.files import Incomplete, head, parse_json, read_json, refetch, size_of
 
 HEADER_CAP = 100 * 10**6
+# Behind the name of a file that holds the header alone, in place of weights that are not here.
+HEADER = ".header"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _BITS = {
@@ -29,7 +31,7 @@ class Entry:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one file; LoadError unless header and data fill the file exactly."""
+    """The tensors of one file, or of one that holds a header alone; LoadError unless they fill the file exactly."""
     size = size_of(path)
     length = int.from_bytes(head(path, 8), "little")
     if size < 8 or length > min(HEADER_CAP, size - 8):
@@ -41,7 +43,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     table.pop("__metadata__", None)
     entries = {name: _entry(path, name, value, 8 + length) for name, value in table.items()}
     end = _end(path, entries.values(), 8 + length)
-    if end != size:
+    if end != size and path.suffix != HEADER:
         what = "cut off" if end > size else "followed by foreign bytes"
         raise LoadError(
             f"{path} is {what}: {end} bytes expected, {size} found; fetch it again: {refetch(path)}"
@@ -49,15 +51,25 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def weight_files(folder: Path, library: str) -> tuple[Path, ...]:
+def file_bytes(path: Path) -> int:
+    """Bytes of a safetensors file, also of one of which only the header is here."""
+    if path.suffix != HEADER:
+        return path.stat().st_size
+    return max((entry.start + entry.bytes for entry in read_header(path).values()), default=0)
+
+
+def weight_files(folder: Path, library: str, headers: Path | None = None) -> tuple[Path, ...]:
     """The safetensors files that the library will load from a component folder, in the order of their names.
 
-    Raises LoadError when there are only pickles or variants, or when the index names anything but files beside it.
+    Files that are not there are represented by their headers, where there are any in the folder `headers`. Raises
+    LoadError when there are only pickles or variants, or when the index names anything but files beside it.
     """
-    name = entrance(folder, library, {path.name for path in folder.iterdir()})
-    if not name.endswith(".json"):
-        return (folder / name,)
-    return tuple(folder / shard for shard in _indexed(folder / name))
+    there = {path.name for path in folder.iterdir()}
+    kept = headers.glob(f"*{HEADER}") if headers is not None else ()
+    alone = {path.stem: path for path in kept if path.stem not in there}
+    name = entrance(folder, library, there | alone.keys())
+    names = _indexed(folder / name) if name.endswith(".json") else [name]
+    return tuple(alone.get(name, folder / name) for name in names)
 
 
 def entrance(folder: Path, library: str, names: Collection[str]) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests import sparse
+
 COMMIT = "a" * 40
 TOKEN = "hf_SentinelSentinelSentinelSentinel"
 CALL = """
@@ -36,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.folder = folder
         self.fetched: list[str] = []
+        self.sent = 0
         self.claimed: dict[str, int] = {}
 
 
@@ -62,11 +65,7 @@ class Answer(BaseHTTPRequestHandler):
         elif what == "revision":
             self.send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
         elif file in self.files():
-            data = (self.server.folder / file).read_bytes()
-            if body:
-                self.server.fetched.append(file)
-            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            self.send(200, data, headers, body)
+            self.send_file(file, body)
         else:
             self.send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
 
@@ -87,9 +86,27 @@ class Answer(BaseHTTPRequestHandler):
         return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
     def entry(self, file: str) -> dict[str, object]:
-        data = (self.server.folder / file).read_bytes()
-        size = self.server.claimed.get(file, len(data))
-        return {"type": "file", "path": file, "size": size, "oid": hashlib.sha1(data).hexdigest()}
+        size = self.server.claimed.get(file, (self.server.folder / file).stat().st_size)
+        return {"type": "file", "path": file, "size": size, "oid": hashlib.sha1(file.encode()).hexdigest()}
+
+    def send_file(self, file: str, body: bool) -> None:
+        """A file, or the range of it that is asked for; a file of holes is never read as a whole."""
+        path = self.server.folder / file
+        size, asked = path.stat().st_size, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, end = (int(asked[1]), min(size, int(asked[2]) + 1)) if asked else (0, size)
+        tag = hashlib.sha256(f"{file} {size}".encode()).hexdigest()
+        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Content-Length": str(end - start)}
+        if asked:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        elif body:
+            self.server.fetched.append(file)
+        data = b""
+        if body:
+            with path.open("rb") as opened:
+                opened.seek(start)
+                data = opened.read(end - start)
+            self.server.sent += len(data)
+        self.send(206 if asked else 200, data, headers, body)
 
     def send(self, status: int, data: bytes, headers: dict[str, str] | None = None, body: bool = True) -> None:
         self.send_response(status)
@@ -108,6 +125,21 @@ def hub(flux: Path, tmp_path: Path) -> Iterator[Hub]:
     (folder / "README.md").write_text("a model")
     for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors", "model.onnx", "m.msgpack"):
         (folder / "transformer" / name).write_bytes(b"not for us")
+    yield from served(folder)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Iterator[Hub]:
+    """FLUX.1-dev as a repository, with its headers and holes for data."""
+    yield from served(sparse.flux_dev(tmp_path / "flux-dev"))
+
+
+def served(folder: Path) -> Iterator[Hub]:
     server = Hub(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -117,24 +149,26 @@ def hub(flux: Path, tmp_path: Path) -> Iterator[Hub]:
     thread.join()
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
 def call(hub: Hub | None, home: Path, model: str, token: str = "", offline: bool = False, **options: Any) -> Any:
     """What `find` gives or raises in a fresh process with its own cache."""
+    done = started(["-c", CALL, model, json.dumps(options)], hub, home, token, offline)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def started(
+    words: list[str], hub: Hub | None, home: Path, token: str = "", offline: bool = False
+) -> "subprocess.CompletedProcess[str]":
+    """A fresh Python process that knows this hub and this cache, when it has ended."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     env = {**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"} if hub else {}
     env |= {"HF_TOKEN": token} if token else {}
     env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
-    done = subprocess.run([sys.executable, "-c", CALL, model, json.dumps(options)], env=env, capture_output=True,
-                          text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, check=False)
     for secret in (token, TOKEN):
         assert not secret or secret not in done.stdout + done.stderr
-    return json.loads(done.stdout)
+    return done
 
 
 def test_downloads_only_what_is_needed(hub: Hub, home: Path) -> None:
@@ -238,3 +272,47 @@ def test_a_full_disk_is_seen_before_the_weights_come(hub: Hub, home: Path) -> No
     error = call(hub, home, "org/open", components=["transformer"])["error"]
     assert f"still needs {2**60} bytes" in error and "free" in error and "HF_HOME" in error
     assert not any(file.endswith(".safetensors") for file in hub.fetched)
+
+
+PLAN = ["-m", "runner", "plan", "flux", "--model", "org/open", "--machine", "2x16GB", "--json"]
+
+
+def test_a_plan_reads_headers_and_no_weights(real: Hub, home: Path) -> None:
+    """33.7 GB of FLUX.1-dev, planned from less than 2 MB; and once more without any network."""
+    files = {path: path.stat().st_size for path in real.folder.rglob("*.safetensors")}
+    done = started(PLAN, real, home)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["disk"]["download"] == sum(files.values()) > 33 * 10**9
+    assert found["components"]["transformer"]["placement"] == "cuda:0:10,cuda:1:29,cuda:0:18"
+    assert real.sent < 2 * 10**6 and not any(file.endswith(".safetensors") for file in real.fetched)
+    assert not list(home.rglob("*.safetensors"))
+
+    sent = real.sent
+    again = started(PLAN, None, home, offline=True)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["stages"] == found["stages"] and real.sent == sent
+    small = started([*PLAN[:-2], "1x8GB", "--max-memory", "9GB"], real, home)
+    assert small.returncode == 4 and "next: python -m runner plan flux --model org/open" in small.stderr
+    assert not list(home.rglob("*.safetensors")) and real.sent < 2 * 10**6
+
+
+def test_a_file_that_is_not_what_the_model_says_is_refused_from_its_header(hub: Hub, home: Path) -> None:
+    weights = hub.folder / "vae" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    for data, why in ((whole[:-100], "fewer than its header tells of"), (b"<html>" * 100, "is no safetensors file")):
+        weights.write_bytes(data)
+        assert why in call(hub, home, "org/open", components=["vae"], weights=False)["error"]
+
+
+def test_a_run_plans_first_and_downloads_then(hub: Hub, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "picture.png"
+    words = ["-m", "runner", "flux", "--model", "org/open", "--prompt", "a red circle", "--size", "64x48", "--steps",
+             "1", "--device", "cpu", "--artifacts", "memory", "--out", str(out)]
+    refused = started([*words, "--max-memory", "1MB"], hub, home)
+    assert refused.returncode == 4 and not any(file.endswith(".safetensors") for file in hub.fetched)
+    assert "next: python -m runner flux --model org/open" in refused.stderr
+    done = started([*words, "-v"], hub, home)
+    assert done.returncode == 0, done.stderr
+    assert out.is_file() and "to download" in done.stderr
+    assert sum(file.endswith(".safetensors") for file in hub.fetched) == 4

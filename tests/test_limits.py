@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from runner.limits import limited, read_bytes, read_machine, understood
+from runner.limits import limited, read_bytes, read_machine
 from stages.errors import PlanError
 from stages.machine import Device, Machine, probe
 
@@ -38,20 +38,20 @@ def test_a_unit_that_may_mean_two_things_is_refused_with_both() -> None:
 
 def test_one_value_is_for_every_card_and_not_for_the_host() -> None:
     machine = limited(TWO, "7GiB")
-    assert understood(machine) == {"cuda:0": 7 * GIB, "cuda:1": 7 * GIB}
+    assert machine.limits == {"cuda:0": 7 * GIB, "cuda:1": 7 * GIB}
     assert machine.host_limit is None and machine.host_room == 60 * GIB - 256 * 2**20
 
 
 def test_values_by_device() -> None:
     machine = limited(TWO, "0=14GiB, cuda:1=4GB ,cpu=24GiB")
-    assert understood(machine) == {"cuda:0": 14 * GIB, "cuda:1": 4 * 10**9, "cpu": 24 * GIB}
+    assert machine.limits == {"cuda:0": 14 * GIB, "cuda:1": 4 * 10**9, "cpu": 24 * GIB}
     assert machine.host_room == 24 * GIB and machine.unlimited == TWO
-    assert understood(limited(TWO, "1=2GiB")) == {"cuda:1": 2 * GIB}
+    assert limited(TWO, "1=2GiB").limits == {"cuda:1": 2 * GIB}
 
 
 def test_percent_are_of_the_whole_card_and_a_negative_value_stays_free() -> None:
-    assert understood(limited(TWO, "50%")) == {"cuda:0": 8 * GIB, "cuda:1": 4 * GIB}
-    assert understood(limited(TWO, "-2GiB")) == {"cuda:0": 13 * GIB, "cuda:1": 6 * GIB}
+    assert limited(TWO, "50%").limits == {"cuda:0": 8 * GIB, "cuda:1": 4 * GIB}
+    assert limited(TWO, "-2GiB").limits == {"cuda:0": 13 * GIB, "cuda:1": 6 * GIB}
 
 
 def test_a_limit_that_cannot_be_is_left_out_of_the_next_command() -> None:
