@@ -1,14 +1,22 @@
 """The host never holds two large components at once: the promise that lets a 30 GB host run a 34 GB model."""
 
+import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
+from runner import Request, make_plan
+from runner.memory import Meter
+from runner.tables import hosts
 from tests import tiny
 
+Cards = Callable[..., list[str]]
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
 OVERHEAD = 64 * MIB
@@ -41,3 +49,29 @@ def test_peak_of_a_run_is_its_largest_component(large: Path, tmp_path: Path) -> 
     assert encoder * 0.9 < peak["encode"] - bare < encoder + OVERHEAD
     # Without the layers that the modulation table stands in for, which are a quarter of a transformer.
     assert transformer * 0.6 < peak["denoise"] - bare < transformer + OVERHEAD
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_loading_stays_under_the_plans_figure(large: Path, cards: Cards, sim: ModuleType, dtype: torch.dtype) -> None:
+    """A third of the transformer waits in host memory; the simulated card's own memory is the host's, too."""
+    devices = cards(165 * MIB * dtype.itemsize // 4 + 35 * MIB)
+    request = Request("a red circle", 64, 64, 1, 3.5, 1, 32)
+    job = make_plan("flux", [request], model=large, devices=devices, dtype={"": dtype}, allow_offload="cpu",
+                    modulation_table=False)
+    figures = hosts(job)
+    assert figures["denoise"].held > 20 * MIB and figures["decode"].held == 0
+    for stage in job.stages[:2]:
+        Meter(["cpu"]).flush()
+        before = resident()
+        meter = Meter(["cpu", *devices])
+        with stage.loaded({c.name: job.places[c.name] for c in stage.components}):
+            peak = meter.peak()
+        gc.collect()
+        print(stage.name, figures[stage.name], {name: bytes // MIB for name, bytes in peak.items()}, before // MIB)
+        # Threads read and convert the weights, each with some of its own; another whole component would be 188 MiB.
+        assert peak["cpu"] - before - peak[devices[0]] < figures[stage.name].loading + 2 * OVERHEAD
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

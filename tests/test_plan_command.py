@@ -51,6 +51,26 @@ def test_a_plan_is_a_table_for_people(flux: Path, capsys: pytest.CaptureFixture[
     assert "weights" in out and "denoise  cuda:0" in out and "bfloat16" in out
 
 
+def test_a_plan_tells_what_host_and_disk_must_give(flux_dev: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """9.98 GB is the largest file of the transformer; T5's two files are mapped together."""
+    words = ("flux", "--model", flux_dev, "--no-modulation-table", "--allow-offload", "disk")
+    found = planned(capsys, *words, "--machine", "1x16GB", "--max-memory", "0=14GB,cpu=4GiB")
+    host, disk = found["host"]["stages"], found["disk"]
+    assert host["encode"] == {"held": 0, "loading": pytest.approx(9.52 * GB, rel=0.001)}
+    assert 3.2 * 2**30 < host["denoise"]["held"] <= 4 * 2**30 == found["host"]["room"]
+    assert host["denoise"]["loading"] == pytest.approx(host["denoise"]["held"] + 9.98 * GB, rel=0.01)
+    assert found["limits"] == {"cpu": 4 * 2**30, "cuda:0": 14 * GB}
+    assert disk["download"] == 0 < disk["free"]
+    assert disk["stages"]["denoise"]["every_pass"] == found["stages"]["denoise"]["disk"]["weights"] > 5 * GB
+    assert disk["stages"]["denoise"]["bytes"] == pytest.approx(23.80 * GB, rel=0.001)
+    assert disk["stages"]["denoise"]["seconds"] == pytest.approx(disk["stages"]["denoise"]["bytes"] / disk["rate"])
+    assert answer(["plan", *words, "--machine", "1x12GB", "--max-memory", "cpu=4GiB"]) == 0
+    out = capsys.readouterr().out
+    for told in ("limits: cpu 4.0 GiB (4294967296 bytes)", "denoise reads ", "of them read from the disk)",
+                 "disk: nothing to download, ", "loading: encode 9.1 GiB in ", "from the disk for every pass, "):
+        assert told in out
+
+
 def test_what_cannot_be_planned_is_refused(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(["plan", "flx"]) == 2 and "flux" in capsys.readouterr().err
     assert answer(["plan", "flux", "--model", str(flux), "--machine", "two"]) == 2
