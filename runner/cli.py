@@ -42,17 +42,22 @@ class Options:
 
     ctx: typer.Context
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to draw; - reads standard input.")] = None
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE|-", help="Prompts: .txt, one a line, or .jsonl, an object a line.")
+    ] = None
     model: Annotated[str | None, typer.Option(metavar="ID|FOLDER|demo", help="Another checkpoint.")] = None
     revision: Annotated[str | None, typer.Option(metavar="REV", help="A commit, tag or branch of the model.")] = None
     steps: Annotated[str | None, typer.Option(metavar="N", help="Denoise steps, 1 to 1000.")] = None
     guidance: Annotated[str | None, typer.Option(metavar="X", help="Guidance scale, 0 to 30.")] = None
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels.")] = None
-    seed: Annotated[str | None, typer.Option(metavar="N", help="Seed of the first picture; -1: random.")] = None
-    count: Annotated[str | None, typer.Option(metavar="N", help="Pictures to make, 1 to 64; seeds count up.")] = None
+    seed: Annotated[
+        list[str] | None, typer.Option(metavar="N[,N...]", help="Seed of the first picture, -1: random; or all seeds.")
+    ] = None
+    count: Annotated[str | None, typer.Option(metavar="N", help="Pictures of a prompt, 1 to 64.")] = None
     like: Annotated[str | None, typer.Option(metavar="PICTURE", help="Repeat a picture; options change it.")] = None
     out: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="A .png file, a folder/, or a template: {index} {seed} {prompt} {run}."),
+        typer.Option(metavar="PATH", help="A .png file, a folder/, or a template: {index} {id} {seed} {prompt} {run}"),
     ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pictures that are there.")] = False
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Say nothing in the picture file.")] = False
@@ -62,6 +67,12 @@ class Options:
     device: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Such as cuda:0, cpu; repeatable.")] = None
     no_modulation_table: Annotated[
         bool, typer.Option("--no-modulation-table", help="Load what could be computed ahead, too.")
+    ] = False
+    lanes: Annotated[
+        str | None, typer.Option(metavar="N", help="Pictures denoised at once, over several cards.")
+    ] = None
+    no_degrade: Annotated[
+        bool, typer.Option("--no-degrade", help="End at once when a stage runs out of memory; change nothing.")
     ] = False
     gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Cards to use, in this order.")] = None
     no_p2p: Annotated[bool, typer.Option("--no-p2p", help="Copy from card to card through host memory.")] = False
@@ -82,7 +93,7 @@ class Options:
         Literal["encode", "denoise", "decode"] | None, typer.Option(help="Compute anew from there on.")
     ] = None
     strict: Annotated[bool, typer.Option("--strict", help="Refuse damaged artifacts instead of redoing them.")] = False
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of paths.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of paths.")] = False
     log: Annotated[str | None, typer.Option(metavar="FILE", help="Append every event to FILE as a JSON line.")] = None
     ranks: Annotated[str | None, typer.Option(metavar="N", help="Processes that share the pictures and cards.")] = None
     rank_timeout: Annotated[
@@ -95,10 +106,10 @@ class Options:
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, library warnings included.")] = False
 
-    def __call__(self) -> None:
+    def __call__(self) -> int:
         from runner.make import make
 
-        make(str(self.ctx.info_name), self)
+        return make(str(self.ctx.info_name), self)
 
 
 @dataclass(frozen=True)
@@ -110,10 +121,40 @@ class PlanOptions(Options):
         str | None, typer.Option(metavar="CARDS", help="Cards that need not be here: 2x16GB, 16GB+8GB.")
     ] = None
 
-    def __call__(self) -> None:
+    def __call__(self) -> int:
         from runner.make import foresee
 
         foresee(self.family, self)
+        return 0
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The options of `resume`; calling them goes on with the run."""
+
+    run: Annotated[str, typer.Argument(metavar="RUN|last", help="The name of a run.")]
+    from_stage: Annotated[
+        Literal["encode", "denoise", "decode"] | None, typer.Option("--from", help="Compute anew from there on.")
+    ] = None
+    artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="Where the run keeps its results.")] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other pictures that are there.")] = False
+    device: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Other devices than before.")] = None
+    gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Other cards than before.")] = None
+    max_memory: Annotated[str | None, typer.Option(metavar="LIMITS", help="Other limits than before.")] = None
+    place: Annotated[list[str] | None, typer.Option(metavar="STAGE=WHERE", help="Other places than before.")] = None
+    allow_offload: Annotated[
+        Literal["cpu"] | None, typer.Option(help="Let blocks that fit no card wait in host memory.")
+    ] = None
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse damaged artifacts instead of redoing them.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of paths.")] = False
+    log: Annotated[str | None, typer.Option(metavar="FILE", help="Append every event to FILE as a JSON line.")] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors.")] = False
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, library warnings included.")] = False
+
+    def __call__(self) -> int:
+        from runner.resume import resume
+
+        return resume(self.run, self)
 
 
 def _about(family: Family) -> str:
@@ -128,6 +169,8 @@ for _family in FAMILIES.values():
 
 
 app.command("plan", help="Show where everything would go, and whether it fits; nothing is loaded.")(PlanOptions)
+
+app.command("resume", help="Go on with a run that was interrupted or failed, or finish it once more.")(Resume)
 
 
 @app.command()
@@ -190,18 +233,16 @@ def answer(words: Sequence[str]) -> int:
     return respond(job, verbose=verbose, words=words) if callable(job) else int(job)
 
 
-def respond(job: Callable[[], object], *, verbose: bool, words: Sequence[str] = ()) -> int:
+def respond(job: Callable[[], int | None], *, verbose: bool, words: Sequence[str] = ()) -> int:
     """Do what a command line asks for, errors in one line included; the exit code.
 
     What does not fit ends with a command made of the `words` of this one, if they are known.
     """
     try:
-        job()
-        return 0
-    except Interrupted as stopped:
-        return _refuse(f"{stopped}; what was finished is kept, the same command goes on from there", stopped.code)
-    except KeyboardInterrupt:
-        return _refuse("interrupted; what was finished is kept, the same command goes on from there", 130)
+        return job() or 0
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        return _refuse(f"{stopped}; what was finished is kept", stopped.code, error)
     except Exception as error:  # the last one to answer for the process: a line and an exit code, not a traceback
         return _failed(error, words, verbose=verbose)
 
@@ -221,9 +262,9 @@ def _failed(error: Exception, words: Sequence[str], *, verbose: bool) -> int:
         Tolerant(sys.stderr).write("".join(traceback.format_exception(error)))
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
     if code != 1:
-        return _refuse(str(error), code, _next(error, words) if isinstance(error, PlanError) and words else "")
+        return _refuse(str(error), code, error, _next(error, words) if isinstance(error, PlanError) and words else "")
     hint = "" if verbose else " -> run again with -v to see where"
-    return _refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code)
+    return _refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code, error)
 
 
 def _next(error: PlanError, words: Sequence[str]) -> str:
@@ -237,8 +278,10 @@ def _next(error: PlanError, words: Sequence[str]) -> str:
     return f"next: {again(words, error.options, [name for name, flag in known.items() if flag])}\n"
 
 
-def _refuse(message: str, code: int, more: str = "") -> int:
+def _refuse(message: str, code: int, error: BaseException | None = None, more: str = "") -> int:
+    from runner.resumption import noted
+
     stderr = Tolerant(sys.stderr)
-    stderr.write(f"error: {clean(message[: 2 * MESSAGE])}\n{more}")
+    stderr.write(f"error: {clean(message[: 2 * MESSAGE])}{'' if error is None else noted(error)}\n{more}")
     stderr.flush()
     return code

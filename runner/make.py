@@ -11,18 +11,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from runner import names, tables, together
+from runner import tables, together
 from runner.durable import explained
-from runner.events import Emit, Tolerant, json_lines, tee
+from runner.events import Emit, clean, json_lines, tee
 from runner.order import Order, devices, order
-from runner.picture import card_of, png
 from runner.previews import Beside
 from runner.progress import Progress
 from runner.ranks import launched
-from runner.report import document, lines
-from runner.request import shown
+from runner.report import lines
+from runner.request import read_whole, shown
+from runner.results import Results, Writer, say
+from runner.resumption import command, lasts, record_of, resumable
 from stages.errors import LoadError
 from stages.families import FAMILIES
 
@@ -30,19 +31,27 @@ if TYPE_CHECKING:
     from runner.artifacts import ArtifactStore
     from runner.plan import Plan
     from runner.run import Report
+    from runner.shift import Failure
     from stages.machine import Machine
 
+TOLD = 20
+LANES = 16
 
-def make(family: str, said: Any) -> None:
-    """Make the pictures that the options `said` ask for; their paths, or one JSON object, go to standard output."""
+
+def make(family: str, said: Any) -> int:
+    """Make the pictures that the options `said` ask for; the exit code. Standard output gets paths, or JSON."""
     if said.ranks is not None or launched() is not None:
         return together.make(family, said)
+    return produce(order(family, said), said)
+
+
+def produce(asked: Order, said: Any) -> int:
+    """Make the pictures of an order; the exit code, 1 where some of them came to nothing."""
     begin = time.perf_counter()
-    asked = order(family, said)
     hush(said.verbose)
     progress = Progress(sys.stderr, verbosity=-1 if said.quiet else int(said.verbose))
     seconds: dict[str, float] = {}
-    with logged(said.log, progress) as emit:
+    with logged(said.log, progress) as log, resumable(asked.run, asked.store, log) as emit:
         # Before the imports: an answer about a bucket or a package that is not there should not take seconds.
         store = opened(asked, said, emit)
         with timed(seconds, "imports"), progress, untracked():
@@ -50,32 +59,37 @@ def make(family: str, said: Any) -> None:
             from runner.plan import fetched
             from runner.run import run_all
         with timed(seconds, "plan"):
-            job = planned(asked, said, weights=False)
+            job, asked = planned(asked, said, weights=False)
+        complain(f"{line}" for line in asked.refused)
         if not said.quiet and (said.verbose or job.machine.cards):
             say(sys.stderr, tables.lines(job))
         if job.checkpoint.absent:
             with timed(seconds, "download"):
                 job = fetched(job)
+        results = Results(asked, said, sys.stdout)
+        writer = Writer(asked, said, tee(emit, Beside(asked.paths)), results.tell)
         with progress:
-            told = tee(emit, Beside(asked.paths))
             report = run_all(
-                job, store=store, emit=told, stop_after=said.stop_after, from_stage=said.from_stage, name=asked.run,
+                job, store=store, emit=writer.hear, stop_after=said.stop_after, from_stage=said.from_stage,
+                name=asked.run, record=record_of(asked, said, job), done=writer.keep, degrade=not said.no_degrade,
                 preview=asked.preview, sample_memory=said.sample_memory,
             )
-            with timed(seconds, "pictures"):
-                cards = save(report, asked, said, told)
-    seconds["total"] = time.perf_counter() - begin
-    tell(report, asked, cards, seconds, said)
+    seconds |= {"pictures": writer.seconds, "total": time.perf_counter() - begin}
+    return tell(report, [*report.failures, *writer.failures], results, seconds, said)
 
 
 def tell(
-    report: "Report", asked: Order, cards: Sequence[Mapping[str, Any]], seconds: Mapping[str, float], said: Any
-) -> None:
-    """Say what a run did: where its time went on standard error, and its result on standard output."""
+    report: "Report", failures: Sequence["Failure"], results: Results, seconds: Mapping[str, float], said: Any
+) -> int:
+    """Say what a run did: where its time went on standard error, and its result on standard output; the exit code."""
     if not said.quiet:
         say(sys.stderr, lines(report, seconds))
-    result = [json.dumps(document(report, asked.paths, cards, seconds), ensure_ascii=False)]
-    say(sys.stdout, result if said.json else results(report, asked))
+    results.finish(report, failures, seconds)
+    asked = results.asked
+    if failures:
+        again = f" -> {command(asked.run, asked.store)}" if lasts(asked.store) else ""
+        say(sys.stderr, [f"error: {len(failures):,} of {len(asked.items):,} pictures failed{again}"])
+    return 1 if failures or asked.refused else 0
 
 
 def opened(asked: Order, said: Any, emit: Emit) -> "ArtifactStore":
@@ -94,8 +108,10 @@ def foresee(family: str, said: Any) -> None:
         close = get_close_matches(family, FAMILIES, 1)
         raise ValueError(f"there is no family {shown(family)} -> choose from {', '.join(close or FAMILIES)}")
     hush(said.verbose)
-    asked = order(family, replace(said, prompt=said.prompt or "a picture", stop_after="encode"))
-    job = planned(asked, said, machine=said.machine, weights=False)
+    prompt = said.prompt or ("a picture" if said.prompt_file is None else None)
+    asked = order(family, replace(said, prompt=prompt, stop_after="encode"))
+    job, asked = planned(asked, said, machine=said.machine, weights=False)
+    complain(f"{line}" for line in asked.refused)
     say(sys.stdout, [json.dumps(tables.document(job))] if said.json else tables.lines(job))
 
 
@@ -111,12 +127,18 @@ def diagnose(*, as_json: bool, gpus: str | None) -> None:
         raise LoadError(f"not well: {', '.join(bad)} -> the lines above say what to do")
 
 
-def planned(asked: Order, said: Any, machine: "str | Machine | None" = None, *, weights: bool = True) -> "Plan":
-    """The plan of an order, its `weights` downloaded; LoadError where it should repeat a picture of another model."""
+def planned(
+    asked: Order, said: Any, machine: "str | Machine | None" = None, *, weights: bool = True
+) -> tuple["Plan", Order]:
+    """The plan of an order, its `weights` downloaded, and the order less the lines that the model cannot make.
+
+    Raises LoadError where it should repeat what another model made.
+    """
     import torch
 
     from runner.remedy import plan_or_remedy
 
+    lost: dict[int, str] = {}
     job = plan_or_remedy(
         asked.family,
         asked.requests,
@@ -131,36 +153,26 @@ def planned(asked: Order, said: Any, machine: "str | Machine | None" = None, *, 
         modulation_table=not said.no_modulation_table,
         peer_copies=not said.no_p2p,
         weights=weights,
+        lanes=None if said.lanes is None else read_whole("lanes", said.lanes, 1, LANES),
+        lost=lost if asked.listed else None,
     )
     for component in asked.dtype.keys() - {"", *job.places}:
         close = get_close_matches(component, job.places, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(job.places)}"
         raise ValueError(f"--dtype: the model has no component {shown(component)} -> {hint}")
-    if asked.like is not None and asked.like.identity != job.checkpoint.identity:
+    if asked.origin is not None and asked.origin.identity != job.checkpoint.identity:
         raise LoadError(
-            f"the picture was made by {asked.like.identity}, but {asked.like.model} is now {job.checkpoint.identity} "
-            f"-> name a model with --model to repeat it with other pixels"
+            f"{asked.origin.what} was made by {asked.origin.identity}, but {asked.model or job.family.repo} is now "
+            f"{job.checkpoint.identity} -> {asked.origin.advice}"
         )
-    return job
+    return job, asked.without(lost)
 
 
-def save(report: "Report", asked: Order, said: Any, emit: Emit) -> list[dict[str, Any]]:
-    """Write every picture of a run; what their metadata say."""
-    cards = []
-    for picture, path in zip(report.pictures, asked.paths, strict=True):
-        cards.append(card_of(picture.request, picture.facts))
-        names.write(path, png(picture.pixels, None if said.no_metadata else cards[-1]), overwrite=said.overwrite)
-        emit("picture", {"path": str(path), "index": picture.index, "seed": picture.request.seed})
-    return cards
-
-
-def results(report: "Report", asked: Order) -> list[str]:
-    """The paths that a run is about: its pictures, or the artifacts of the stage that it stopped after."""
-    if asked.paths or asked.store == "memory":
-        return [str(path) for path in asked.paths]
-    last = report.keys[report.stages[-1].stage]
-    root = asked.store.rstrip("/") if "://" in asked.store else str(Path(asked.store))
-    return [f"{root}/stages/{key}.json" for key in dict.fromkeys(last)]
+def complain(bad: Iterable[str]) -> None:
+    """Say what is left out of a run, the first of it by name."""
+    told = list(bad)
+    more = [f"error: and {len(told) - TOLD:,} more lines"] if len(told) > TOLD else []
+    say(sys.stderr, [*(f"error: {clean(line)}" for line in told[:TOLD]), *more])
 
 
 def hush(verbose: bool) -> None:
@@ -169,13 +181,6 @@ def hush(verbose: bool) -> None:
         os.environ.setdefault(name, "warning" if verbose else "error")
     if not verbose:
         warnings.simplefilter("ignore")
-
-
-def say(stream: TextIO, told: Iterable[str]) -> None:
-    """Write lines to a stream that may be gone."""
-    out = Tolerant(stream)
-    out.write("".join(f"{line}\n" for line in told))
-    out.flush()
 
 
 @contextmanager

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from runner.events import Emit
 from runner.link import Link
+from runner.order import Order
 from runner.pulse import Pulse
 from runner.ranks import Rank, part, share
+from runner.results import Writer
+from runner.resumption import record_of
 from runner.task import Task, read_task
 from stages.errors import BadResult, StoreError
 
@@ -53,13 +56,14 @@ class Member:
     def __init__(self, rank: Rank, link: Link, pulse: Pulse, emit: Emit) -> None:
         self.rank, self._link, self._pulse, self._emit = rank, link, pulse, emit
 
-    def lead(self, task: Task, store: "ArtifactStore") -> list[dict[str, Any]]:
-        """Have all ranks do the task, this one its share of it; all shares, by rank.
+    def lead(self, task: Task, store: "ArtifactStore") -> tuple[Order, list[dict[str, Any]]]:
+        """Have all ranks do the task, this one its share of it; the order less what its model cannot make, and all
+        shares, by rank.
 
         Errors of the order or the model are raised before any other rank begins.
         """
-        job = self._planned(task)
-        whole = _whole(job)
+        job, task = self._planned(task)
+        whole = _whole(task, job)
         store.save_run(task.order.run, {**whole, "status": "running"})
         self._link.publish(task.document())
         with self._answering():
@@ -67,7 +71,7 @@ class Member:
             with self._pulse.waiting():
                 shares = [mine, *self._link.shares()]
             store.save_run(task.order.run, {**store.load_run(task.order.run), "status": "done"})
-        return shares
+        return task.order, shares
 
     def follow(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """Do this rank's share of a task that the first one published."""
@@ -77,43 +81,47 @@ class Member:
             task = read_task(document)
             store = opened(task.order, task.said, self._emit)
             self._check_shared(store, task)
-            job = self._planned(task)
+            job, task = self._planned(task)
             return self._work(task, job, cast("ArtifactStore", Shared(store, self._pulse, None)))
 
-    def _planned(self, task: Task) -> "Plan":
+    def _planned(self, task: Task) -> tuple["Plan", Task]:
         """The plan of the whole order for this rank's cards: what it decides does not depend on the share."""
         from runner.make import planned
         from stages.machine import probe
 
         self._emit("begin", {"what": "planning"})
-        return planned(task.order, task.said, machine=part(probe(task.order.devices), self.rank))
+        job, order = planned(task.order, task.said, machine=part(probe(task.order.devices), self.rank))
+        return job, replace(task, order=order)
 
     def _work(self, task: Task, job: "Plan", store: "ArtifactStore") -> dict[str, Any]:
-        from runner.make import save
         from runner.run import run_all
         from runner.shares import Share
         from runner.shift import Failure
 
-        positions = share(len(task.order.requests), self.rank.rank, self.rank.size)
+        positions = share(len(task.order.items), self.rank.rank, self.rank.size)
         if not positions:
             return Share(self.rank.rank, positions).document()
         own = slice(positions.start, positions.stop)
-        order = replace(task.order, requests=task.order.requests[own], paths=task.order.paths[own])
+        order = replace(task.order, items=task.order.items[own], paths=task.order.paths[own])
+        cards: dict[int, Mapping[str, Any]] = {}
+        writer = Writer(order, task.said, self._emit, cards.__setitem__)
         try:
-            report = run_all(replace(job, requests=order.requests), store=store, emit=self._heard(task),
-                             name=order.run, stop_after=task.said.stop_after, from_stage=task.said.from_stage)
+            report = run_all(
+                replace(job, requests=order.requests), store=store, emit=self._heard(task, writer.hear),
+                name=order.run, stop_after=task.said.stop_after, from_stage=task.said.from_stage,
+                done=writer.keep if order.paths else None, degrade=not task.said.no_degrade,
+            )
         except BadResult as error:
             # Other ranks may do better: it is for the whole run to say whether anything came of it.
             lost = [Failure(index, self._pulse.stage, str(error)) for index in range(len(positions))]
             return Share(self.rank.rank, positions, failures=lost).document()
-        cards = save(report, order, task.said, self._emit) if order.paths else []
-        return Share(self.rank.rank, positions, report, cards, report.failures).document()
+        return Share(self.rank.rank, positions, report, cards, [*report.failures, *writer.failures]).document()
 
-    def _heard(self, task: Task) -> Emit:
+    def _heard(self, task: Task, hear: Emit) -> Emit:
         """The emit of this rank's work, which begins by telling of the whole run."""
 
         def emit(kind: str, data: Mapping[str, Any]) -> None:
-            self._emit(kind, {**data, "requests": len(task.order.requests)} if kind == "run" else data)
+            hear(kind, {**data, "requests": len(task.order.items)} if kind == "run" else data)
 
         return emit
 
@@ -136,9 +144,9 @@ class Member:
             self._link.fail(f"rank {self.rank.rank} failed {self._pulse.where}: {text}")
 
 
-def _whole(job: "Plan") -> dict[str, Any]:
+def _whole(task: Task, job: "Plan") -> dict[str, Any]:
     """What the record of the run says of all its requests."""
     from runner.keys import chain
 
-    return {"model": job.checkpoint.identity, "requests": [vars(request) for request in job.requests],
+    return {**record_of(task.order, task.said, job), "model": job.checkpoint.identity,
             "stages": {name: list(keys) for name, keys in chain(job).items()}}

@@ -6,39 +6,69 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from runner import names, picture
+from runner.batch import Batch, Defaults, Item, Refused, batch
 from runner.picture import Like
+from runner.prompts import Entry, read_prompts
 from runner.ranks import launched
-from runner.request import COUNT, PROMPT_BYTES, SEED, STEPS, Request, ask, read_guidance, read_size, read_whole, shown
-from stages.families import FAMILIES, Family
+from runner.request import COUNT, PROMPT_BYTES, SEED, STEPS, Request, read_guidance, read_size, read_whole, shown
+from stages.families import FAMILIES
 
 DTYPES = ("float32", "bfloat16", "float16")
 STAGES = ("encode", "denoise", "decode")
 
 
 @dataclass(frozen=True)
-class Order:
-    """The checked order: which model, which requests, which files, and how to go about it.
+class Origin:
+    """What an order repeats, such as "the picture": the model's `identity` then; `advice` for where it is another."""
 
-    `paths` is empty for a run that stops before there are pictures; `dtype` maps components ("" for all others) to
-    names of types.
+    what: str
+    identity: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """The checked order: which model, which pictures, which files, and how to go about it.
+
+    `paths` is empty for a run that stops before there are pictures; `refused` are lines of the prompt file that make
+    none; `dtype` maps components ("" for all others) to names of types; a `resumed` order may find its pictures there.
     """
 
     family: str
     model: str | None
     revision: str | None
-    requests: tuple[Request, ...]
+    items: tuple[Item, ...]
+    refused: tuple[Refused, ...]
     run: str
     paths: tuple[Path, ...]
     dtype: Mapping[str, str]
     devices: tuple[str, ...]
     store: str
-    like: Like | None
     preview: int = 0
+    origin: Origin | None = None
+    resumed: bool = False
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """The requests of all pictures."""
+        return tuple(item.request for item in self.items)
+
+    @property
+    def listed(self) -> bool:
+        """Whether the pictures come from the lines of a file."""
+        return bool(self.refused) or self.items[0].line > 0
+
+    def without(self, lost: Mapping[int, str]) -> "Order":
+        """The order less the pictures with these indices, whose lines are refused for these reasons."""
+        at = [at for at, item in enumerate(self.items) if item.request.index not in lost]
+        refused = [Refused(item.line, lost[item.request.index]) for item in self.items if item.request.index in lost]
+        return replace(self, items=tuple(self.items[i] for i in at), refused=tuple(sorted({*self.refused, *refused})),
+                       paths=tuple(self.paths[i] for i in at) if self.paths else ())
 
 
 def order(family: str, said: Any) -> Order:
@@ -50,21 +80,24 @@ def order(family: str, said: Any) -> Order:
     chosen = FAMILIES["demo" if model == "demo" else family]
     if like is not None and like.family != chosen.name:
         raise ValueError(f"{said.like} was made by {like.family} -> runner {like.family} --like {said.like}")
-    requests = _requests(said, chosen, like.request if like is not None else None)
+    asked = batch(_entries(said, like), chosen, _defaults(said, like.request if like is not None else None))
     _check_together(said)
     run = new_run()
+    items, paths, refused = _named(asked, said, run)
     return Order(
         family=family,
         model=model,
         revision=like.revision if like is not None and said.revision is said.model is None else said.revision,
-        requests=tuple(requests),
+        items=items,
+        refused=refused,
         run=run,
-        paths=() if said.stop_after else tuple(names.choose(said.out, requests, run=run, overwrite=said.overwrite)),
+        paths=paths,
         dtype=read_dtypes(said.dtype or ()) or (like.dtype if like is not None else {}),
         devices=devices(said.device or (), said.gpus),
         store=said.artifacts or str(default_store()),
-        like=like if said.model is None else None,
         preview=0 if said.preview is None else read_whole("preview", said.preview, 1, STEPS),
+        origin=None if like is None or said.model is not None else Origin(
+            "the picture", like.identity, "name a model with --model to repeat it with other pixels"),
     )
 
 
@@ -100,16 +133,56 @@ def default_store() -> Path:
     return (Path(cache) if os.path.isabs(cache) else Path(home) / ".cache") / "stagerun" / "store"
 
 
-def _requests(said: Any, family: Family, before: Request | None) -> list[Request]:
+def _entries(said: Any, like: Like | None) -> list[Entry]:
+    if said.prompt_file is not None:
+        if said.prompt is not None:
+            raise ValueError("--prompt and --prompt-file both say what to draw -> leave one of them out")
+        return read_prompts(said.prompt_file)
+    if said.prompt is None and like is None:
+        raise ValueError('there is no prompt -> --prompt "a red circle", --prompt - or --prompt-file FILE to read it')
+    prompt = like.request.prompt if like is not None and said.prompt is None else _read_prompt(said.prompt)
+    return [Entry(0, {"prompt": prompt})]
+
+
+def _defaults(said: Any, before: Request | None) -> Defaults:
     options: dict[str, Any] = {}
     if before is not None:
-        options = {name: getattr(before, name) for name in ("prompt", "steps", "guidance", "seed", "text_tokens")}
+        options = {name: getattr(before, name) for name in ("steps", "guidance", "text_tokens")}
         options["size"] = before.width, before.height
     told = ((name, getattr(said, name), read) for name, read in READERS.items())
     options |= {name: read(text) for name, text, read in told if text is not None}
-    if "prompt" not in options:
-        raise ValueError('there is no prompt -> --prompt "a red circle", or --prompt - to read it')
-    return ask(options.pop("prompt"), family, **options)
+    seeds = read_seeds(said.seed) if said.seed else (-1 if before is None else before.seed,)
+    if len(seeds) > 1 and said.count is not None:
+        raise ValueError("--count and several seeds contradict each other -> leave one of them out")
+    return Defaults(options, seeds, 1 if said.count is None else read_whole("count", said.count, 1, COUNT))
+
+
+def read_seeds(texts: Sequence[str]) -> tuple[int, ...]:
+    """The seeds that --seed lists, such as 7 or 1,2,3; ValueError for -1, which draws one, among several."""
+    listed = [text for each in texts for text in each.split(",")]
+    seeds = tuple(read_whole("seed", text, -1 if len(listed) == 1 else 0, SEED) for text in listed[: COUNT + 1])
+    if len(seeds) > COUNT:
+        raise ValueError(f"--seed lists {len(listed):,} seeds; the limit is {COUNT}")
+    return seeds
+
+
+def _named(asked: Batch, said: Any, run: str) -> tuple[tuple[Item, ...], tuple[Path, ...], tuple[Refused, ...]]:
+    """The items that have a name, their paths, and the lines refused so far; ValueError where no item is left."""
+    naming = names.Naming(said.out, run=run, total=asked.total, overwrite=said.overwrite)
+    items, paths, refused = list[Item](), list[Path](), list(asked.refused)
+    for item in asked.items:
+        try:
+            paths += [] if said.stop_after else [naming.path(item.request, item.id, item.out)]
+            items.append(item)
+        except names.Unnamed as error:
+            if not item.line:
+                raise
+            refused.append(Refused(item.line, str(error)))
+    refused.sort(key=lambda line: line.line)
+    if not items:
+        more = f"; so are {len(refused) - 1:,} more" if len(refused) > 1 else ""
+        raise ValueError(f"--prompt-file {shown(said.prompt_file)} has no good line: {refused[0]}{more}")
+    return tuple(items), tuple(paths), tuple(refused)
 
 
 def _read_prompt(text: str) -> str:
@@ -157,10 +230,7 @@ def _device(text: str) -> str:
 
 
 READERS: dict[str, Callable[[str], Any]] = {
-    "prompt": _read_prompt,
     "size": read_size,
     "steps": lambda text: read_whole("steps", text, 1, STEPS),
     "guidance": read_guidance,
-    "seed": lambda text: read_whole("seed", text, -1, SEED),
-    "count": lambda text: read_whole("count", text, 1, COUNT),
 }

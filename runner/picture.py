@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,8 +39,13 @@ class Like:
     @property
     def revision(self) -> str | None:
         """The commit of a model from the hub."""
-        commit = self.identity.removeprefix(f"{self.model}@")
-        return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
+        return commit(self.identity, self.model)
+
+
+def commit(identity: str, model: str) -> str | None:
+    """The commit in the identity of a hub model; None for a folder."""
+    found = identity.removeprefix(f"{model}@")
+    return found if re.fullmatch("[0-9a-f]{40}", found) else None
 
 
 def png(pixels: Any, card: Mapping[str, Any] | None) -> bytes:
@@ -77,6 +83,7 @@ def parameters(card: Mapping[str, Any]) -> str:
     return f"{card['prompt']}\n{', '.join(told)}"
 
 
+@cache
 def versions() -> dict[str, str]:
     """The installed versions of what decides about pixels."""
     found = {}
@@ -84,6 +91,21 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def shows(path: Path, pixels: Any) -> bool:
+    """Whether the file at `path` is a picture of exactly these uint8 pixels [height, width, 3]."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return False
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            height, width = pixels.shape[:2]
+            # The size first: a file may claim more pixels than there is memory for.
+            return image.size == (width, height) and image.mode == "RGB" and image.tobytes() == pixels.tobytes()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        return False
 
 
 def like(path: str | Path) -> Like:

@@ -91,6 +91,7 @@ def make_plan(
     modulation_table: bool = True,
     peer_copies: bool = True,
     weights: bool = True,
+    lost: dict[int, str] | None = None,
 ) -> Plan:
     """Find and check the model, and place every component where it fits together with its activations.
 
@@ -99,7 +100,8 @@ def make_plan(
     at once, by default one for each card that the denoiser is dealt over; without `modulation_table` all of the
     denoiser is loaded, and without `peer_copies` cards send each other everything through host memory. Weights that
     are not here are downloaded when all of them are placed; without `weights`, or for a machine that is not here,
-    they stay where they are. Raises LoadError, PlanError or ValueError.
+    they stay where they are. With `lost`, requests of a size that the model does not make are left out, and go there
+    by index with the reason. Raises LoadError, PlanError or ValueError.
     """
     chosen = family_of(family, model)
     for request in requests:
@@ -116,7 +118,7 @@ def make_plan(
         checkpoint = replace(checkpoint, source="demo")
     stages = split(checkpoint, inputs_of(requests[0]))
     multiple = stages[1].scale_factor * chosen.patch
-    check_sizes(requests, multiple)
+    requests = fitting(requests, multiple, lost)
     most = largest(requests)
     placer = Placer(there, inputs_of(most), dtype or {}, read_wishes(place, stages), allow_offload, lanes,
                     smaller(most, multiple), modulation_table, len(requests))
@@ -173,12 +175,22 @@ def inputs_of(request: Request) -> dict[str, Value]:
     return inputs if request.guidance is None else inputs | {"guidance_scale": request.guidance}
 
 
-def check_sizes(requests: Sequence[Request], multiple: int) -> None:
-    """Raise ValueError for a size that the model would silently round."""
+def fitting(requests: Sequence[Request], multiple: int, lost: dict[int, str] | None) -> Sequence[Request]:
+    """The requests whose size the model would not silently round; the others go to `lost`.
+
+    Raises ValueError for the first of those without `lost`, or where no request is left.
+    """
+    kept = []
     for request in requests:
-        if request.width % multiple or request.height % multiple:
-            below, above = nearest((request.width, request.height), multiple)
-            raise ValueError(
-                f"--size {request.width}x{request.height}: this model makes multiples of {multiple}; "
-                f"nearest are {below[0]}x{below[1]} and {above[0]}x{above[1]}"
-            )
+        if request.width % multiple == request.height % multiple == 0:
+            kept.append(request)
+            continue
+        below, above = nearest((request.width, request.height), multiple)
+        text = (f"--size {request.width}x{request.height}: this model makes multiples of {multiple}; nearest are "
+                f"{below[0]}x{below[1]} and {above[0]}x{above[1]}")
+        if lost is None:
+            raise ValueError(text)
+        lost[request.index] = text
+    if not kept:
+        raise ValueError(f"no line is left: {next(iter((lost or {}).values()))}")
+    return kept

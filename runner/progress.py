@@ -20,9 +20,11 @@ class Status:
 
     def _reset(self, doing: str) -> None:
         self._doing, self._since = doing, self._clock()
+        self._first, self._last = self._since, self._since
         self._item, self._items = 0, 0
         self._step, self._steps = 0, 0
-        self._done, self._first = 0, 0.0
+        self._done, self._skipped = 0, 0
+        self._begun, self._planned = set[int](), 0
 
     def see(self, kind: str, data: Mapping[str, Any]) -> None:
         """Take an event in."""
@@ -35,27 +37,48 @@ class Status:
             where = f" on {data['device']}" if data.get("device") else ""
             self._now(f"loading {data['component']} ({gib(int(data['bytes']))}){where}")
         elif kind == "item":
-            self._item, self._items, self._step, self._steps = int(data["index"]) + 1, int(data["of"]), 0, 0
-            self._now(f"picture {self._item}/{self._items}")
-            self._first = self._first if self._done else self._since
+            self._item, self._items, self._step = int(data["index"]) + 1, int(data["of"]), 0
+            self._now(f"picture {self._item:,}/{self._items:,}")
+            self._first = self._first if self._item > 1 else self._since
+        elif kind == "rejoin":
+            self._skipped += int(data["step"])
         elif kind == "step":
+            # With several pictures in flight, a step says which of them it belongs to.
+            self._item = int(data.get("index", self._item - 1)) + 1
             self._step, self._steps, self._done = int(data["step"]), int(data["steps"]), self._done + 1
-            self._now(f"picture {self._item}/{self._items}, step {self._step}/{self._steps}")
+            if self._item not in self._begun:
+                self._planned += self._steps
+                self._begun.add(self._item)
+            self._now(f"picture {self._item:,}/{self._items:,}, step {self._step}/{self._steps}")
+            self._last = self._since
         elif kind == "flush":
             self._now(f"freed {gib(int(data['freed']))}")
+            self._done = self._item = 0
 
     def line(self) -> str:
         """Such as `denoise: picture 1/2, step 3/28, 1.20 s/step, 0:53 left`."""
-        if self._step:
-            pace = (self._since - self._first) / self._done
-            left = (self._steps - self._step + (self._items - self._item) * self._steps) * pace
-            pulse = f"{pace:.2f} s/step, {minutes(left)} left"
-        else:
-            pulse = f"{self._clock() - self._since:.0f} s"
-        return f"{self._stage}{': ' if self._stage else ''}{self._doing}, {pulse}"
+        return f"{self._stage}{': ' if self._stage else ''}{self._doing}, {self._pulse()}"
+
+    def _pulse(self) -> str:
+        if self._done:
+            # Pictures of one run may differ in steps: those that are not begun count as the others on average.
+            steps = self._items * self._planned / len(self._begun)
+            pace = (self._last - self._first) / self._done
+            return f"{rate(pace, 'step')}, {minutes(max(0.0, steps - self._skipped - self._done) * pace)} left"
+        if self._item > 1:
+            pace = (self._since - self._first) / (self._item - 1)
+            waited = self._clock() - self._since
+            return (f"{rate(pace, 'picture')}, "
+                    f"{minutes(max(0.0, (self._items - self._item + 1) * pace - waited))} left")
+        return f"{self._clock() - self._since:.0f} s"
 
     def _now(self, doing: str) -> None:
         self._doing, self._since = doing, self._clock()
+
+
+def rate(pace: float, what: str) -> str:
+    """Seconds for one as `1.20 s/step`, or where that is short as `25.0 steps/s`."""
+    return f"{1 / pace:.1f} {what}s/s" if 0 < pace < 0.1 else f"{pace:.2f} s/{what}"
 
 
 def minutes(seconds: float) -> str:
@@ -141,10 +164,12 @@ class Summary:
         """What everyone should read of this event."""
         if kind == "run":
             count, seed = int(data["requests"]), int(data["seed"])
-            seeds = f"seed {seed}" if count == 1 else f"seeds {seed} to {seed + count - 1}"
-            yield f"run {data['run']}: {pictures(count)}, {data['model']}, {seeds}"
+            yield f"run {data['run']}: {pictures(count)}, {data['model']}, {'first ' if count > 1 else ''}seed {seed}"
         elif kind == "warning":
             yield f"warning: {data['text']}"
+        elif kind == "failure":
+            line = f"line {data['line']}: " if "line" in data else ""
+            yield f"failed: {line}{data['text']}"
         elif kind == "end":
             yield self._over(data)
             yield from self._left(str(data["stage"]))
@@ -178,7 +203,7 @@ def verbose(kind: str, data: Mapping[str, Any], line: Callable[[], str]) -> Iter
 
 def pictures(count: int) -> str:
     """Such as `1 picture`, `2 pictures`."""
-    return f"{count} picture{'' if count == 1 else 's'}"
+    return f"{count:,} picture{'' if count == 1 else 's'}"
 
 
 def _live(stream: Tolerant, line: Callable[[], str]) -> Any:

@@ -1,7 +1,6 @@
 """Where the time and the memory of a run went, for people and for programs."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.events import gib
@@ -37,12 +36,16 @@ def spent(report: "Report", seconds: Mapping[str, float]) -> str:
 
 
 def document(
-    report: "Report", paths: Sequence[Path], cards: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]
+    report: "Report",
+    pictures: Sequence[Mapping[str, Any]],
+    failed: Sequence[Mapping[str, Any]],
+    seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The run as one JSON object: its pictures with what made them, its artifacts, stages and seconds."""
+    """The run as one JSON object: its pictures with what made them, its failures, artifacts, stages and seconds."""
     return {
         "run": report.run,
-        "pictures": [{"path": str(path), **card} for path, card in zip(paths, cards, strict=True)],
+        "pictures": list(pictures),
+        "failed": list(failed),
         "artifacts": {stage.stage: list(report.keys[stage.stage]) for stage in report.stages},
         "stages": [
             {"stage": stage.stage, "made": stage.ran, "reused": stage.reused, "seconds": dict(stage.seconds),

@@ -58,8 +58,9 @@ def ask(
     seed: int = -1,
     count: int = 1,
     text_tokens: int | None = None,
+    index: int = 0,
 ) -> list[Request]:
-    """`count` requests; what is not said comes from the family, and picture i has the seed `seed + i`.
+    """`count` requests, numbered from `index`; what is not said comes from the family, and seeds count up from `seed`.
 
     A seed of -1 is drawn at random. Raises ValueError for what the family or any model cannot make.
     """
@@ -75,7 +76,7 @@ def ask(
     scale = family.guidance if guidance is None else guidance
     tokens = family.text_tokens if text_tokens is None else text_tokens
     check_tokens(family, tokens)
-    return [Request(prompt, width, height, loops, scale, first + index, tokens, index) for index in range(count)]
+    return [Request(prompt, width, height, loops, scale, first + i, tokens, index + i) for i in range(count)]
 
 
 def check_tokens(family: Family, tokens: int) -> None:

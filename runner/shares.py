@@ -1,7 +1,7 @@
 """What each rank did, as it tells the first one, and the one report that becomes of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from runner.artifacts import ArtifactStore
@@ -16,13 +16,13 @@ from stages.errors import BadResult
 class Share:
     """What a rank did: the positions of its requests in the order, its report, and what its pictures say.
 
-    A rank without a report had nothing to do, or nothing but `failures`, which count within the share.
+    A rank without a report had nothing to do, or nothing but `failures`, which count within the share, as `cards` do.
     """
 
     rank: int
     positions: range
     report: Report | None = None
-    cards: Sequence[Mapping[str, Any]] = ()
+    cards: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     failures: Sequence[Failure] = ()
 
     def document(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Share:
                         "freed": stage.flushed.freed, "seconds": dict(stage.seconds), "peak": dict(stage.peak)}
                        for stage in stages],
             "keys": {} if self.report is None else {name: list(keys) for name, keys in self.report.keys.items()},
-            "cards": list(self.cards),
+            "cards": [[self.positions[at], card] for at, card in self.cards.items()],
         }
 
 
@@ -78,11 +78,10 @@ def joined(
     )
 
 
-def cards_of(shares: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What the pictures of all shares say, in the order of the requests."""
-    told = {index: card for share in shares if share["cards"]
-            for index, card in zip(share["pictures"], share["cards"], strict=True)}
-    return [told[index] for index in sorted(told)]
+def cards_of(shares: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+    """The positions of all pictures that were written, in the order of the requests, and what they say."""
+    told = {position: card for share in shares for position, card in share["cards"]}
+    return sorted(told.items())
 
 
 def differing(shares: Sequence[Mapping[str, Any]]) -> str | None:

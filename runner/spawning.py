@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from runner.artifacts import open_store
+from runner.batch import Item
 from runner.cli import Options
 from runner.crew import Crew
 from runner.order import Order, default_store, new_run
@@ -55,8 +56,8 @@ def spawn(
         no_modulation_table=not modulation_table, stop_after=stop_after,  # type: ignore[arg-type]
     )
     order = Order(
-        family=family, model=None if model is None else str(model), revision=revision, requests=tuple(requests),
-        run=new_run(), paths=(), devices=tuple(devices), like=None,
+        family=family, model=None if model is None else str(model), revision=revision, refused=(),
+        items=tuple(Item(request) for request in requests), run=new_run(), paths=(), devices=tuple(devices),
         dtype={name: str(type_).removeprefix("torch.") for name, type_ in (dtype or {}).items()},
         store=str(store) if "://" in str(store) else str(Path(store or default_store()).absolute()),
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from runner.batch import Item, Refused
 from runner.order import Order
 from runner.request import Request
 
@@ -17,10 +18,11 @@ class Task:
     said: Any
 
     def document(self) -> dict[str, Any]:
-        """The task as JSON; what picture it is like, if any, is for the first rank alone to check."""
+        """The task as JSON; what it repeats, if anything, is for the first rank alone to check."""
         order = {field.name: getattr(self.order, field.name) for field in fields(Order)}
-        order |= {"requests": [vars(request) for request in self.order.requests],
-                  "paths": [str(path) for path in self.order.paths], "dtype": dict(self.order.dtype), "like": None}
+        order |= {"items": [{**vars(item), "request": vars(item.request)} for item in self.order.items],
+                  "refused": [vars(line) for line in self.order.refused],
+                  "paths": [str(path) for path in self.order.paths], "dtype": dict(self.order.dtype), "origin": None}
         return {"order": order, "said": {name: value for name, value in vars(self.said).items() if name != "ctx"}}
 
 
@@ -28,7 +30,8 @@ def read_task(document: Mapping[str, Any]) -> Task:
     """The task in a document."""
     order: dict[str, Any] = dict(document["order"])
     order |= {name: tuple(value) for name, value in order.items() if isinstance(value, list)}
-    order |= {"requests": tuple(Request(**request) for request in order["requests"]),
+    items = (Item(**{**item, "request": Request(**item["request"])}) for item in order["items"])
+    order |= {"items": tuple(items), "refused": tuple(Refused(**line) for line in order["refused"]),
               "paths": tuple(map(Path, order["paths"]))}
     return Task(Order(**order), read_options(document["said"]))
 

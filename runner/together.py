@@ -16,6 +16,7 @@ from runner.progress import Progress
 from runner.pulse import Pulse
 from runner.ranks import Rank, launched
 from runner.request import read_whole, shown
+from runner.results import Results
 from runner.task import Task
 from runner.watch import TIMEOUT, RankLost
 
@@ -23,30 +24,27 @@ RANKS = 64
 LONGEST = 24 * 3600
 
 
-def make(family: str, said: Any) -> None:
+def make(family: str, said: Any) -> int:
     """Make the pictures that the options ask for, with ranks that a launcher started, or with --ranks of our own."""
     rank, told = launched(), said.rank_timeout
     timeout = TIMEOUT if told is None else float(read_whole("rank-timeout", told, 1, LONGEST))
     if said.artifacts == "memory":
         raise ValueError("ranks share a store, and each has a memory of its own -> --artifacts DIR, or leave it out")
     if rank is None:
-        supervise(family, said, read_whole("ranks", said.ranks, 1, RANKS), timeout)
-    elif said.ranks is not None:
+        return supervise(family, said, read_whole("ranks", said.ranks, 1, RANKS), timeout)
+    if said.ranks is not None:
         raise ValueError(f"--ranks {shown(said.ranks)}: a launcher started {rank.size} ranks already -> leave it out")
-    else:
-        join(family, said, rank, timeout)
+    return join(family, said, rank, timeout)
 
 
-def supervise(family: str, said: Any, ranks: int, timeout: float) -> None:
+def supervise(family: str, said: Any, ranks: int, timeout: float) -> int:
     """Start ranks of our own, and see to it that all of them end with this process."""
     options = {name: value for name, value in vars(replace(said, ranks=None)).items() if name != "ctx"}
     with Crew(ranks, timeout=timeout, speaking=True) as crew:
-        code = crew.work({"family": family, "said": options}, aloud)["code"]
-    if code:
-        raise SystemExit(code)
+        return int(crew.work({"family": family, "said": options}, aloud)["code"])
 
 
-def join(family: str, said: Any, rank: Rank, timeout: float) -> None:
+def join(family: str, said: Any, rank: Rank, timeout: float) -> int:
     """Be one of the ranks that a launcher started."""
     # Refused by the first rank before anything heavy is imported; the others take what it publishes.
     asked = order(family, said) if rank.first else None
@@ -61,6 +59,7 @@ def join(family: str, said: Any, rank: Rank, timeout: float) -> None:
             share = Member(rank, link, pulse, tee(pulse, warnings(rank))).follow(task)
         # After the last beat: the first rank may leave as soon as it has all shares, and the store with it.
         link.hand_in(share)
+        return 0
     except KeyboardInterrupt as stopped:
         # A launcher stops all ranks when it lost one.
         culprit = link.culprit()
@@ -72,9 +71,9 @@ def join(family: str, said: Any, rank: Rank, timeout: float) -> None:
         raise SystemExit(128 + number) from None
 
 
-def speak(asked: Order, said: Any, rank: Rank, link: Link, pulse: Pulse) -> None:
+def speak(asked: Order, said: Any, rank: Rank, link: Link, pulse: Pulse) -> int:
     """Do the first rank's part, and say how all of it goes."""
-    from runner.make import hush, logged, opened, tell, timed, untracked
+    from runner.make import complain, hush, logged, opened, tell, timed, untracked
 
     begin = time.perf_counter()
     hush(said.verbose)
@@ -86,12 +85,16 @@ def speak(asked: Order, said: Any, rank: Rank, link: Link, pulse: Pulse) -> None
             emit("begin", {"what": "importing torch and diffusers"})
             from runner.shares import cards_of, differing, joined
         store = opened(asked, said, emit)
-        shares = Member(rank, link, pulse, emit).lead(Task(asked, said), store)
+        asked, shares = Member(rank, link, pulse, emit).lead(Task(asked, said), store)
         if (warning := differing(shares)) is not None:
             emit("warning", {"text": warning})
     report = joined(asked.run, asked.requests, shares, store)
     seconds["total"] = time.perf_counter() - begin
-    tell(report, asked, cards_of(shares), seconds, said)
+    complain(f"{line}" for line in asked.refused)
+    results = Results(asked, said, sys.stdout)
+    for position, card in cards_of(shares):
+        results.tell(position, card)
+    return tell(report, report.failures, results, seconds, said)
 
 
 def warnings(rank: Rank) -> Emit:

@@ -77,7 +77,7 @@ def call(job: Mapping[str, Any], rank: Rank, pipe: Pipe, pulse: Pulse) -> dict[s
     task = read_task(job)
     try:
         store = opened(task.order, task.said, emit)
-        return {"shares": Member(rank, pipe, pulse, tee(pulse, emit)).lead(task, store)}
+        return {"shares": Member(rank, pipe, pulse, tee(pulse, emit)).lead(task, store)[1]}
     except REFUSALS as error:
         kind = next(kind for kind in REFUSALS if isinstance(error, kind))
         return {"refused": {"kind": kind.__name__, "text": str(error)}}

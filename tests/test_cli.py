@@ -179,7 +179,7 @@ def test_a_prompt_becomes_a_picture_that_can_be_repeated(flux: Path, capsys: pyt
     assert answer([*words, "--out", "new/{index}.png"]) == 0
     out, err = capsys.readouterr()
     assert out == "new/0.png\nnew/1.png\n"
-    assert "seeds 5 to 6" in err and "denoise: 2 pictures in" in err and "total " in err and "imports" in err
+    assert ", first seed 5\n" in err and "denoise: 2 pictures in" in err and "total " in err and "imports" in err
     assert not np.array_equal(pixels("new/0.png"), pixels("new/1.png"))
 
     assert answer(["flux", "--like", "new/1.png", "--artifacts", "memory", "--out", "again.png"]) == 0
@@ -298,5 +298,8 @@ def test_a_signal_ends_a_run_with_its_exit_code_and_no_torn_file(flux: Path, num
     assert not Path("x.png").exists()
     # The embeddings, and the latents as they are midway.
     assert len(list(Path("store/stages").iterdir())) == 2
+    [run] = Path("store/runs").glob("*/run.json")
+    command = f"python -m runner resume {run.parent.name} --artifacts store"
+    assert err.decode().splitlines()[-1].endswith(f"; go on with: {command}")
     assert not [path for path in Path("store/tmp").iterdir() if path.suffix == ".part"]
     assert '"flush", "stage": "denoise"' in Path("log").read_text(), "the stage let go of its memory"

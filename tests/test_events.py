@@ -35,7 +35,7 @@ RUN: list[tuple[str, Mapping[str, Any]]] = [
     ("warning", {"text": "artifact abc is \x1b[2Jdamaged"}),
 ]
 PLAIN = [
-    "run r1: 2 pictures, some/model, seeds 7 to 8",
+    "run r1: 2 pictures, some/model, first seed 7",
     "encode: 2 pictures taken from the store",
     "denoise: 2 pictures in 10.0 s, peak cuda:0 23.0 GiB, freed 22.0 GiB",
     "warning: denoise left 3.0 MiB behind: Tensor (3, 4) 3.0 MiB",
@@ -65,7 +65,7 @@ def test_verbose_tells_everything_else_too() -> None:
     assert "denoise: loading transformer (22.0 GiB) on cuda:0, 0 s" in lines
     assert "denoise: loaded in 4.2 s" in lines
     assert "encode: picture 1 taken from the store" in lines
-    assert any(line.startswith("denoise: picture 1/2, step 1/4, 0.00 s/step") for line in lines)
+    assert any(line.startswith("denoise: picture 1/2, step 1/4, ") for line in lines)
 
 
 def test_the_live_line_says_step_pace_and_time_left_over_all_pictures() -> None:
@@ -78,7 +78,7 @@ def test_the_live_line_says_step_pace_and_time_left_over_all_pictures() -> None:
     status.see("step", {"stage": "denoise", "step": 2, "steps": 28})
     assert status.line() == "denoise: picture 1/2, step 2/28, 2.00 s/step, 1:48 left"
     status.see("item", {"stage": "denoise", "index": 1, "of": 2})
-    assert status.line() == "denoise: picture 2/2, 2 s"
+    assert status.line() == "denoise: picture 2/2, 2.00 s/step, 1:48 left"
 
 
 def test_a_long_stage_has_a_heartbeat_in_a_log() -> None:

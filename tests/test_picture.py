@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runner.names import choose, slug, write
+from runner.names import Naming, slug, write
 from runner.picture import SIGNATURE, card_of, like, parameters, png
 from runner.request import Request, ask
 from stages.errors import StoreError
@@ -27,6 +27,11 @@ TRAP = "a cat\nNegative prompt: x\nSteps: 1, Seed: 6, Size: 8x8, Model: evil"
 
 def asked(prompt: str = "a red circle", count: int = 1) -> list[Request]:
     return ask(prompt, FAMILIES["flux"], size=(32, 16), seed=42, count=count)
+
+
+def choose(out: str | None, requests: list[Request], *, run: str, overwrite: bool = False) -> list[Path]:
+    naming = Naming(out, run=run, total=len(requests), overwrite=overwrite)
+    return [naming.path(request) for request in requests]
 
 
 def pixels() -> "np.ndarray[Any, np.dtype[np.uint8]]":
@@ -137,7 +142,7 @@ def test_names_are_a_file_a_folder_or_a_template(tmp_path: Path) -> None:
     three = asked("A Red Circle!", 3)
     base = str(tmp_path)
     assert choose(f"{base}/x.png", three[:1], run="r") == [tmp_path / "x.png"]
-    folder = [tmp_path / f"a-red-circle-{seed}.png" for seed in (42, 43, 44)]
+    folder = [tmp_path / f"{index}-a-red-circle-{42 + index}.png" for index in range(3)]
     assert choose(base, three, run="r") == folder
     assert choose(f"{base}/new/", three[:1], run="r") == [tmp_path / "new" / "a-red-circle-42.png"]
     assert choose(f"{base}/{{run}}/{{index}}_{{prompt}}.PNG", three, run="2026-X")[2] == (
@@ -153,7 +158,7 @@ def test_names_are_a_file_a_folder_or_a_template(tmp_path: Path) -> None:
         ("a\0b.png", "no name"), ("a\x1b[2J.png", "no name"), ("a\udcff.png", "no name"),
         ("{sed}.png", r"mean \{seed\}"),
         ("{prompt.__class__}.png", "unknown field"), ("{zzz}.png", "there are"), ("{index}/../../x.png", "leaves"),
-        ("x" * 252 + ".png", "the limit is 255"), ("x.png", r"cannot all be .*--out '.*x-\{index\}.png'"),
+        ("x" * 252 + ".png", "the limit is 255"), ("x.png", r"cannot both be .*--out '.*x-\{index\}.png'"),
         ("taken.png", "is there already -> --overwrite"), ("dangling.png", "is there already"),
         ("file/x.png", "is not a folder"), ("y" * 300 + "/x.png", "the limit is 255"),
     ],

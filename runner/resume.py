@@ -1,0 +1,52 @@
+"""`runner resume`: on with a run that was interrupted, that failed, or whose pictures are gone."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from runner.make import hush, produce
+from runner.order import STAGES, default_store, devices
+from runner.request import STEPS, read_whole
+from runner.resumption import order_of
+from stages.errors import StoreError
+
+if TYPE_CHECKING:
+    from runner.artifacts import ArtifactStore
+
+MEANS = ("max_memory", "place", "allow_offload")
+
+
+def resume(run: str, said: Any) -> int:
+    """Finish the run named `run`, or the `last` one; the exit code. `said` may place it anew, or compute a stage anew.
+
+    Raises StoreError where the store has no such run, LoadError where its model is another now.
+    """
+    if said.quiet and said.verbose:
+        raise ValueError("--quiet and --verbose contradict each other -> leave one of them out")
+    hush(said.verbose)
+    where = said.artifacts or str(default_store())
+    if where == "memory":
+        raise StoreError("a run in memory ends with its process -> name the store with --artifacts DIR")
+    from runner.artifacts import open_store
+
+    store = open_store(where, readonly=True)
+    name = latest(store, where) if run == "last" else run
+    asked, options = order_of(name, store.load_run(name), where)
+    if said.device or said.gpus:
+        options |= {"device": said.device, "gpus": said.gpus}
+    options |= {name: value for name in MEANS if (value := getattr(said, name))}
+    options["overwrite"] = options["overwrite"] or said.overwrite
+    last = options["stop_after"] or "decode"
+    if said.from_stage and STAGES.index(said.from_stage) > STAGES.index(last):
+        raise ValueError(f"--from {said.from_stage} comes after {last}, where run {name} stops -> leave it out")
+    asked = replace(asked, devices=devices(options["device"] or (), options["gpus"]),
+                    preview=0 if options["preview"] is None else read_whole("preview", options["preview"], 1, STEPS))
+    return produce(asked, SimpleNamespace(**{**vars(said), **options}))
+
+
+def latest(store: "ArtifactStore", where: str) -> str:
+    """The run that was started last; StoreError where there is none."""
+    runs = store.runs()
+    if not runs:
+        raise StoreError(f"there is no run in {where} -> name the store with --artifacts DIR")
+    return runs[-1]
