@@ -2,16 +2,14 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from runner.history import find_run
 from runner.make import hush, produce
 from runner.order import STAGES, default_store, devices
 from runner.request import STEPS, read_whole
 from runner.resumption import order_of
 from stages.errors import StoreError
-
-if TYPE_CHECKING:
-    from runner.artifacts import ArtifactStore
 
 MEANS = ("max_memory", "place", "allow_offload")
 
@@ -30,7 +28,7 @@ def resume(run: str, said: Any) -> int:
     from runner.artifacts import open_store
 
     store = open_store(where, readonly=True)
-    name = latest(store, where) if run == "last" else run
+    name = find_run(store, run)
     asked, options = order_of(name, store.load_run(name), where)
     if said.device or said.gpus:
         options |= {"device": said.device, "gpus": said.gpus}
@@ -42,11 +40,3 @@ def resume(run: str, said: Any) -> int:
     asked = replace(asked, devices=devices(options["device"] or (), options["gpus"]),
                     preview=0 if options["preview"] is None else read_whole("preview", options["preview"], 1, STEPS))
     return produce(asked, SimpleNamespace(**{**vars(said), **options}))
-
-
-def latest(store: "ArtifactStore", where: str) -> str:
-    """The run that was started last; StoreError where there is none."""
-    runs = store.runs()
-    if not runs:
-        raise StoreError(f"there is no run in {where} -> name the store with --artifacts DIR")
-    return runs[-1]

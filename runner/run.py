@@ -233,8 +233,10 @@ class Run:
         todo = [index for index in todo if index not in lost and keys[index] not in shift.made]
         if shift.stage.name == "decode" and self.done is not None:
             shift = replace(shift, finished=self._announce)
-            for key in {key for index, key in enumerate(keys) if index not in lost} - {keys[index] for index in todo}:
-                self._announce(key)
+            waiting = {keys[index] for index in todo}
+            for key in dict.fromkeys(key for index, key in enumerate(keys) if index not in lost):
+                if key not in waiting:
+                    self._announce(key)
         report = shift.work(keys, None if earlier is None else self.keys[earlier.name], todo)
         if len({failure.index for failure in self.failures}) == len(self.plan.requests):
             raise BadResult(f"every picture failed; the first: {self.failures[0].text}")

@@ -1,0 +1,169 @@
+"""`runner resume`: on with a run from its record alone, to the same pictures, with nothing done twice."""
+
+import gc
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runner.artifacts import FolderStore
+from runner.cli import answer
+from runner.resumption import KEPT
+from runner.results import Writer
+from runner.store import run_path
+
+SMALL = ("--size", "32x32", "--steps", "3", "--device", "cpu", "--artifacts", "store", "-q")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder and a cache of its own for each test; what a run froze is thawed."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error")
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run gets the signal `number` once, after that many steps of all; `steps` are those told of since."""
+    said: dict[str, Any] = {"after": 0, "number": signal.SIGINT, "steps": []}
+    hear = Writer.hear
+
+    def heard(self: Writer, kind: str, data: Mapping[str, Any]) -> None:
+        hear(self, kind, data)
+        if kind == "step":
+            said["steps"].append((data["request"], data["step"]))
+            if len(said["steps"]) == said["after"]:
+                os.kill(os.getpid(), said["number"])
+
+    monkeypatch.setattr(Writer, "hear", heard)
+    return said
+
+
+def pixels(path: str | Path) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def run_of(store: FolderStore) -> tuple[str, dict[str, Any]]:
+    name = store.runs()[-1]
+    return name, store.load_run(name)
+
+
+def test_a_batch_that_was_stopped_goes_on_after_its_last_step(
+    flux: Path, stopping: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ['{"prompt": "a red circle", "id": "one"}', '{"prompt": ""}', '{"prompt": "two squares", "seed": [4, 5]}',
+             '{"prompt": "a heart", "steps": 2}']
+    Path("p.jsonl").write_text("\n".join(lines))
+    words = ["flux", "--model", str(flux), *SMALL, "--seed", "7", "--prompt-file", "p.jsonl"]
+    assert answer([*words, "--out", "whole/", "--artifacts", "memory"]) == 1
+    whole = capsys.readouterr().out.splitlines()
+    stopping |= {"after": len(stopping["steps"]) + 5}
+    assert answer([*words, "--out", "out/"]) == 130
+    out, err = capsys.readouterr()
+    name, record = run_of(FolderStore(Path("store")))
+    command = f"python -m runner resume {name} --artifacts store"
+    assert out == "" and err.splitlines()[-1].endswith(f"stopped by SIGINT; what was finished is kept; go on with: "
+                                                       f"{command}")
+    assert record["status"] == "interrupted" and not Path("out").exists()
+
+    # The prompt file may change or go: the record has it all.
+    Path("p.jsonl").unlink()
+    stopping |= {"after": 0, "steps": []}
+    assert answer(["resume", "last", "--artifacts", "store", "-q"]) == 1
+    out, err = capsys.readouterr()
+    assert stopping["steps"] == [(1, 3), (2, 1), (2, 2), (2, 3), (3, 1), (3, 2)]
+    assert err == "error: line 2: empty prompt -> say what to draw, such as --prompt \"a red circle\"\n"
+    assert [path.replace("out/", "whole/") for path in out.splitlines()] == whole
+    for path in whole:
+        assert np.array_equal(pixels(path), pixels(path.replace("whole/", "out/")))
+    assert run_of(FolderStore(Path("store"))) == (name, {**run_of(FolderStore(Path("store")))[1], "status": "done"})
+
+    # A run that is done makes what is gone, leaves what is there, and computes nothing.
+    stopping["steps"].clear()
+    Path(whole[0].replace("whole/", "out/")).unlink()
+    assert answer(["resume", name[:-2], "--artifacts", "store", "--json", "-q"]) == 1
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert stopping["steps"] == [] and [stage["made"] for stage in told[-1]["stages"]] == [0, 0, 0]
+    assert np.array_equal(pixels(whole[0]), pixels(whole[0].replace("whole/", "out/")))
+    stopping["steps"].clear()
+    assert answer(["resume", name, "--from", "denoise", "--artifacts", "store", "-q"]) == 1
+    assert len(stopping["steps"]) == 11 and FolderStore(Path("store")).runs() == [name]
+
+
+def test_another_file_at_a_pictures_place_is_not_replaced_unasked(
+    flux: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answer(["flux", "--model", str(flux), *SMALL, "--prompt", "x", "--seed", "1", "--out", "x.png"]) == 0
+    mine = pixels("x.png").copy()
+    Path("x.png").write_bytes(b"another")
+    assert answer(["resume", "last", "--artifacts", "store", "-q"]) == 2
+    assert "x.png is there already" in capsys.readouterr().err and Path("x.png").read_bytes() == b"another"
+    assert answer(["resume", "last", "--artifacts", "store", "-q", "--overwrite"]) == 0
+    assert np.array_equal(pixels("x.png"), mine)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["last"], 5, "no run in the store yet"), (["gone"], 5, "no run's name starts with gone"),
+        (["../x"], 5, "run"), (["last", "--artifacts", "memory"], 5, "a run in memory ends with its process"),
+        (["last", "--from", "all"], 2, "'all' is not one of"), (["last", "-qv"], 2, "contradict"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_one_line(
+    words: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FolderStore(Path("store"))
+    assert answer(["resume", "--artifacts", "store", *words]) == code
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+
+
+ORDER: dict[str, Any] = {
+    "version": 1, "family": "flux", "identity": "sha256:0", "model": None, "dtype": {}, "items": [[0, None]],
+    "paths": [], "refused": [], "options": dict.fromkeys(KEPT),
+}
+REQUEST: dict[str, Any] = {"prompt": "x", "width": 32, "height": 32, "steps": 1, "guidance": 3.5, "seed": 1,
+                           "text_tokens": 32, "index": 0}
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"requests": [REQUEST]}, "not started by the command line"),
+        ({"requests": [REQUEST], "order": {**ORDER, "version": 2}}, "recorded by a newer version"),
+        ({"requests": [REQUEST], "order": {**ORDER, "family": "os"}}, "cannot be read"),
+        ({"requests": [REQUEST], "order": {**ORDER, "items": [[-1, None]]}}, "cannot be read"),
+        ({"requests": [REQUEST], "order": {**ORDER, "paths": [1]}}, "cannot be read"),
+        ({"requests": [REQUEST], "order": {**ORDER, "dtype": {"vae": "complex64"}}}, "cannot be read"),
+        ({"requests": [REQUEST], "order": {**ORDER, "options": {**ORDER["options"], "out": "/"}}}, "cannot be read"),
+        ({"requests": [{**REQUEST, "steps": 0}], "order": ORDER}, "cannot be read"),
+        ({"requests": [], "order": ORDER}, "cannot be read"), ({"requests": 1, "order": ORDER}, "cannot be read"),
+    ],
+)
+def test_an_odd_record_is_refused_by_name(
+    record: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FolderStore(Path("store")).save_run("odd", {**record, "status": "interrupted"})
+    assert answer(["resume", "odd", "--artifacts", "store"]) == 5
+    assert says in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    FolderStore(Path("store")).save_run("odd", {"order": ORDER, "requests": [REQUEST]})
+    path = Path("store") / run_path("odd")
+    path.write_bytes(path.read_bytes().replace(b'"x"', b'"y"'))
+    assert answer(["resume", "odd", "--artifacts", "store"]) == 5
+    assert "the record of run odd is damaged" in capsys.readouterr().err
