@@ -61,12 +61,16 @@ def test_the_first_command_ends_with_a_picture(tmp_path: Path) -> None:
 
 def test_every_other_command_runs(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("a fox\n# nobody\na lighthouse\n")
     small = ("--model", str(flux), "--size", "64x48", "--device", "cpu")
     for line in RUNS:
         if "--model demo" in line:
             continue
         if "runner runs" in line:
             assert answered(line, tmp_path)
+            continue
+        if "runner resume" in line:
+            assert [(tmp_path / path).exists() for path in answered(line, tmp_path)] == [True, True]
             continue
         more = small if "--like" not in line else ("--model", str(flux), "--device", "cpu")
         steps = ("--steps", "2") if "--steps" not in line and "--like" not in line else ()

@@ -14,8 +14,8 @@ from PIL import Image
 
 from runner.artifacts import FolderStore
 from runner.cli import answer
-from runner.resumption import KEPT
 from runner.results import Writer
+from runner.resumption import KEPT
 from runner.store import run_path
 
 SMALL = ("--size", "32x32", "--steps", "3", "--device", "cpu", "--artifacts", "store", "-q")
