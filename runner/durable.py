@@ -9,7 +9,8 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -41,14 +42,18 @@ class Entry:
 
 
 @contextmanager
-def folder(root: Path, inside: str, *, make: bool = False) -> Iterator[int]:
-    """A descriptor of the folder `inside` (such as "objects/ab"), made durably when `make`; raises OSError."""
+def folder(root: Path, inside: str, *, made: Callable[[int], None] | None = None) -> Iterator[int]:
+    """A descriptor of the folder `inside` (such as "objects/ab"); raises OSError.
+
+    With `made` what is missing is made, and `made` gets the descriptor of each folder that something was made in:
+    `os.fsync` puts it on the disk.
+    """
     handle = os.open(root, _FOLDER)
     try:
         for part in filter(None, inside.split("/")):
             assert part not in (".", ".."), inside
-            if make:
-                _make_folder(part, handle)
+            if made is not None and _make_folder(part, handle):
+                made(handle)
             below = os.open(part, _FOLDER, dir_fd=handle)
             os.close(handle)
             handle = below
@@ -82,26 +87,56 @@ def read(root: Path, path: str, *, most: int, first: int | None = None) -> bytea
 def write(root: Path, files: Mapping[str, Chunks]) -> None:
     """Put each file at its path, whole and in this order, all on the disk when it returns; or StoreError.
 
-    All are written in tmp/ and fsynced, then renamed, then their folders fsynced: two waits for the disk, not one per
-    file. Those under objects/ are read-only.
+    All are written in tmp/ and fsynced together, then renamed, then their folders fsynced together: two waits for the
+    disk, not one per file. Those under objects/ are read-only.
     """
     sizes = {path: sum(memoryview(chunk).nbytes for chunk in chunks) for path, chunks in files.items()}
     parts = {path: f"{secrets.token_hex(8)}{PART}" for path in files}
-    with explained(root / next(iter(files)), "write", sum(sizes.values())), folder(root, TMP, make=True) as tmp:
+    with explained(root / next(iter(files)), "write", sum(sizes.values())), ExitStack() as stack:
+        unsynced = Unsynced(stack)
+        tmp = stack.enter_context(folder(root, TMP, made=unsynced.add))
+        _check_room(tmp, sum(sizes.values()))
         try:
-            _check_room(tmp, sum(sizes.values()))
+            parents = {path: stack.enter_context(folder(root, path.rpartition("/")[0], made=unsynced.add))
+                       for path in files}
             for path, chunks in files.items():
-                _write_part(tmp, parts[path], chunks, 0o444 if path.startswith("objects/") else 0o600)
-            with ExitStack() as parents:
-                for path, part in parts.items():
-                    inside, _, name = path.rpartition("/")
-                    parent = parents.enter_context(folder(root, inside, make=True))
-                    os.rename(part, name, src_dir_fd=tmp, dst_dir_fd=parent)
-                    parents.callback(os.fsync, parent)
+                handle = _write_part(tmp, parts[path], chunks, 0o444 if path.startswith("objects/") else 0o600)
+                unsynced.take(handle)
+            unsynced.sync()
+            for path, part in parts.items():
+                os.rename(part, path.rpartition("/")[2], src_dir_fd=tmp, dst_dir_fd=parents[path])
+                unsynced.add(parents[path])
+            unsynced.sync()
         finally:
             for part in parts.values():
                 with suppress(FileNotFoundError):
                     os.unlink(part, dir_fd=tmp)
+
+
+class Unsynced:
+    """Descriptors that are to be on the disk; those that wait for it together wait once."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack, self._handles = stack, list[int]()
+
+    def add(self, handle: int) -> None:
+        """Add a descriptor that someone else closes, perhaps soon."""
+        self.take(os.dup(handle))
+
+    def take(self, handle: int) -> None:
+        """Add a descriptor, to be closed with the stack."""
+        self._stack.callback(os.close, handle)
+        self._handles.append(handle)
+
+    def sync(self) -> None:
+        """Return when all are on the disk; raises OSError."""
+        handles, self._handles = self._handles, []
+        with ThreadPoolExecutor(max(1, len(handles) - 1)) as pool:
+            # This thread takes the first: where it is the only one, no other is started.
+            others = [pool.submit(os.fsync, handle) for handle in handles[1:]]
+            os.fsync(handles[0])
+            for other in others:
+                other.result()
 
 
 def remove(root: Path, paths: Sequence[str]) -> None:
@@ -202,12 +237,12 @@ def _read_all(handle: int, size: int) -> bytearray:
     return data
 
 
-def _make_folder(name: str, parent: int) -> None:
+def _make_folder(name: str, parent: int) -> bool:
     try:
         os.mkdir(name, 0o700, dir_fd=parent)
     except FileExistsError:
-        return
-    os.fsync(parent)
+        return False
+    return True
 
 
 def _check_room(tmp: int, size: int) -> None:
@@ -217,7 +252,8 @@ def _check_room(tmp: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _write_part(tmp: int, part: str, chunks: Chunks, mode: int) -> None:
+def _write_part(tmp: int, part: str, chunks: Chunks, mode: int) -> int:
+    """The descriptor of a file with the chunks, which are not on the disk yet."""
     handle = os.open(part, _WRITE, 0o600, dir_fd=tmp)
     try:
         # Tells a sweep that this file's writer lives; where there are no locks its age tells it.
@@ -228,6 +264,7 @@ def _write_part(tmp: int, part: str, chunks: Chunks, mode: int) -> None:
             while left:
                 left = left[os.write(handle, left) :]
         os.fchmod(handle, mode)
-        os.fsync(handle)
-    finally:
+    except BaseException:
         os.close(handle)
+        raise
+    return handle

@@ -24,13 +24,13 @@ def open_root(path: Path, layout: Collection[str], *, readonly: bool) -> Path:
                 raise StoreError(f"there is no artifact store {root}")
             if not root.parent.is_dir():
                 raise StoreError(f"cannot make {root}: {root.parent} does not exist, make it first")
-            with folder(root.parent, root.name, make=True):
+            with folder(root.parent, root.name, made=os.fsync):
                 pass
         if not root.is_dir():
             raise StoreError(f"{root} is not a folder: choose another --artifacts")
         _check_ours(root, layout)
         for inside in () if readonly else (*layout, TMP):
-            with folder(root, inside, make=True):
+            with folder(root, inside, made=os.fsync):
                 _check_writable(root / inside)
     if not readonly:
         sweep(root)
