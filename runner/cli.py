@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,21 +10,12 @@ from types import FrameType
 from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
-from typer.main import get_command
 
 from runner import housekeeping
-from runner.again import again
-from runner.events import Tolerant, clean
 from runner.interrupts import Interrupted
-from runner.watch import RankLost
-from stages.errors import BadResult, LoadError, PlanError, StoreError
+from runner.refusal import failed, refuse, usage
+from runner.resuming import Resume
 from stages.families import FAMILIES, Family
-
-CODES: tuple[tuple[type[Exception], int], ...] = (
-    (LoadError, 3), (PlanError, 4), (MemoryError, 4), (StoreError, 5), (BadResult, 6), (RankLost, 7), (ValueError, 2),
-)
-MESSAGE = 4000
 
 app = typer.Typer(
     name="runner",
@@ -70,6 +60,9 @@ class Options:
     ] = False
     lanes: Annotated[
         str | None, typer.Option(metavar="N", help="Pictures denoised at once, over several cards.")
+    ] = None
+    step_every: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="Keep unfinished denoises this often; 10 unless said.")
     ] = None
     no_degrade: Annotated[
         bool, typer.Option("--no-degrade", help="End at once when a stage runs out of memory; change nothing.")
@@ -126,35 +119,6 @@ class PlanOptions(Options):
 
         foresee(self.family, self)
         return 0
-
-
-@dataclass(frozen=True)
-class Resume:
-    """The options of `resume`; calling them goes on with the run."""
-
-    run: Annotated[str, typer.Argument(metavar="RUN|last", help="The name of a run.")]
-    from_stage: Annotated[
-        Literal["encode", "denoise", "decode"] | None, typer.Option("--from", help="Compute anew from there on.")
-    ] = None
-    artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="Where the run keeps its results.")] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other pictures that are there.")] = False
-    device: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Other devices than before.")] = None
-    gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Other cards than before.")] = None
-    max_memory: Annotated[str | None, typer.Option(metavar="LIMITS", help="Other limits than before.")] = None
-    place: Annotated[list[str] | None, typer.Option(metavar="STAGE=WHERE", help="Other places than before.")] = None
-    allow_offload: Annotated[
-        Literal["cpu"] | None, typer.Option(help="Let blocks that fit no card wait in host memory.")
-    ] = None
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse damaged artifacts instead of redoing them.")] = False
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of paths.")] = False
-    log: Annotated[str | None, typer.Option(metavar="FILE", help="Append every event to FILE as a JSON line.")] = None
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors.")] = False
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Everything, library warnings included.")] = False
-
-    def __call__(self) -> int:
-        from runner.resume import resume
-
-        return resume(self.run, self)
 
 
 def _about(family: Family) -> str:
@@ -228,7 +192,7 @@ def answer(words: Sequence[str]) -> int:
     try:
         job = app(list(words) or ["--help"], standalone_mode=False)
     except typer.TyperException as error:
-        return _refuse(_usage(error), 2)
+        return refuse(usage(error), 2)
     verbose = not {"-v", "--verbose"}.isdisjoint(words)
     return respond(job, verbose=verbose, words=words) if callable(job) else int(job)
 
@@ -242,46 +206,10 @@ def respond(job: Callable[[], int | None], *, verbose: bool, words: Sequence[str
         return job() or 0
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-        return _refuse(f"{stopped}; what was finished is kept", stopped.code, error)
+        return refuse(f"{stopped}; what was finished is kept", stopped.code, error)
     except Exception as error:  # the last one to answer for the process: a line and an exit code, not a traceback
-        return _failed(error, words, verbose=verbose)
+        return failed(app, error, words, verbose=verbose)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
-
-
-def _usage(error: typer.TyperException) -> str:
-    # Only an unknown option has possibilities, the closest first; its own message sorts them by name.
-    close = vars(error).get("possibilities")
-    return f"{error.message}. Did you mean {close[0]}?" if close else error.format_message()
-
-
-def _failed(error: Exception, words: Sequence[str], *, verbose: bool) -> int:
-    if verbose:
-        Tolerant(sys.stderr).write("".join(traceback.format_exception(error)))
-    code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
-    if code != 1:
-        return _refuse(str(error), code, error, _next(error, words) if isinstance(error, PlanError) and words else "")
-    hint = "" if verbose else " -> run again with -v to see where"
-    return _refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code, error)
-
-
-def _next(error: PlanError, words: Sequence[str]) -> str:
-    """A line with the command that would fit; "" where none is known, or the command has no such options."""
-    group = get_command(app)
-    assert isinstance(group, TyperGroup)
-    known = {name: vars(param).get("is_flag", False) for param in group.commands[words[0]].params
-             for name in param.opts}
-    if not error.options or {change.partition(" ")[0] for change in error.options} - known.keys():
-        return ""
-    return f"next: {again(words, error.options, [name for name, flag in known.items() if flag])}\n"
-
-
-def _refuse(message: str, code: int, error: BaseException | None = None, more: str = "") -> int:
-    from runner.resumption import noted
-
-    stderr = Tolerant(sys.stderr)
-    stderr.write(f"error: {clean(message[: 2 * MESSAGE])}{'' if error is None else noted(error)}\n{more}")
-    stderr.flush()
-    return code

@@ -24,7 +24,7 @@ from runner.report import lines
 from runner.request import read_whole, shown
 from runner.results import Results, Writer, say
 from runner.resumption import command, lasts, record_of, resumable
-from stages.errors import LoadError
+from stages.errors import LoadError, StageOutOfMemory
 from stages.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ def produce(asked: Order, said: Any) -> int:
                 job = fetched(job)
         results = Results(asked, said, sys.stdout)
         writer = Writer(asked, said, tee(emit, Beside(asked.paths)), results.tell)
-        with progress:
+        with progress, advised(job, asked, said):
             report = run_all(
                 job, store=store, emit=writer.hear, stop_after=said.stop_after, from_stage=said.from_stage,
                 name=asked.run, record=record_of(asked, said, job), done=writer.keep, degrade=not said.no_degrade,
-                preview=asked.preview, sample_memory=said.sample_memory,
+                step_every=asked.step_every, preview=asked.preview, sample_memory=said.sample_memory,
             )
     seconds |= {"pictures": writer.seconds, "total": time.perf_counter() - begin}
     return tell(report, [*report.failures, *writer.failures], results, seconds, said)
@@ -134,28 +134,11 @@ def planned(
 
     Raises LoadError where it should repeat what another model made.
     """
-    import torch
-
     from runner.remedy import plan_or_remedy
 
     lost: dict[int, str] = {}
-    job = plan_or_remedy(
-        asked.family,
-        asked.requests,
-        model=asked.model,
-        revision=asked.revision,
-        dtype={component: getattr(torch, name) for component, name in asked.dtype.items()},
-        devices=asked.devices,
-        machine=machine,
-        max_memory=said.max_memory,
-        place=said.place or (),
-        allow_offload=said.allow_offload,
-        modulation_table=not said.no_modulation_table,
-        peer_copies=not said.no_p2p,
-        weights=weights,
-        lanes=None if said.lanes is None else read_whole("lanes", said.lanes, 1, LANES),
-        lost=lost if asked.listed else None,
-    )
+    job = plan_or_remedy(asked.family, asked.requests, machine=machine, weights=weights,
+                         lost=lost if asked.listed else None, **options_of(asked, said))
     for component in asked.dtype.keys() - {"", *job.places}:
         close = get_close_matches(component, job.places, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(job.places)}"
@@ -166,6 +149,36 @@ def planned(
             f"{job.checkpoint.identity} -> {asked.origin.advice}"
         )
     return job, asked.without(lost)
+
+
+def options_of(asked: Order, said: Any) -> dict[str, Any]:
+    """The options of `make_plan` that an order and its command line mean."""
+    import torch
+
+    return {
+        "model": asked.model,
+        "revision": asked.revision,
+        "dtype": {component: getattr(torch, name) for component, name in asked.dtype.items()},
+        "devices": asked.devices,
+        "max_memory": said.max_memory,
+        "place": said.place or (),
+        "allow_offload": said.allow_offload,
+        "modulation_table": not said.no_modulation_table,
+        "peer_copies": not said.no_p2p,
+        "lanes": None if said.lanes is None else read_whole("lanes", said.lanes, 1, LANES),
+    }
+
+
+@contextmanager
+def advised(job: "Plan", asked: Order, said: Any) -> Iterator[None]:
+    """A stage that runs out of memory in the block for good leaves with options that would help it."""
+    try:
+        yield
+    except StageOutOfMemory as error:
+        from runner.advice import ways_out
+
+        error.ways = tuple(ways_out(job, error.stage, options_of(asked, said), degraded=not said.no_degrade))
+        raise
 
 
 def complain(bad: Iterable[str]) -> None:

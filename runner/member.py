@@ -110,6 +110,7 @@ class Member:
                 replace(job, requests=order.requests), store=store, emit=self._heard(task, writer.hear),
                 name=order.run, stop_after=task.said.stop_after, from_stage=task.said.from_stage,
                 done=writer.keep if order.paths else None, degrade=not task.said.no_degrade,
+                step_every=order.step_every,
             )
         except BadResult as error:
             # Other ranks may do better: it is for the whole run to say whether anything came of it.

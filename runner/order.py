@@ -20,6 +20,8 @@ from stages.families import FAMILIES
 
 DTYPES = ("float32", "bfloat16", "float16")
 STAGES = ("encode", "denoise", "decode")
+STEP_EVERY = 10.0
+DAY = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Order:
     devices: tuple[str, ...]
     store: str
     preview: int = 0
+    step_every: float = STEP_EVERY
     origin: Origin | None = None
     resumed: bool = False
 
@@ -95,7 +98,8 @@ def order(family: str, said: Any) -> Order:
         dtype=read_dtypes(said.dtype or ()) or (like.dtype if like is not None else {}),
         devices=devices(said.device or (), said.gpus),
         store=said.artifacts or str(default_store()),
-        preview=0 if said.preview is None else read_whole("preview", said.preview, 1, STEPS),
+        preview=read_preview(said.preview),
+        step_every=read_every(said.step_every),
         origin=None if like is None or said.model is not None else Origin(
             "the picture", like.identity, "name a model with --model to repeat it with other pixels"),
     )
@@ -122,6 +126,16 @@ def read_dtypes(texts: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--dtype is said twice for {shown(component) if component else 'all components'}")
         found[component] = dtype
     return found
+
+
+def read_preview(text: str | None) -> int:
+    """Steps from one rough picture to the next; 0 for none."""
+    return 0 if text is None else read_whole("preview", text, 1, STEPS)
+
+
+def read_every(text: str | None) -> float:
+    """Seconds after which an unfinished denoise is kept; 0 for after every step."""
+    return STEP_EVERY if text is None else float(read_whole("step-every", text, 0, DAY))
 
 
 def default_store() -> Path:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from runner.plan import Plan, make_plan
 from runner.request import Request, read_size
 from stages.errors import PlanError
@@ -56,6 +58,10 @@ def changed(
         if option == "--size":
             width, height = read_size(value)
             requests = [replace(request, width=width, height=height) for request in requests]
+        elif option == "--lanes":
+            altered["lanes"] = int(value)
+        elif option == "--dtype":
+            altered["dtype"] = {"": getattr(torch, value)}
         elif option == "--place":
             altered["place"] = [wish for wish in altered["place"] if not places(wish, stage)]
         else:

@@ -6,12 +6,11 @@ from typing import Any
 
 from runner.history import find_run
 from runner.make import hush, produce
-from runner.order import STAGES, default_store, devices
-from runner.request import STEPS, read_whole
+from runner.order import STAGES, default_store, devices, read_every, read_preview
 from runner.resumption import order_of
 from stages.errors import StoreError
 
-MEANS = ("max_memory", "place", "allow_offload")
+MEANS = ("max_memory", "place", "allow_offload", "lanes", "step_every")
 
 
 def resume(run: str, said: Any) -> int:
@@ -33,10 +32,10 @@ def resume(run: str, said: Any) -> int:
     if said.device or said.gpus:
         options |= {"device": said.device, "gpus": said.gpus}
     options |= {name: value for name in MEANS if (value := getattr(said, name))}
-    options["overwrite"] = options["overwrite"] or said.overwrite
+    options |= {name: options[name] or getattr(said, name) for name in ("overwrite", "no_degrade")}
     last = options["stop_after"] or "decode"
     if said.from_stage and STAGES.index(said.from_stage) > STAGES.index(last):
         raise ValueError(f"--from {said.from_stage} comes after {last}, where run {name} stops -> leave it out")
     asked = replace(asked, devices=devices(options["device"] or (), options["gpus"]),
-                    preview=0 if options["preview"] is None else read_whole("preview", options["preview"], 1, STEPS))
+                    preview=read_preview(options["preview"]), step_every=read_every(options["step_every"]))
     return produce(asked, SimpleNamespace(**{**vars(said), **options}))

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from runner.plan import Plan
 
 VERSION = 1
-KEPT = ("stop_after", "overwrite", "no_metadata", "no_modulation_table", "no_p2p", "no_degrade", "lanes", "preview",
-        "sample_memory", "device", "gpus", "max_memory", "place", "allow_offload")
+KEPT = ("stop_after", "overwrite", "no_metadata", "no_modulation_table", "no_p2p", "no_degrade", "lanes", "step_every",
+        "preview", "sample_memory", "device", "gpus", "max_memory", "place", "allow_offload")
 RESUME = "; go on with: "
 
 
@@ -85,6 +85,12 @@ def resumable(run: str, store: str, emit: Emit) -> Iterator[Emit]:
 def lasts(store: str) -> bool:
     """Whether a store is there when this process is not."""
     return store != "memory" and not store.startswith("memory:")
+
+
+def resuming(error: BaseException) -> list[str]:
+    """The words of the command that goes on after an error, behind the program's; none where there is none."""
+    words = shlex.split(noted(error).removeprefix(RESUME))
+    return words[words.index("resume") :] if words else []
 
 
 def noted(error: BaseException) -> str:

@@ -112,11 +112,12 @@ class Shift:
         errands = [Errand(position, indices, key, None if before is None else before[indices[0]])
                    for position, (key, indices) in enumerate(sharing.items())]
         places = {component.name: self.plan.places[component.name] for component in self.stage.components}
-        # Before the meter runs: the patterns that are copied for this are no part of the stage.
-        places = dict(sound(places, self.emit)) if errands else places
         meter = Meter(self.plan.devices)
         try:
             if errands:
+                places = dict(sound(places, self.emit))
+                # The patterns that were copied for this are no part of the stage.
+                meter.restart()
                 self._compute(errands, places)
         except Left:
             self.halt.stop()
@@ -124,7 +125,7 @@ class Shift:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            raise StageOutOfMemory(self._shortage(error, meter)) from None
+            raise StageOutOfMemory(self._shortage(error, meter), name) from None
         finally:
             peak = meter.peak()
             with self._timed("flush"):

@@ -36,7 +36,15 @@ class BadResult(ValueError):
 
 
 class StageOutOfMemory(MemoryError):
-    """A device ran out of memory inside a stage; earlier artifacts are safe."""
+    """A device ran out of memory inside a stage; earlier artifacts are safe.
+
+    `ways` are sets of command line options with which the `stage` needs less, with their values.
+    """
+
+    def __init__(self, text: str, stage: str = "") -> None:
+        super().__init__(text)
+        self.stage = stage
+        self.ways: tuple[Mapping[str, str], ...] = ()
 
 
 class Unfoldable(PlanError):

@@ -89,12 +89,12 @@ def test_every_word_is_quoted_for_the_shell(word: str) -> None:
     assert shown.stdout.decode() == word
 
 
-def test_a_command_without_the_option_is_not_proposed(capsys: pytest.CaptureFixture[str]) -> None:
-    from runner.cli import _next
+def test_a_command_without_the_option_is_not_proposed() -> None:
+    from runner.cli import app
+    from runner.refusal import better
     from stages.errors import PlanError
 
-    assert _next(PlanError("x", {"--size": "64x64"}), ["doctor"]) == ""
-    assert _next(PlanError("x"), ["flux"]) == ""
-    assert _next(PlanError("x", {"--size": "64x64"}), ["flux", "--json", "a"]) == (
-        "next: python -m runner flux --json a --size 64x64\n"
-    )
+    assert better(app, PlanError("x", {"--size": "64x64"}), ["doctor"]) == []
+    assert better(app, PlanError("x"), ["flux"]) == []
+    assert better(app, PlanError("x", {"--size": "64x64"}), ["flux", "--json", "a"]) == [
+        "python -m runner flux --json a --size 64x64"]
