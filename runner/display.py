@@ -48,11 +48,12 @@ def stage_line(stage: "StageReport") -> str:
 def stages_html(*stages: "StageReport") -> str:
     """A table with a line per stage: seconds by part, peaks, and what the flush gave back."""
     devices = list(dict.fromkeys(device for stage in stages for device in stage.peak))
-    head = ["stage", "made", "re-used", *(f"{part} s" for part in PARTS), *(f"peak {d}" for d in devices),
-            "freed", "left"]
+    # Only cards are asked what a flush gave back.
+    flushed = ("freed", "left") if set(devices) - {"cpu"} else ()
+    head = ["stage", "made", "re-used", *(f"{part} s" for part in PARTS), *(f"peak {d}" for d in devices), *flushed]
     rows = ([stage.stage, str(stage.ran), str(stage.reused), *(f"{stage.seconds[part]:.2f}" for part in PARTS),
              *(gib(stage.peak[device]) if device in stage.peak else "" for device in devices),
-             gib(stage.flushed.freed), gib(stage.flushed.left)] for stage in stages)
+             *(gib(getattr(stage.flushed, name)) for name in flushed)] for stage in stages)
     return table([said(cell) for cell in head], ([said(cell) for cell in row] for row in rows))
 
 

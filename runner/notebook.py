@@ -1,14 +1,24 @@
-"""A run as a notebook shows it: one line that moves, the lines that stay, and the last rough picture."""
+"""A run as a notebook shows it: while it goes on, and what its record says of memory and time."""
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from runner.markup import FAINT, block, image, said
+from runner.charts.blocks import blocks
+from runner.charts.gantt import gantt
+from runner.charts.style import STYLE
+from runner.charts.timeline import memory
+from runner.events import gib
+from runner.markup import FAINT, block, image, said, table
+from runner.measured import measured
 from runner.previews import enlarged
 from runner.progress import Status, Summary
 
+if TYPE_CHECKING:
+    from runner.artifacts import ArtifactStore
+
 APART = 0.25
+WIDTH = 860
 
 
 class Live:
@@ -45,3 +55,38 @@ class Live:
     def _repr_html_(self) -> str:
         faint = f'<span style="{FAINT}">{said(self._at)}</span>' if self._at else ""
         return block(*map(said, self._lines), faint, self._preview)
+
+
+class Memory:
+    """The memory of a run of `store`: on each device, in each stage, before it, planned, at most and after it."""
+
+    HEAD = ("stage", "device", "before", "plan", "peak", "peak less before", "after")
+
+    def __init__(self, store: "ArtifactStore", run: str) -> None:
+        self.run, self.rows = run, measured(store.load_run(run))
+
+    def __repr__(self) -> str:
+        return f"Memory({self.run}, {', '.join(f'{row.stage} {row.device} {gib(row.peak)}' for row in self.rows)})"
+
+    def _repr_html_(self) -> str:
+        rows = [(said(row.stage), said(row.device), gib(row.before), gib(row.planned), gib(row.peak),
+                 gib(row.peak - row.before), gib(row.after)) for row in self.rows]
+        return block(table(self.HEAD, rows, words=2))
+
+
+class Charts:
+    """The charts of the report of a run of `store`: where every block lay, memory over time, where the time went."""
+
+    def __init__(self, store: "ArtifactStore", run: str) -> None:
+        self.run = run
+        record = store.load_run(run)
+        self._drawings = [drawing for draw in (blocks, memory, gantt) if (drawing := draw(record, WIDTH)) is not None]
+
+    def __repr__(self) -> str:
+        return f"Charts({self.run}, {len(self._drawings)} of them)"
+
+    def _repr_html_(self) -> str:
+        parts = "".join(f'<div style="margin:16px 0">{drawing}</div>' for drawing in self._drawings)
+        # The colors follow the reader's device, and the page around need not.
+        return (f'<style>{STYLE}</style><div class="stagerun" style="background:var(--paper);padding:8px 16px;'
+                f'max-width:{WIDTH}px">{parts}</div>')

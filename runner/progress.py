@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 from runner.events import Tolerant, clean, gib
+from runner.mosaic import can_show, mosaic
 
 HEARTBEAT = 10.0
 
@@ -104,10 +105,13 @@ class Progress:
         self._told = time.monotonic()
         self._over = threading.Event()
         self._live: Any = None
+        self._preview: Any = None
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         self._status.see(kind, data)
         self._summary.see(kind, data)
+        if kind in ("preview", "end"):
+            self._preview = data["pixels"]() if kind == "preview" else None
         if self._verbosity < 0:
             return
         for line in self._summary.lines(kind, data):
@@ -118,7 +122,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self._verbosity >= 0 and self._stream.isatty():
-            self._live = _live(self._stream, self._status.line)
+            self._live = _live(self._stream, self._status.line, lambda: self._preview)
             self._live.start()
         elif self._verbosity >= 0:
             self._over.clear()
@@ -206,16 +210,17 @@ def pictures(count: int) -> str:
     return f"{count:,} picture{'' if count == 1 else 's'}"
 
 
-def _live(stream: Tolerant, line: Callable[[], str]) -> Any:
-    from rich.console import Console
+def _live(stream: Tolerant, line: Callable[[], str], preview: Callable[[], Any]) -> Any:
+    from rich.console import Console, Group, RenderableType
     from rich.live import Live
     from rich.text import Text
 
     console = Console(file=stream, force_terminal=True)  # type: ignore[arg-type]  # a stream in all that rich asks of it
+
+    def shown() -> RenderableType:
+        text, pixels = Text(line(), no_wrap=True, overflow="ellipsis"), preview()
+        return text if pixels is None or not can_show(console) else Group(text, mosaic(pixels))
+
     return Live(
-        get_renderable=lambda: Text(line(), no_wrap=True, overflow="ellipsis"),
-        console=console,
-        transient=True,
-        refresh_per_second=4,
-        redirect_stdout=False,
+        get_renderable=shown, console=console, transient=True, refresh_per_second=4, redirect_stdout=False,
     )

@@ -42,7 +42,7 @@ def test_a_cell_shows_one_thing_that_is_replaced(shell: InteractiveShell) -> Non
     assert "denoise: 2 pictures in 10.0 s, peak cuda:0 23.0 GiB" in tags.text
     live("end", {"stage": "denoise", "seconds": {"load": 4.2}, "peak": {}})
     assert "img" not in [tag for tag, _ in checked(shown[-1]["data"]["text/html"]).seen]
-    assert shown[-1]["data"]["text/plain"].splitlines()[0] == "run r1: 2 pictures, some/model, seeds 7 to 8"
+    assert shown[-1]["data"]["text/plain"].splitlines()[0] == "run r1: 2 pictures, some/model, first seed 7"
 
 
 CELL = """
