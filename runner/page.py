@@ -105,8 +105,8 @@ def _blocks(record: Mapping[str, Any], store: "ArtifactStore") -> str:
 
 
 def _memory(record: Mapping[str, Any], store: "ArtifactStore") -> str:
-    return _chart("Memory over time", "Sampled where stages, steps and their parts begin and end. A flush proves that "
-                  "the stage gave everything back.", record, memory)
+    return _chart("Memory over time", "Sampled where stages, steps and their parts begin and end. At each red mark a "
+                  "stage is over, and what it held is given back.", record, memory)
 
 
 def _gantt(record: Mapping[str, Any], store: "ArtifactStore") -> str:

@@ -73,9 +73,13 @@ def test_runs_of_blocks_are_named_by_their_numbers() -> None:
     found = list(runs({"outside blocks": 1, "a.0": 1, "a.1": 1, "b.c.5": 1, "b.c.7": 1}))
     assert [(stem, [block for block, _ in members]) for stem, members in found] == [
         ("outside blocks", ["outside blocks"]), ("a", ["a.0", "a.1"]), ("b.c", ["b.c.5"]), ("b.c", ["b.c.7"])]
-    assert named("t", "x.single_transformer_blocks", [("x.single_transformer_blocks.2", 1),
-                                                      ("x.single_transformer_blocks.9", 1)]) == [
-        "single_transformer_blocks 2-9", "single 2-9", "2-9"]
+    assert named("transformer", "x.single_transformer_blocks", [("x.single_transformer_blocks.2", 1),
+                                                                ("x.single_transformer_blocks.9", 1)]) == [
+        "single_transformer_blocks 2-9", "single blocks 2-9", "single 2-9", "2-9"]
+    assert named("transformer", "transformer_blocks", [("transformer_blocks.3", 1)]) == [
+        "transformer_blocks 3", "block 3", "3"]
+    assert named("text_encoder_2", "encoder.block", [("encoder.block.0", 1), ("encoder.block.1", 1)]) == [
+        "block 0-1", "blocks 0-1", "0-1"]
     assert named("vae", "outside blocks", [("outside blocks", 1)]) == ["vae"]
 
 

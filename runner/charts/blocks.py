@@ -16,6 +16,8 @@ HEAD, FOOT = 26, 54
 GROUP, COLUMN = 30, 12
 LEAST, MOST = 92, 272
 COLORS = 6
+# Words in the names of lists of blocks that say nothing.
+PLAIN = ("block", "blocks", "layer", "layers")
 
 
 @dataclass(frozen=True)
@@ -193,4 +195,8 @@ def named(component: str, stem: str, members: Sequence[tuple[str, int]]) -> list
         return [component if stem == REST else stem]
     row = stem.rpartition(".")[2]
     numbers = first if first == last else f"{first}-{last}"
-    return [f"{row} {numbers}", f"{row.split('_')[0]} {numbers}", numbers]
+    # Of `single_transformer_blocks` in a transformer, only the first word says something new.
+    kind = " ".join(word for word in row.split("_") if word not in (component, *PLAIN))
+    blocks = "block" if first == last else "blocks"
+    short = [f"{kind} {blocks} {numbers}", f"{kind} {numbers}"] if kind else [f"{blocks} {numbers}"]
+    return [f"{row} {numbers}", *short, numbers]
