@@ -25,7 +25,7 @@ SIZE = (128, 128)
 STEPS, GUIDANCE, TOKENS, SEED = 8, 3.5, 64, 7
 PARTS = ("plan", "encode", "denoise", "decode")
 FLOOR = 0.02
-SHORTAGES = ("out of memory", "PlanError", "doesn't fit", "offloaded to the disk")
+SHORTAGES = ("out of memory", "NoRung", "doesn't fit", "offloaded to the disk")
 Figures = dict[str, float]
 
 
@@ -143,7 +143,8 @@ def shown(raw: table.Raw, least: Mapping[str, int], cap: int, sizes: Mapping[str
                      *(f"{table.median(raw, way, part):.2f}" for part in PARTS),
                      f"{table.median(raw, way, 'total') / table.median(raw, base, 'total'):.2f}",
                      f"{least[way] / sizes['transformer']:.0%}"])
-    head = ["", "peak card 0", "peak card 1", "MB to cards", *(f"{part} s" for part in PARTS), "time", "smallest cards"]
+    head = ["", "peak card 0", "peak card 1", "MB to cards", *(f"{part} s" for part in PARTS), "time",
+            "smallest cards"]
     facts = (f"Two cards of {cap / 1e6:.1f} MB; T5 {sizes['text_encoder_2'] / 1e6:.1f} MB, transformer "
              f"{sizes['transformer'] / 1e6:.1f} MB in float32; {SIZE[0]}x{SIZE[1]}, {STEPS} steps. Smallest cards: of "
              f"the transformer. The pictures are {'equal, bit for bit' if len(same) == 1 else 'NOT equal'}.")

@@ -1,8 +1,8 @@
 """The guides' recipe for a FLUX that no card can hold, written out: encode, flush, denoise, flush, decode by hand.
 
-As it is published, it gives no seed, calls a counter reset that is deprecated, and names no memory for the transformer,
-upon which accelerate takes 90 % of what is free; here it has a seed, the counters are read in between, and the 90 % are
-said. Nothing of it is kept when it fails, and in a notebook an exception keeps the model alive.
+As it is published, it gives no seed, calls a counter reset that is deprecated, and names no memory for the
+transformer, upon which accelerate takes 90 % of what is free; here it has a seed, the counters are read in between,
+and the 90 % are said. Nothing of it is kept when it fails, and in a notebook an exception keeps the model alive.
 """
 
 import gc

@@ -37,6 +37,10 @@ class Halt:
             self.signal = signal.SIGINT
         return self.signal is not None
 
+    def ask(self) -> None:
+        """Ask for a stop at a good moment."""
+        self.signal = self.signal or signal.SIGINT
+
     def stop(self) -> None:
         """Raise Interrupted if somebody asked."""
         if self.asked and self.signal is not None:

@@ -15,7 +15,12 @@ def layout(plan: "Plan") -> Layout:
     for stage in plan.stages:
         devices = found[stage.name] = dict[str, dict[str, dict[str, int]]]()
         for component in stage.components:
-            weights, at_rest = plan.weights[component.name], plan.places[component.name].placement.at_rest
+            weights, placement = plan.weights[component.name], plan.places[component.name].placement
+            if plan.cut and stage.name == "denoise":
+                for device, size in placement.share(weights).items():
+                    devices.setdefault(device, {})[component.name] = {component.name: size}
+                continue
+            at_rest = placement.at_rest
             parts = {REST: sum(weights.rest.values()), **weights.blocks}
             for block, size in parts.items():
                 if size:

@@ -17,6 +17,7 @@ from runner import tables, together
 from runner.durable import explained
 from runner.events import Emit, clean, json_lines, tee
 from runner.order import Order, devices, order
+from runner.parallel import wished
 from runner.previews import Beside
 from runner.progress import Progress
 from runner.ranks import launched
@@ -40,7 +41,7 @@ LANES = 16
 
 def make(family: str, said: Any) -> int:
     """Make the pictures that the options `said` ask for; the exit code. Standard output gets paths, or JSON."""
-    if said.ranks is not None or launched() is not None:
+    if said.ranks is not None or launched() is not None or wished(said.place) is not None:
         return together.make(family, said)
     return produce(order(family, said), said)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from runner.events import Emit
 from runner.link import Link
 from runner.order import Order
+from runner.parallel import wished
 from runner.pulse import Pulse
 from runner.ranks import Rank, part, share
 from runner.results import Writer
@@ -17,7 +18,9 @@ from stages.errors import BadResult, StoreError
 
 if TYPE_CHECKING:
     from runner.artifacts import ArtifactStore
+    from runner.company import Company
     from runner.plan import Plan
+    from stages.machine import Machine
 
 
 class Shared:
@@ -54,7 +57,7 @@ class Member:
     """One rank with its link to the others; `emit` hears of its own work."""
 
     def __init__(self, rank: Rank, link: Link, pulse: Pulse, emit: Emit) -> None:
-        self.rank, self._link, self._pulse, self._emit = rank, link, pulse, emit
+        self.rank, self.link, self.pulse, self.emit = rank, link, pulse, emit
 
     def lead(self, task: Task, store: "ArtifactStore") -> tuple[Order, list[dict[str, Any]]]:
         """Have all ranks do the task, this one its share of it; the order less what its model cannot make, and all
@@ -62,14 +65,19 @@ class Member:
 
         Errors of the order or the model are raised before any other rank begins.
         """
-        job, task = self._planned(task)
-        whole = _whole(task, job)
+        if wished(task.said.place) is not None:
+            from runner.ensemble import lead
+
+            return lead(self, task, store)
+        job, task = self.planned(task, part(probed(task), self.rank))
+        whole = whole_of(task, job)
         store.save_run(task.order.run, {**whole, "status": "running"})
-        self._link.publish(task.document())
-        with self._answering():
-            mine = self._work(task, job, cast("ArtifactStore", Shared(store, self._pulse, whole)))
-            with self._pulse.waiting():
-                shares = [mine, *self._link.shares()]
+        self.link.publish(task.document())
+        with self.answering():
+            positions = share(len(task.order.items), self.rank.rank, self.rank.size)
+            mine = self.work(task, job, cast("ArtifactStore", Shared(store, self.pulse, whole)), positions)
+            with self.pulse.waiting():
+                shares = [mine, *self.link.shares()]
             store.save_run(task.order.run, {**store.load_run(task.order.run), "status": "done"})
         return task.order, shares
 
@@ -77,44 +85,51 @@ class Member:
         """Do this rank's share of a task that the first one published."""
         from runner.make import opened
 
-        with self._answering():
+        with self.answering():
             task = read_task(document)
-            store = opened(task.order, task.said, self._emit)
-            self._check_shared(store, task)
-            job, task = self._planned(task)
-            return self._work(task, job, cast("ArtifactStore", Shared(store, self._pulse, None)))
+            store = opened(task.order, task.said, self.emit)
+            self.check_shared(store, task)
+            if "company" in document:
+                from runner.ensemble import follow
 
-    def _planned(self, task: Task) -> tuple["Plan", Task]:
-        """The plan of the whole order for this rank's cards: what it decides does not depend on the share."""
+                return follow(self, task, store, document["company"])
+            job, task = self.planned(task, part(probed(task), self.rank))
+            positions = share(len(task.order.items), self.rank.rank, self.rank.size)
+            return self.work(task, job, cast("ArtifactStore", Shared(store, self.pulse, None)), positions)
+
+    def planned(self, task: Task, machine: "Machine") -> tuple["Plan", Task]:
+        """The plan of the whole order for these cards: what it decides does not depend on the share."""
         from runner.make import planned
-        from stages.machine import probe
 
-        self._emit("begin", {"what": "planning"})
-        job, order = planned(task.order, task.said, machine=part(probe(task.order.devices), self.rank))
+        self.emit("begin", {"what": "planning"})
+        job, order = planned(task.order, task.said, machine=machine)
         return job, replace(task, order=order)
 
-    def _work(self, task: Task, job: "Plan", store: "ArtifactStore") -> dict[str, Any]:
+    def work(
+        self, task: Task, job: "Plan", store: "ArtifactStore", positions: range, company: "Company | None" = None
+    ) -> dict[str, Any]:
+        """Do the part of the task at these positions; what came of it."""
         from runner.run import run_all
         from runner.shares import Share
         from runner.shift import Failure
 
-        positions = share(len(task.order.items), self.rank.rank, self.rank.size)
         if not positions:
             return Share(self.rank.rank, positions).document()
         own = slice(positions.start, positions.stop)
         order = replace(task.order, items=task.order.items[own], paths=task.order.paths[own])
         cards: dict[int, Mapping[str, Any]] = {}
-        writer = Writer(order, task.said, self._emit, cards.__setitem__)
+        writer = Writer(order, task.said, self.emit, cards.__setitem__)
         try:
             report = run_all(
                 replace(job, requests=order.requests), store=store, emit=self._heard(task, writer.hear),
                 name=order.run, stop_after=task.said.stop_after, from_stage=task.said.from_stage,
                 done=writer.keep if order.paths else None, degrade=not task.said.no_degrade,
                 step_every=order.step_every,
+                company=company,
             )
         except BadResult as error:
             # Other ranks may do better: it is for the whole run to say whether anything came of it.
-            lost = [Failure(index, self._pulse.stage, str(error)) for index in range(len(positions))]
+            lost = [Failure(index, self.pulse.stage, str(error)) for index in range(len(positions))]
             return Share(self.rank.rank, positions, failures=lost).document()
         return Share(self.rank.rank, positions, report, cards, [*report.failures, *writer.failures]).document()
 
@@ -126,7 +141,7 @@ class Member:
 
         return emit
 
-    def _check_shared(self, store: "ArtifactStore", task: Task) -> None:
+    def check_shared(self, store: "ArtifactStore", task: Task) -> None:
         try:
             store.load_run(task.order.run)
         except StoreError:
@@ -136,16 +151,23 @@ class Member:
             ) from None
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def answering(self) -> Iterator[None]:
         """Tell whoever watches if the block fails, with the place where it did."""
         try:
             yield
         except Exception as error:  # whatever it is, the others must hear of it
             text = f"{type(error).__name__}: {error}" if type(error).__module__ == "builtins" else str(error)
-            self._link.fail(f"rank {self.rank.rank} failed {self._pulse.where}: {text}")
+            self.link.fail(f"rank {self.rank.rank} failed {self.pulse.where}: {text}")
 
 
-def _whole(task: Task, job: "Plan") -> dict[str, Any]:
+def probed(task: Task) -> "Machine":
+    """This host, as far as the task may use it."""
+    from stages.machine import probe
+
+    return probe(task.order.devices)
+
+
+def whole_of(task: Task, job: "Plan") -> dict[str, Any]:
     """What the record of the run says of all its requests."""
     from runner.keys import chain
 

@@ -7,7 +7,9 @@ from functools import cache
 
 import torch
 
-from runner.ladder import Ask, NoRung, Rung, climb
+from runner.cutting import cut
+from runner.ladder import LADDER, Ask, NoRung, Rung, climb
+from runner.parallel import processes
 from runner.saving import Saving, saving
 from runner.wishes import Wish, granted
 from stages.dtypes import choose
@@ -85,7 +87,7 @@ class Placer:
         for tile in (None, *self._tiles()) if stage.name == "decode" else (None,):
             try:
                 places, found, rungs = self._fitted(task, tile)
-                if stage.name == "denoise":
+                if stage.name == "denoise" and rungs[-1].name in LADDER:
                     done.lanes, places, found, rungs = self._laned(task, places, found, rungs)
                 break
             except NoRung as error:
@@ -123,16 +125,19 @@ class Placer:
 
     def _fitted(self, task: "Task", tile: int | None) -> tuple[dict[str, Place], Rehearsal, tuple[Rung, ...]]:
         """Places that fit with what the rehearsal at those places took."""
+        count = processes(self.wishes.get(task.stage.name, Wish()).rung)
+        if count is not None:
+            return cut(self, task, count)
         best = max(self.machine.cards or self.machine.devices, key=lambda device: device.room).name
         at_best = task.places({name: Resident(best, tile) for name in task.types})
-        found = self._rehearsed(task, at_best)
+        found = self.rehearsed(task, at_best)
         reserve = Counter(dict.fromkeys((device.name for device in self.machine.devices), found.peak[best]))
         pinned = frozenset[str]()
         for _ in range(TRIES):
             placements, rungs = self._climbed(task, found, reserve, pinned)
             places = task.places({name: tiled(placement, tile) for name, placement in placements.items()})
             try:
-                found = found if places == at_best else self._rehearsed(task, places)
+                found = found if places == at_best else self.rehearsed(task, places)
             except Met:
                 # Branches that meet again must do so on one card: only the longest row of blocks is dealt.
                 if pinned:
@@ -184,7 +189,8 @@ class Placer:
         )
         return climb(ask, self.machine, wish.rung)
 
-    def _rehearsed(self, task: "Task", places: Mapping[str, Place]) -> Rehearsal:
+    def rehearsed(self, task: "Task", places: Mapping[str, Place]) -> Rehearsal:
+        """What the stage takes at these places."""
         scratch = {device.name: device.scratch for device in self.machine.devices}
         found = rehearse(task.stage, places, task.weights, task.state, self.inputs, scratch)
         # A lane takes the row of its call along to every device that computes.

@@ -18,6 +18,7 @@ from stages.checkpoint import Checkpoint, check, find
 from stages.copies import rerouted
 from stages.families import FAMILIES, Family
 from stages.machine import Machine, probe
+from stages.parallel import TensorParallel
 from stages.placement import Place, Resident
 from stages.split import require, split
 from stages.stage import Stage
@@ -67,6 +68,11 @@ class Plan:
         diffusers' own, `hf_device_map`, has one device for a component, and may lack one.
         """
         return {name: dict(place.placement.at_rest) for name, place in self.places.items()}
+
+    @property
+    def cut(self) -> bool:
+        """Whether the denoise is cut over cards, which takes a process for each."""
+        return any(isinstance(place.placement, TensorParallel) for place in self.places.values())
 
     @property
     def tile(self) -> int | None:

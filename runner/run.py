@@ -14,6 +14,7 @@ import torch
 from runner import display
 from runner.artifacts import ArtifactStore, MemoryStore, key_of, open_store
 from runner.colors import colors_of
+from runner.company import Company
 from runner.interrupts import Halt, Interrupted
 from runner.keys import STAGES, chain, midway_key, missing, starts
 from runner.lanes import one_at_a_time
@@ -99,6 +100,7 @@ def run_all(
     degrade: bool = True,
     preview: int = 0,
     sample_memory: bool = False,
+    company: Company | None = None,
 ) -> Report:
     """Make every picture of the plan, re-using what the store has; `done` is told of each as soon as it is there.
 
@@ -106,7 +108,7 @@ def run_all(
     kept with the run. An unfinished denoise is kept every `step_every` seconds. A signal, or `stop` once it is true,
     ends the run after the current step: Interrupted. A stage that runs out of memory is tried once more with one
     thing changed, unless `degrade` is False. Rough pictures are told of every `preview` steps; with `sample_memory`,
-    memory is recorded ten times a second, too.
+    memory is recorded ten times a second, too. A denoise that is cut over cards needs the `company` of other ranks.
 
     Raises BadResult, LoadError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
@@ -114,13 +116,16 @@ def run_all(
         raise ValueError("this is a plan for cards that are not here: plan without machine= to run")
     if plan.checkpoint.absent:
         raise ValueError(f"{plan.checkpoint.absent} bytes of weights are not here: plan with weights=True to run")
+    if company is None:
+        check_whole(plan)
     seen = Recorder(emit, plan.devices, often=sample_memory)
     emit = one_at_a_time(seen)
     store = store or open_store("memory", warn=lambda text: emit("warning", {"text": text}))
     name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     if preview:
         emit = one_at_a_time(Previewer(seen, preview, plan.requests, colors_of(plan, store)))
-    run = Run(plan, store, emit, seen, name, dict(record or {}), Halt(stop), step_every, degrade, done)
+    run = Run(plan, store, emit, seen, name, dict(record or {}), Halt(stop), step_every, degrade, done,
+              company)
     return run.go(stop_after, from_stage)
 
 
@@ -131,6 +136,8 @@ def run_stage(
 
     With `states`, one for each request, it works on these instead, and what it makes is returned and not kept.
     """
+    if stage == "denoise":
+        check_whole(plan)
     keys = chain(plan)
     index = STAGES.index(stage)
     before: Sequence[str] | None = keys[STAGES[index - 1]] if index else None
@@ -173,6 +180,7 @@ class Run:
     step_every: float
     degrade: bool
     done: Done | None
+    company: Company | None = None
     changes: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
@@ -204,7 +212,8 @@ class Run:
             for index, stage in enumerate(stages):
                 following = next((later for later in stages[index + 1 :] if todo[later.name]), None)
                 shift = Shift(self.plan, stage, self.store, self.emit, self.halt, self.step_every,
-                              starts(from_stage, stage), following, self.failures)
+                              starts(from_stage, stage), following, self.failures,
+                              company=self.company if stage.name == "denoise" else None)
                 reports.append(self._worked(shift, stages[index - 1] if index else None, todo[stage.name]))
         pictures = () if stop_after in ("encode", "denoise") else tuple(self._pictures())
         return Report(self.name, pictures, tuple(reports), self.keys, tuple(self.failures), tuple(self.changes),
@@ -279,6 +288,13 @@ class Run:
         self.store.save_run(self.name, {**self.record, **described(self.plan), **self.seen.document(),
                                         "previews": self.seen.strips.keep(self.store, self.name), "status": status,
                                         "changes": list(self.changes), "failures": failures, **more})
+
+
+def check_whole(plan: Plan) -> None:
+    """Raise ValueError for a denoise that one process cannot do."""
+    if plan.cut:
+        raise ValueError("denoise=tensor_parallel takes a process for each card -> runner.spawn(..., ranks=2, "
+                         "place=['denoise=tensor_parallel']), or the command line")
 
 
 def facts_of(plan: Plan, changes: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 
 from runner import display, lanes
 from runner.artifacts import ArtifactStore
+from runner.company import Company
 from runner.interrupts import Halt
 from runner.keys import midway_key
 from runner.memory import Flushed, Meter
@@ -77,6 +78,7 @@ class Shift:
     """One stage of a plan with its store.
 
     The keys of what is made are added to `made` and told to `finished`; requests that fail alone go to `failures`.
+    With `company`, other ranks do the same at the same time.
     """
 
     plan: Plan
@@ -90,6 +92,7 @@ class Shift:
     failures: list[Failure] = field(default_factory=list)
     made: set[str] = field(default_factory=set)
     finished: Callable[[str], None] | None = None
+    company: Company | None = None
 
     def __post_init__(self) -> None:
         self.seconds = dict.fromkeys(("load", "compute", "save", "flush"), 0.0)
@@ -118,6 +121,8 @@ class Shift:
                 places = dict(sound(places, self.emit))
                 # The patterns that were copied for this are no part of the stage.
                 meter.restart()
+                if self.company is not None:
+                    self.company.begin(keys, before, todo)
                 self._compute(errands, places)
         except Left:
             self.halt.stop()
@@ -158,7 +163,8 @@ class Shift:
         try:
             with self.store.working(errand.key):
                 # Another process may have made it while this one loaded or waited.
-                if self.anew or self.store.get(errand.key) is None:
+                wanted = self.anew or self.store.get(errand.key) is None
+                if wanted if self.company is None else self.company.agreed(wanted):
                     self._make(lane, errand, of)
         except BadResult as error:
             if of == 1:
@@ -196,7 +202,10 @@ class Shift:
             raise
 
     def _stopping(self) -> bool:
-        return self.halt.asked or self._broken.is_set()
+        wish = self.halt.asked or self._broken.is_set()
+        if self.company is not None and self.company.stopping(wish):
+            self.halt.ask()
+        return wish or self.halt.asked
 
     def _tabulated(self, places: Places, errands: Sequence[Errand]) -> Modulation | None:
         """The stage's modulation table, if layers of its component are left on the disk."""

@@ -12,6 +12,7 @@ from runner.events import Emit, Tolerant, clean, tee
 from runner.link import Launcher, Link
 from runner.member import Member
 from runner.order import Order, order
+from runner.parallel import RANKS, team, wished
 from runner.progress import Progress
 from runner.pulse import Pulse
 from runner.ranks import Rank, launched
@@ -20,7 +21,6 @@ from runner.results import Results
 from runner.task import Task
 from runner.watch import TIMEOUT, RankLost
 
-RANKS = 64
 LONGEST = 24 * 3600
 
 
@@ -31,7 +31,8 @@ def make(family: str, said: Any) -> int:
     if said.artifacts == "memory":
         raise ValueError("ranks share a store, and each has a memory of its own -> --artifacts DIR, or leave it out")
     if rank is None:
-        return supervise(family, said, read_whole("ranks", said.ranks, 1, RANKS), timeout)
+        alone = wished(said.place) is None
+        return supervise(family, said, read_whole("ranks", said.ranks, 1, RANKS) if alone else team(said), timeout)
     if said.ranks is not None:
         raise ValueError(f"--ranks {shown(said.ranks)}: a launcher started {rank.size} ranks already -> leave it out")
     return join(family, said, rank, timeout)

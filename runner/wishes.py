@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from runner.ladder import LADDER
+from runner.parallel import processes
 from stages.machine import Machine
 from stages.placement import Placement, Resident, Sharded
 from stages.stage import Stage
@@ -15,7 +16,10 @@ _RUNS = re.compile(r"[\w:]+:[0-9]+(,[\w:]+:[0-9]+)*")
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for a stage: one rung of the ladder, or the places of some of its components."""
+    """What is asked for a stage: one rung of the ladder, or the places of some of its components.
+
+    `tensor_parallel` is no rung that is climbed to unasked: it takes a process for each card.
+    """
 
     rung: str | None = None
     places: Mapping[str, str] = field(default_factory=dict)
@@ -35,7 +39,10 @@ def read_wishes(texts: Sequence[str], stages: Sequence[Stage]) -> dict[str, Wish
         names = [part.name for part in stage.components]
         if component and component not in names:
             raise ValueError(f"--place {text!r}: {name} has no component {component}: choose from {', '.join(names)}")
-        if not component and value in LADDER:
+        if processes(value) is not None and (component or name != "denoise"):
+            raise ValueError(f"--place {text!r}: it is the whole denoise that can be cut over cards: write "
+                             f"denoise={value}")
+        if not component and (value in LADDER or processes(value) is not None):
             rungs[name] = value
         else:
             places[name].update(dict.fromkeys([component] if component else names, value))

@@ -18,6 +18,7 @@ from torch import nn
 from stages.checkpoint import Checkpoint, Component
 from stages.errors import BadResult, LoadError
 from stages.folding import folded
+from stages.parallel import TensorParallel, divided
 from stages.placement import DISK, Place, Places, standing, waiting
 from stages.shelf import Shelf
 from stages.state import State, Value
@@ -248,8 +249,10 @@ def load(component: Component, place: Place) -> nn.Module:
     """The component's model at its place; raises LoadError unless every parameter came from the files."""
     library = {"diffusers": diffusers, "transformers": transformers}[component.library]
     cls = getattr(library, component.class_name)
+    cls = folded(cls, place.folded) if place.folded else cls
+    cls = divided(cls, place.placement) if isinstance(place.placement, TensorParallel) else cls
     with without_bars():
-        model, info = (folded(cls, place.folded) if place.folded else cls).from_pretrained(
+        model, info = cls.from_pretrained(
             component.folder, dtype=place.dtype, device_map=place.placement.device_map, use_safetensors=True,
             output_loading_info=True,
         )

@@ -59,7 +59,7 @@ def weigh(component: Component, dtype: torch.dtype, folded: Collection[str] = ()
     extra = _compare(component, model)
     names = _blocks(model)
     blocks, rest = dict.fromkeys(names, 0), dict[str, int]()
-    for name, size in _sizes(component, model, dtype):
+    for name, size in sizes(component, model, dtype):
         if name.rpartition(".")[0] in folded:
             continue
         block = next((block for block in _prefixes(name) if block in blocks), None)
@@ -120,7 +120,7 @@ def _config(cls: Any, component: Component, dtype: torch.dtype) -> Any:
     return config
 
 
-def _sizes(component: Component, model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
+def sizes(component: Component, model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
     """Bytes of every parameter and buffer; tied ones once."""
     kept, stored = float32(component, model, dtype), model.state_dict()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
