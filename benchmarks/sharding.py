@@ -135,19 +135,17 @@ def main() -> None:
 
 def shown(raw: table.Raw, least: Mapping[str, int], cap: int, sizes: Mapping[str, int]) -> str:
     """The Markdown table."""
-    base, rows = next(iter(raw)), []
-    same = {median for way in raw for median in (table.median(raw, way, "pixels"),)}
-    for way in raw:
-        rows.append([way, *(f"{table.median(raw, way, card) / cap:.0%}" for card in ("first", "second")),
-                     f"{table.median(raw, way, 'loaded') / 1e6:.1f}",
-                     *(f"{table.median(raw, way, part):.2f}" for part in PARTS),
-                     f"{table.median(raw, way, 'total') / table.median(raw, base, 'total'):.2f}",
-                     f"{least[way] / sizes['transformer']:.0%}"])
-    head = ["", "peak card 0", "peak card 1", "MB to cards", *(f"{part} s" for part in PARTS), "time",
-            "smallest cards"]
+    whole = table.median(raw, next(iter(raw)), "total")
+    pictures = {table.median(raw, way, "pixels") for way in raw}
+    rows = [[way, *(f"{table.median(raw, way, card) / cap:.0%}" for card in ("first", "second")),
+             f"{table.median(raw, way, 'loaded') / sum(sizes.values()):.2f}",
+             *(f"{table.median(raw, way, part) / whole:.2f}" for part in (*PARTS, "total")),
+             f"{least[way] / sizes['transformer']:.0%}"] for way in raw]
+    head = ["", "peak, card 0", "peak, card 1", "bytes to cards", *PARTS, "total", "smallest cards"]
     facts = (f"Two cards of {cap / 1e6:.1f} MB; T5 {sizes['text_encoder_2'] / 1e6:.1f} MB, transformer "
-             f"{sizes['transformer'] / 1e6:.1f} MB in float32; {SIZE[0]}x{SIZE[1]}, {STEPS} steps. Smallest cards: of "
-             f"the transformer. The pictures are {'equal, bit for bit' if len(same) == 1 else 'NOT equal'}.")
+             f"{sizes['transformer'] / 1e6:.1f} MB in float32; {SIZE[0]}x{SIZE[1]}, {STEPS} steps. Peaks are parts of "
+             f"a card, bytes of those two components, times of the recipe's total, smallest cards of the transformer. "
+             f"The pictures are {'equal, bit for bit' if len(pictures) == 1 else 'NOT equal'}.")
     return f"{table.markdown(head, rows)}\n\n{facts}"
 
 

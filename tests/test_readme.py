@@ -22,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 RUNS = [line[line.index("python -m runner") :] for line in LINES
-        if "python -m runner" in line and "--ranks" not in line]
+        if "python -m runner" in line and "--ranks" not in line and "tensor_parallel" not in line]
 RANKS = [line for line in LINES if line.startswith(("torchrun", "accelerate")) or "--ranks" in line]
+TOGETHER = [line for line in LINES if "tensor_parallel" in line]
 STARTS = {"python": ["-m"], "torchrun": ["-m", "torch.distributed.run"],
           "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
 INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install -q "
@@ -50,7 +51,7 @@ def test_there_are_two_commands_that_install() -> None:
     """The second is what continuous integration runs (test_lint.py), the first differs in what follows the install."""
     installing = [line for line in LINES if "pip install" in line]
     assert [line.startswith(INSTALL) for line in installing] == [True, True]
-    assert all(line.startswith(INSTALL) or line in RUNS or line in RANKS for line in LINES)
+    assert all(line.startswith(INSTALL) or line in RUNS + RANKS + TOGETHER for line in LINES)
 
 
 def test_the_first_command_ends_with_a_picture(tmp_path: Path) -> None:
@@ -96,6 +97,15 @@ def test_two_ranks_make_the_pictures_of_one_process(line: str, flux: Path, tmp_p
     assert len(printed) == len(alone) == 4
     for path, picture in zip(printed, alone, strict=True):
         assert np.array_equal(Image.open(tmp_path / path), picture.pixels)
+
+
+def test_two_processes_make_one_picture_together(flux: Path, tmp_path: Path) -> None:
+    (line,) = TOGETHER
+    small = ("--model", str(flux), "--size", "64x48", "--device", "cpu", "--steps", "2", "--ranks", "2")
+    (printed,) = run(line, tmp_path, *small)
+    asked = ask("a fox", FAMILIES["flux"], size=(64, 48), steps=2, seed=1)
+    alone = run_all(make_plan("flux", asked, model=flux, devices=["cpu"])).pictures[0].pixels
+    assert np.abs(np.asarray(Image.open(tmp_path / printed)).astype(int) - alone).max() <= 1
 
 
 def test_the_python_of_the_readme_runs() -> None:

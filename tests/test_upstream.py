@@ -17,6 +17,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import ModularPipeline
+from diffusers.hooks import tensor_parallel
 from diffusers.modular_pipelines.helios import encoders as helios_encoders
 from diffusers.modular_pipelines.modular_pipeline import (
     MODULAR_PIPELINE_MAPPING,
@@ -315,3 +316,21 @@ def test_12_wan_forgets_its_negative_embeddings_without_guidance(
         pipe(prompt="a red circle", max_sequence_length=8)
     with pytest.raises(LoadError, match="WanPipeline makes videos"):
         stages_of(model)
+
+
+def test_13_tensor_parallelism_takes_the_card_with_the_ranks_number_and_refuses_a_cpu() -> None:
+    assert "device = torch.device(device_type, rank % torch.accelerator.device_count())" in inspect.getsource(
+        diffusers.ModelMixin._resolve_parallel_config)
+    config = diffusers.TensorParallelConfig(tp_degree=2)
+    config.setup(0, 2, torch.device("cpu"), mesh=SimpleNamespace(size=lambda: 2, device_type="cpu"))
+    with pytest.raises(ValueError, match="not supported on device type 'cpu'"):
+        tensor_parallel.apply_tensor_parallel(torch.nn.Linear(2, 2), config, {})
+    assert {"cuda", "xpu"} <= set(tensor_parallel._SUPPORTED_TP_DEVICES)
+
+
+def test_13_the_plans_of_tensor_parallelism_name_no_layer_that_the_table_replaces() -> None:
+    cut = {cls for cls in vars(diffusers).values() if isinstance(cls, type) and getattr(cls, "_tp_plan", None)}
+    known = {"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"}
+    assert known <= {cls.__name__ for cls in cut}
+    names = [name for cls in cut for name in cls._tp_plan]
+    assert names and not any("norm" in name or "mod" in name or "embed" in name for name in names)
