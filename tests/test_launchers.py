@@ -76,7 +76,7 @@ def test_a_lost_rank_ends_the_job_with_its_name(
     flux: Path, tmp_path: Path, rank: int, number: signal.Signals, says: str
 ) -> None:
     words = ("--model", str(flux), "--prompt", "a dog", "--count", "2", "--size", "64x48", "--device", "cpu",
-             "--steps", "400", "--rank-timeout", "6")
+             "--steps", "1000", "--rank-timeout", "6")
     with launched(tmp_path, *words) as launcher:
         os.kill(caught(launcher, rank), number)
         begin = time.monotonic()

@@ -28,6 +28,8 @@ from stages.machine import Device, Machine
 from stages.state import State
 
 ROOT = Path(__file__).parent.parent
+# So many that a rank is still at them when it is first heard of, a second later.
+MANY = 1000
 PROMPTS = ("a dog", "a cat", "a dog", "a fox", "a cow")
 ASKED = [Request(prompt, 64, 48, 2, 3.5, 7 + index, 32, index) for index, prompt in enumerate(PROMPTS)]
 
@@ -99,7 +101,7 @@ def when(crew: Crew, rank: int, where: str, act: Callable[[int], None]) -> Itera
 
 def test_a_killed_rank_ends_the_job_and_what_was_finished_is_kept(flux: Path, alone: Report, tmp_path: Path) -> None:
     finished = threading.Event()
-    asked = [*ASKED[:2], replace(ASKED[2], steps=60)]
+    asked = [*ASKED[:2], replace(ASKED[2], steps=MANY)]
 
     def emit(kind: str, data: Mapping[str, Any]) -> None:
         if kind == "end" and data["stage"] == "decode":
@@ -110,26 +112,25 @@ def test_a_killed_rank_ends_the_job_and_what_was_finished_is_kept(flux: Path, al
         assert finished.wait(60)
         os.kill(pid, signal.SIGKILL)
 
-    said = r"^rank 1 was killed by SIGKILL .* last in denoise, picture 1 of 1, step \d+ of 60; what was finished"
+    said = r"^rank 1 was killed by SIGKILL .* last in denoise, picture 1 of 1, step \d+ of 1000; what was finished"
     with Crew(2) as crew:
         with pytest.raises(RankLost, match=said), when(crew, 1, "step", kill):
             spawn("flux", asked, ranks=crew, model=flux, devices=["cpu"], store=tmp_path, emit=emit)
         begin = time.monotonic()
     assert time.monotonic() - begin < 30 and gone(crew)
-    rest = run_all(make_plan("flux", asked, model=flux, devices=["cpu"]), store=open_store(str(tmp_path)))
-    assert [stage.reused for stage in rest.stages] == [3, 2, 2]
-    assert same(rest, alone)[:2] == [True, True]
+    kept = run_all(make_plan("flux", asked[:2], model=flux, devices=["cpu"]), store=open_store(str(tmp_path)))
+    assert [stage.reused for stage in kept.stages] == [2, 2, 2] and same(kept, alone) == [True, True]
 
 
 def test_a_stopped_rank_ends_the_job(flux: Path, tmp_path: Path) -> None:
-    asked = [replace(ASKED[index], steps=60) for index in range(2)]
+    asked = [replace(ASKED[index], steps=MANY) for index in range(2)]
     stopped: list[float] = []
 
     def stop(pid: int) -> None:
         os.kill(pid, signal.SIGSTOP)
         stopped.append(time.monotonic())
 
-    said = r"^rank 0 hangs: no sign of life for \d+ s, last in denoise, picture 1 of 1, step \d+ of 60 "
+    said = r"^rank 0 hangs: no sign of life for \d+ s, last in denoise, picture 1 of 1, step \d+ of 1000 "
     with Crew(2, timeout=8.0) as crew, pytest.raises(RankLost, match=said), when(crew, 0, "step", stop):
         spawn("flux", asked, ranks=crew, model=flux, devices=["cpu"], store=tmp_path)
     assert time.monotonic() - stopped[0] < 60 and gone(crew)
