@@ -198,9 +198,9 @@ def answer(words: Sequence[str]) -> int:
 
 
 def respond(job: Callable[[], int | None], *, verbose: bool, words: Sequence[str] = ()) -> int:
-    """Do what a command line asks for, errors in one line included; the exit code.
+    """Do what a command line asks for, errors included; the exit code.
 
-    What does not fit ends with a command made of the `words` of this one, if they are known.
+    What does not fit ends with what was tried, and a command made of the `words` of this one, if they are known.
     """
     try:
         return job() or 0

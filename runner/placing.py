@@ -15,7 +15,7 @@ from runner.wishes import Wish, granted
 from stages.dtypes import choose
 from stages.ledger import Met
 from stages.machine import Machine
-from stages.placement import Place, Placement, Resident, Sharded, remainder
+from stages.placement import DISK, Place, Placement, Resident, Sharded, remainder
 from stages.rehearsal import Rehearsal, rehearse
 from stages.shelf import reading
 from stages.stage import Inputs, Stage
@@ -233,7 +233,12 @@ class Task:
         shares = Counter[str]()
         for name, weights in self.weights.items():
             shares.update(places[name].placement.share(weights))
-        return {name: Need(shares[name], found.peak.get(name, 0)) for name in (*shares, *found.peak)}
+        return {name: Need(shares[name], found.peak.get(name, 0)) for name in sorted({*shares, *found.peak}, key=rank)}
+
+
+def rank(device: str) -> tuple[bool, int, str]:
+    """Where a device stands in tables: cards by their numbers, then what is not a card."""
+    return device in ("cpu", DISK), len(device), device
 
 
 def branches(weights: Weights) -> list[str]:

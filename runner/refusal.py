@@ -1,4 +1,4 @@
-"""What a command line ends with when it fails: one line and an exit code, and commands that would do better."""
+"""What a command line ends with when it fails: a line and an exit code, and commands that would do better."""
 
 import sys
 import traceback
@@ -35,7 +35,10 @@ def failed(app: typer.Typer, error: Exception, words: Sequence[str], *, verbose:
         Tolerant(sys.stderr).write("".join(traceback.format_exception(error)))
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
     if code != 1:
-        return refuse(str(error), code, error, "".join(f"next: {line}\n" for line in better(app, error, words)))
+        # What a plan was refused for has a line for each rung.
+        head, *rungs = str(error).splitlines() if isinstance(error, PlanError) else [str(error)]
+        told = [f"  {clean(rung)}" for rung in rungs] + [f"next: {line}" for line in better(app, error, words)]
+        return refuse(head, code, error, "".join(f"{line}\n" for line in told))
     hint = "" if verbose else " -> run again with -v to see where"
     return refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code, error)
 
