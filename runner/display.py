@@ -49,7 +49,7 @@ def stages_html(*stages: "StageReport") -> str:
     """A table with a line per stage: seconds by part, peaks, and what the flush gave back."""
     devices = list(dict.fromkeys(device for stage in stages for device in stage.peak))
     # Only cards are asked what a flush gave back.
-    flushed = ("freed", "left") if set(devices) - {"cpu"} else ()
+    flushed = () if all(device.endswith("cpu") for device in devices) else ("freed", "left")
     head = ["stage", "made", "re-used", *(f"{part} s" for part in PARTS), *(f"peak {d}" for d in devices), *flushed]
     rows = ([stage.stage, str(stage.ran), str(stage.reused), *(f"{stage.seconds[part]:.2f}" for part in PARTS),
              *(gib(stage.peak[device]) if device in stage.peak else "" for device in devices),

@@ -72,9 +72,12 @@ def test_every_cell_runs_in_order_with_the_demo(path: Path, tmp_path: Path, sock
     notebook = nbformat.read(path, 4)
     notebook.cells.append(nbformat.v4.new_code_cell(check(path)))
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=sockets)
-    client = NotebookClient(notebook, km=kernel, timeout=250, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(notebook, km=kernel, timeout=250, shutdown_kernel="immediate",
+                            resources={"metadata": {"path": str(tmp_path)}})
     # A history of its own: kernels share that of the user, and its lock.
-    client.execute(env=os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")})
+    own = {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")}
+    client.execute(cleanup_kc=True, env=os.environ | own)
+    assert not kernel.has_kernel
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("<table" in output.get("data", {}).get("text/html", "") for output in shown)
     assert not [output for output in shown if output.output_type == "error"]
