@@ -15,7 +15,6 @@ def blocks(row: str, numbers: range, size: int) -> dict[str, int]:
 def record(prompt: str = HOSTILE) -> dict[str, Any]:
     """A record such as `run_all` keeps, of one picture on two cards of 14 MiB."""
     rest, double, single = {"outside blocks": MIB // 2}, "transformer_blocks", "single_transformer_blocks"
-    rest, double, single = {"outside blocks": MIB // 2}, "transformer_blocks", "single_transformer_blocks"
     layout = {
         "encode": {"sim:0": {"text_encoder": blocks("text_model.encoder.layers", range(12), MIB // 16),
                              "text_encoder_2": rest | blocks("encoder.block", range(24), MIB // 3)}},

@@ -11,12 +11,14 @@ import torch
 from runner import Plan, Request, make_plan
 from runner.artifacts import MemoryStore
 from runner.markup import image, said, table
+from runner.measured import Measured, measured
 from runner.memory import Flushed
+from runner.notebook import Charts, Memory
 from runner.run import Picture, Report
 from runner.shift import StageReport
 from stages.placement import Resident, Sharded
 from stages.state import State
-from tests.records import HOSTILE
+from tests.records import HOSTILE, record
 
 KEY = 64 * "a"
 
@@ -118,6 +120,46 @@ def test_a_stage_shows_seconds_peaks_and_the_flush() -> None:
         "StageReport(denoise, 2 made, 1 re-used, 2.0 s, peak cuda:0 3.0 GiB, peak cuda:1 1.0 GiB)")
     cells = checked(stage("denoise")._repr_html_()).text
     assert "peak cuda:1" in cells and "1.25" in cells and "freed" in cells
+    hosted = dataclasses.replace(stage("denoise"), peak={"rank 0 cpu": 2**30})
+    assert "freed" not in checked(hosted._repr_html_()).text
+
+
+@pytest.fixture
+def ran() -> MemoryStore:
+    """A store with the record of a run on two cards."""
+    store = MemoryStore(warn=print)
+    asked = record()
+    asked["timeline"]["peaks"]["denoise"]["sim:1"] += 3
+    store.save_run("r1", asked)
+    return store
+
+
+def test_the_memory_of_a_run_shows_itself_by_stage_and_card(ran: MemoryStore) -> None:
+    memory = Memory(ran, "r1")
+    assert [(row.stage, row.device) for row in memory.rows] == [
+        (stage, card) for stage in ("encode", "denoise", "decode") for card in ("sim:0", "sim:1")]
+    row = memory.rows[3]
+    assert (row.before, row.peak - row.planned, row.after) == (0, 3, 0) and row.planned == (7 + 4.5 + 1) * 2**20
+    assert one_line(repr(memory)).startswith("Memory(r1, encode sim:0 10.2 MiB, ")
+    text = checked(memory._repr_html_()).text
+    assert "peak less before" in text and "denoisesim:10 B12.5 MiB12.5 MiB12.5 MiB0 B" in text
+
+
+def test_without_cards_the_memory_is_that_of_the_process() -> None:
+    asked = record()
+    asked["timeline"] |= {"devices": [], "peaks": {"encode": {"cpu": 460 * 2**20}}}
+    asked["plan"]["stages"] = {"encode": {"cpu": {"weights": 3, "activations": 4}}}
+    assert measured(asked) == [Measured("encode", "cpu", 400 * 2**20, 7, 460 * 2**20, 410 * 2**20)]
+
+
+def test_the_charts_of_a_run_show_themselves_without_scripts(ran: MemoryStore) -> None:
+    charts = Charts(ran, "r1")
+    assert one_line(repr(charts)) == "Charts(r1, 3 of them)"
+    tags = Tags(charts._repr_html_())
+    assert {tag for tag, _ in tags.seen} <= {"style", "div", "svg", "defs", "pattern", "rect", "line", "text", "title",
+                                              "polygon", "polyline"}
+    assert [tag for tag, _ in tags.seen].count("svg") == 3
+    assert not [name for _, attributes in tags.seen for name in attributes if name.startswith(("on", "href", "src"))]
 
 
 def test_an_artifact_shows_its_tensors() -> None:
