@@ -51,14 +51,17 @@ QWEN_7B = {
 Rename = Callable[[str], str]
 
 
-def flux_dev(folder: Path, *, guidance: bool = True) -> Path:
-    """FLUX.1-dev: a transformer of 23.80 GB, T5-XXL, CLIP-L and the VAE; `guidance=False` makes it FLUX.1-schnell."""
+def flux_dev(folder: Path, *, guidance: bool = True, text_layers: int = 24) -> Path:
+    """FLUX.1-dev: a transformer of 23.80 GB, T5-XXL, CLIP-L and the VAE; `guidance=False` makes it FLUX.1-schnell.
+
+    With fewer `text_layers` T5-XXL is smaller than the real one.
+    """
     index = _index(folder, "FluxPipeline", scheduler=_scheduler(folder), vae=_vae(folder))
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=guidance)
     index["transformer"] = write(folder / "transformer", transformer, shard=9_990_000_000)
     index["text_encoder"] = _clip(folder / "text_encoder", CLIPTextModel)
-    index["text_encoder_2"] = _t5(folder / "text_encoder_2")
+    index["text_encoder_2"] = _t5(folder / "text_encoder_2", text_layers)
     return _finish(folder, index, {"tokenizer": "CLIPTokenizer", "tokenizer_2": "T5Tokenizer"})
 
 
@@ -209,9 +212,9 @@ def _clip(folder: Path, cls: type[nn.Module], **config: object) -> list[str]:
     return write(folder, model, rename=lambda name: prefix + name)
 
 
-def _t5(folder: Path) -> list[str]:
+def _t5(folder: Path, layers: int = 24) -> list[str]:
     config = T5Config(
-        d_model=4096, d_ff=10240, d_kv=64, num_layers=24, num_heads=64, vocab_size=32128,
+        d_model=4096, d_ff=10240, d_kv=64, num_layers=layers, num_heads=64, vocab_size=32128,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     )
     with torch.device("meta"):
