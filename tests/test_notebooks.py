@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -14,8 +15,10 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from runner import Request, make_plan
 from stages.families import FAMILIES
-from tests import tiny
+from stages.machine import Device, Machine
+from tests import sparse, tiny
 
 Cards = Callable[..., list[str]]
 
@@ -93,6 +96,12 @@ def shell() -> Iterator[InteractiveShell]:
     InteractiveShell.clear_instance()
 
 
+def switched(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have the environment that the cell which switches the model asks for, until the test is over."""
+    for name, value in (("HF_HOME", str(folder)), ("HF_TOKEN", "no token"), ("TRANSFORMERS_VERBOSITY", "error")):
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX whose transformer neither card of the test has room for."""
@@ -108,14 +117,33 @@ def test_every_cell_runs_with_flux_on_two_cards(
     # The attention among 512 tokens would take more than the weights of so small a model.
     monkeypatch.setitem(FAMILIES, "flux", replace(FAMILIES["flux"], text_tokens=32))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_TOKEN", "of no use here")
+    switched(monkeypatch, tmp_path)
     switch, *cells = code(nbformat.read(path, 4))
     assert switch.count("FLUX = False") == 1
     small = f"MODEL, SIZE, STEPS = {str(model)!r}, (64, 48), 2"
     for cell in (switch.replace("FLUX = False", "FLUX = True"), small, *cells, check(path)):
         shell.run_cell(cell).raise_error()
     assert shell.user_ns["FAMILY"] == "flux" and shell.user_ns["job"].devices == tuple(devices)
+
+
+def test_flux_as_the_notebooks_ask_for_it_fits_a_service_with_two_t4(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched(monkeypatch, tmp_path)
+    asked: dict[str, Any] = {}
+    for path in NOTEBOOKS:
+        exec(code(nbformat.read(path, 4))[0].replace("FLUX = False", "FLUX = True"), asked)
+        assert (asked["FAMILY"], asked["MODEL"], asked["SIZE"]) == ("flux", None, (1024, 1024))
+    model = sparse.flux_dev(tmp_path / "flux")
+    requests = [Request("a fox", *asked["SIZE"], 4, 3.5, seed, 512, seed) for seed in range(2)]
+    # A T4 has 14.7 GiB and no bfloat16; the service has 30 GiB of host memory.
+    card = Device("cuda:0", int(14.7 * 2**30), int(14.6 * 2**30), bfloat16=False)
+    two = Machine((card, replace(card, name="cuda:1")), 30 * 2**30, 28 * 2**30, here=False)
+    # What takes most: two lanes and no table; and a rank with a card of its own.
+    job = make_plan("flux", requests, model=model, machine=two, modulation_table=False, lanes=2)
+    assert {device for need in job.needs.values() for device in need} == {"cuda:0", "cuda:1"}
+    alone = replace(two, devices=(card,), host_free=14 * 2**30)
+    assert "cpu" in make_plan("flux", requests, model=model, machine=alone, allow_offload="cpu").needs["denoise"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
