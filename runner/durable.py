@@ -4,9 +4,7 @@ Every path is walked folder by folder without following symlinks, so nothing pla
 """
 
 import errno
-import fcntl
 import os
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +14,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from runner.parts import hold, part_name
 from stages.errors import StoreError
 
 Chunks = Sequence[bytes | memoryview]
 TMP = "tmp"
-PART = ".part"
 SPARE = 1.2
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # A FIFO would block the open without O_NONBLOCK.
@@ -91,7 +89,7 @@ def write(root: Path, files: Mapping[str, Chunks]) -> None:
     disk, not one per file. Those under objects/ are read-only.
     """
     sizes = {path: sum(memoryview(chunk).nbytes for chunk in chunks) for path, chunks in files.items()}
-    parts = {path: f"{secrets.token_hex(8)}{PART}" for path in files}
+    parts = {path: part_name() for path in files}
     with explained(root / next(iter(files)), "write", sum(sizes.values())), ExitStack() as stack:
         unsynced = Unsynced(stack)
         tmp = stack.enter_context(folder(root, TMP, made=unsynced.add))
@@ -254,11 +252,9 @@ def _check_room(tmp: int, size: int) -> None:
 
 def _write_part(tmp: int, part: str, chunks: Chunks, mode: int) -> int:
     """The descriptor of a file with the chunks, which are not on the disk yet."""
-    handle = os.open(part, _WRITE, 0o600, dir_fd=tmp)
+    while not hold(handle := os.open(part, _WRITE, 0o600, dir_fd=tmp)):
+        os.close(handle)
     try:
-        # Tells a sweep that this file's writer lives; where there are no locks its age tells it.
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for chunk in chunks:
             left = memoryview(chunk)
             while left:

@@ -28,7 +28,7 @@ def collect(store: Store, *, older: float = ORPHAN_AFTER, dry: bool = False) -> 
     """Remove (unless `dry`) what is `older` seconds old and nobody needs; StoreError for a damaged record of a run.
 
     No run begins meanwhile, where there are locks. What a run names is kept until `runs rm`, and so is the unfinished
-    denoise of an artifact that a run names.
+    denoise of an artifact that a run names and that is not there yet.
     """
     with store.housekeeping():
         needed, going_on = _needed(store)
@@ -49,6 +49,28 @@ def collect(store: Store, *, older: float = ORPHAN_AFTER, dry: bool = False) -> 
     return Garbage(tuple(doomed), (*manifests, *objects, *left))
 
 
+def tidy(store: Store, *, older: float) -> None:
+    """Remove what a killed process left: unfinished denoises that were finished, objects that no manifest names.
+
+    Of the objects only those that are `older` seconds old, and none while a run goes on, or may: it may be about to
+    name them.
+    """
+    with store.housekeeping():
+        try:
+            _, going_on = _needed(store)
+        except StoreError:
+            return  # for `collect` to tell
+        if going_on:
+            return
+        found = {key: artifact for key, _, artifact in _artifacts(store) if artifact is not None}
+        for key in [key for key, artifact in found.items() if artifact.note.get("of") in found]:
+            store.drop(key)
+            del found[key]
+        named = {artifact.object for artifact in found.values()}
+        store.remove([entry.path for entry in store.entries("objects") if entry.age() >= older
+                      and is_key(digest := entry.path.rpartition("/")[2]) and digest not in named])
+
+
 Judged = dict[str, tuple[Entry, Artifact | None]]
 
 
@@ -56,9 +78,11 @@ def _judged(store: Store, needed: set[str], older: float) -> tuple[Judged, set[s
     """The manifests to remove, by key, and the objects of the others."""
     doomed: Judged = {}
     kept: set[str] = set()
-    for key, entry, artifact in _artifacts(store):
+    found = list(_artifacts(store))
+    unfinished = needed - {key for key, _, artifact in found if artifact is not None}
+    for key, entry, artifact in found:
         of = None if artifact is None else artifact.note.get("of")
-        if key not in needed and of not in needed and entry.age() >= older:
+        if key not in needed and of not in unfinished and entry.age() >= older:
             doomed[key] = entry, artifact
         elif artifact is not None:
             kept.add(artifact.object)

@@ -13,9 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import tables, together
+from runner import names, tables, together
 from runner.durable import explained
 from runner.events import Emit, clean, json_lines, tee
+from runner.garbage import tidy
 from runner.order import Order, devices, order
 from runner.parallel import wished
 from runner.previews import Beside
@@ -29,7 +30,7 @@ from stages.errors import LoadError, StageOutOfMemory
 from stages.families import FAMILIES
 
 if TYPE_CHECKING:
-    from runner.artifacts import ArtifactStore
+    from runner.artifacts import Store
     from runner.plan import Plan
     from runner.run import Report
     from runner.shift import Failure
@@ -55,6 +56,8 @@ def produce(asked: Order, said: Any) -> int:
     with logged(said.log, progress) as log, resumable(asked.run, asked.store, log) as emit:
         # Before the imports: an answer about a bucket or a package that is not there should not take seconds.
         store = opened(asked, said, emit)
+        if asked.resumed:
+            names.tidy(asked.paths)
         with timed(seconds, "imports"), progress, untracked():
             emit("begin", {"what": "importing torch and diffusers"})
             from runner.plan import fetched
@@ -75,6 +78,8 @@ def produce(asked: Order, said: Any) -> int:
                 name=asked.run, record=record_of(asked, said, job), done=writer.keep, degrade=not said.no_degrade,
                 step_every=asked.step_every, preview=asked.preview, sample_memory=said.sample_memory,
             )
+            if asked.resumed:
+                tidy(store, older=time.perf_counter() - begin)
     seconds |= {"pictures": writer.seconds, "total": time.perf_counter() - begin}
     return tell(report, [*report.failures, *writer.failures], results, seconds, said)
 
@@ -93,7 +98,7 @@ def tell(
     return 1 if failures or asked.refused else 0
 
 
-def opened(asked: Order, said: Any, emit: Emit) -> "ArtifactStore":
+def opened(asked: Order, said: Any, emit: Emit) -> "Store":
     """The store of an order; StoreError where there can be none, before anything is downloaded."""
     from runner.artifacts import open_store
 

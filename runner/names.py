@@ -3,13 +3,13 @@
 import errno
 import os
 import re
-import secrets
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
+from runner.parts import hold, part_name, sweep
 from runner.request import Request, shown
 from stages.errors import StoreError
 
@@ -17,6 +17,7 @@ ONE, MANY = "{prompt}-{seed}.png", "{index}-{prompt}-{seed}.png"
 FIELDS = ("id", "index", "prompt", "run", "seed")
 SLUG = 60
 NAME = 255
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Unnamed(ValueError):
@@ -91,10 +92,11 @@ def write(path: Path, data: bytes, *, overwrite: bool = False) -> None:
 
     Raises ValueError where `path` is taken meanwhile, StoreError where it cannot be written.
     """
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    part = path.with_name(f".{part_name()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        while not hold(handle := os.open(part, _WRITE, 0o666)):
+            os.close(handle)
         with open(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -109,6 +111,12 @@ def write(path: Path, data: bytes, *, overwrite: bool = False) -> None:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def tidy(paths: Sequence[Path]) -> None:
+    """Remove what killed processes left beside these paths while they wrote them."""
+    for folder in dict.fromkeys(path.parent for path in paths):
+        sweep(folder, ".")
 
 
 def _pattern(out: str | None, default: str) -> tuple[Path, tuple[str, ...]]:

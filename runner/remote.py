@@ -14,8 +14,9 @@ from datetime import datetime
 from typing import Any
 
 from runner.document import LONGEST, Damaged, read_document, write_document
-from runner.durable import PART, TMP, Chunks, Entry
+from runner.durable import TMP, Chunks, Entry
 from runner.manifest import checked_key
+from runner.parts import PART
 from runner.store import Store, Warn
 from stages.errors import StoreError
 

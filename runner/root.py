@@ -5,8 +5,9 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from runner.durable import PART, TMP, Entry, entries, explained, folder, owner
+from runner.durable import TMP, Entry, entries, explained, folder, owner
 from runner.locks import LOCK
+from runner.parts import PART, is_ours
 from stages.errors import StoreError
 
 ORPHAN_AFTER = 3600.0
@@ -38,26 +39,48 @@ def open_root(path: Path, layout: Collection[str], *, readonly: bool) -> Path:
 
 
 def sweep(root: Path, *, older: float = ORPHAN_AFTER, dry: bool = False) -> list[Entry]:
-    """Remove (unless `dry`) what killed processes left in tmp/, `older` seconds ago and held by nobody; what it is."""
-    found = [entry for entry in entries(root, TMP) if entry.path.endswith((PART, LOCK)) and entry.age() >= older]
+    """Remove (unless `dry`) what killed processes left in tmp/ and nobody holds; what it is.
+
+    Where a lock of another machine may not be seen, what was left `older` seconds ago.
+    """
+    found = [entry for entry in entries(root, TMP) if _is_orphan(entry, older)]
     with explained(root / TMP, "sweep"), folder(root, TMP) as tmp:
-        return [entry for entry in found if _remove_orphan(tmp, entry.path.rpartition("/")[2], dry)]
+        return [entry for entry in found if _remove_orphan(tmp, entry, older, dry)]
 
 
-def _remove_orphan(tmp: int, name: str, dry: bool) -> bool:
+def _is_orphan(entry: Entry, older: float) -> bool:
+    name = entry.path.rpartition("/")[2]
+    # A lock guards nothing, so one too few costs at most work.
+    return name.endswith(LOCK) or is_ours(name) or (name.endswith(PART) and entry.age() >= older)
+
+
+def _remove_orphan(tmp: int, entry: Entry, older: float, dry: bool) -> bool:
+    name = entry.path.rpartition("/")[2]
     try:
         handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=tmp)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_held(handle, entry.age() < older):
+            return False
         if not dry:
             os.unlink(name, dir_fd=tmp)
-    except (FileNotFoundError, BlockingIOError):
+    except FileNotFoundError:
         return False
     finally:
         os.close(handle)
     return True
+
+
+def _is_held(handle: int, young: bool) -> bool:
+    """Whether a process holds a file; where there are no locks, whether one may."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return young
+    return False
 
 
 def _check_ours(root: Path, layout: Collection[str]) -> None:

@@ -112,10 +112,16 @@ class Store(ABC):
         """Store `state` under `key`; BadResult where it is not finite, StoreError where it cannot be stored."""
         from runner.envelope import pack
 
+        before: Artifact | None = None
+        with suppress(Damaged):
+            before = self.manifest(key)
         packed = pack(state, key=checked_key(key), stage=stage)
         artifact = Artifact(key, stage, packed.digest(), packed.bytes, packed.tensors, dict(note))
         self.publish({object_path(artifact.object): packed.chunks,
                       manifest_path(key): [manifest.write_manifest(artifact)]})
+        # As in `drop`: no other manifest names the object that was replaced, unless somebody stored it once more.
+        if before is not None and before.object != artifact.object and self.find(key) == artifact:
+            self.remove([object_path(before.object)])
         return artifact
 
     def find(self, key: str) -> Artifact | None:
