@@ -3,12 +3,14 @@
     python -m tests.kill [--demo] [--each N]
 
 kills a run at every call of its write path, in the middle of every write and after every step, goes on with each, and
-prints how many kills there were: all of them, or N of each kind. With `--demo` it is the demo checkpoint instead of a
+prints how many kills there were: all of them, or N of each kind. Then each of those calls fails, as on a full disk;
+and two runs work on one store at once, with locks and without. With `--demo` it is the demo checkpoint instead of a
 random tiny one.
 """
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -51,10 +53,12 @@ class Case:
 
 
 class Failpoint:
-    """Counts the calls of the write path, and the steps; `at` is the one at which the process is killed."""
+    """Counts the calls of the write path, and the steps; at number `at` the process is killed, or the call fails with
+    the number `error`.
+    """
 
-    def __init__(self, at: int | None) -> None:
-        self.at, self.seen = at, list[str]()
+    def __init__(self, at: int | None, error: int = 0) -> None:
+        self.at, self.error, self.seen = at, error, list[str]()
         self._lock = threading.Lock()
 
     def passed(self, name: str) -> bool:
@@ -64,7 +68,9 @@ class Failpoint:
             return len(self.seen) - 1 == self.at
 
     def die(self) -> None:
-        """Be killed as by the system: no handler, no cleanup."""
+        """Be killed as by the system: no handler, no cleanup; or fail."""
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
         os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
@@ -103,14 +109,24 @@ class Ended:
     seen: tuple[str, ...]
 
 
-def child(folder: Path, words: tuple[str, ...], at: int | None) -> Ended:
-    """Answer a command line in a forked child, in `folder`, killed at point number `at`."""
+def child(folder: Path, words: tuple[str, ...], point: Failpoint | None = None) -> Ended:
+    """Answer a command line in a forked child, in `folder`."""
+    return ended(*start(folder, words, point))
+
+
+def start(folder: Path, words: tuple[str, ...], point: Failpoint | None = None) -> tuple[int, int]:
+    """A forked child that answers a command line: its number, and the pipe that it tells what it did."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        _answer(folder, words, Failpoint(at), writing)
+        _answer(folder, words, point or Failpoint(None), writing)
     os.close(writing)
+    return pid, reading
+
+
+def ended(pid: int, reading: int) -> Ended:
+    """How a child ended, when it has."""
     with open(reading, "rb") as pipe:
         told = pipe.read().decode().splitlines()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -135,22 +151,23 @@ def _answer(folder: Path, words: tuple[str, ...], point: Failpoint, pipe: int) -
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = answer(words)
     write(pipe, json.dumps(point.seen).encode())
-    if code:
+    if code not in (0, 5):
         write(2, stderr.getvalue().encode())
     os._exit(code)
 
 
-def kill(case: Case, at: int) -> str:
-    """Kill a run at a point and go on with it; what is wrong then, or ""."""
+def harm(case: Case, point: Failpoint) -> str:
+    """Kill a run at a point, or let it fail there, and go on with it; what is wrong then, or ""."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        first = child(folder, case.words, at)
-        if first.code != -signal.SIGKILL:
-            return f"it was not killed, and ended with {first.code}"
+        first = child(folder, case.words, point)
+        # What only saves work may fail unseen.
+        if first.code not in ((0, 5) if point.error else (-signal.SIGKILL,)):
+            return f"it ended with {first.code}"
         recorded = any(folder.glob("store/runs/*/run.json"))
         # A run that is killed before it has a name can only be asked for again.
         words = ("resume", "last", "--artifacts", "store", "-q") if recorded else case.words
-        rest = child(folder, words, None)
+        rest = child(folder, words)
         return "; ".join(_wrong(case, folder, first, rest, recorded))
 
 
@@ -180,6 +197,28 @@ def _store(folder: Path) -> Iterator[Path]:
             yield Path(f"store/objects/{digest[:2]}/{digest}")
 
 
+def together(case: Case, *, locks: bool) -> str:
+    """Two runs of the same pictures at once on one store; what is wrong then, or ""."""
+    with tempfile.TemporaryDirectory() as name:
+        flock = fcntl.flock
+        if not locks:
+            fcntl.flock = lambda handle, how: None
+        store = ("--artifacts", f"{name}/store")
+        folders = [Path(name) / "one", Path(name) / "two"]
+        for folder in folders:
+            folder.mkdir()
+        children = [start(folder, (*case.words, *store)) for folder in folders]
+        fcntl.flock = flock
+        ends = [ended(*each) for each in children]
+        units = sum(end.units for end in ends)
+        if any(end.code for end in ends) or any(pixels(folder) != case.expected for folder in folders):
+            return f"they ended with {[end.code for end in ends]}, or their pictures differ"
+        if locks and units != case.units:
+            return f"{units} units were computed instead of {case.units}"
+        left = list((Path(name) / "store/tmp").iterdir())
+        return f"left over: {left}" if left else ""
+
+
 def pixels(folder: Path) -> dict[str, bytes]:
     """The pixels of the pictures in a folder, by name."""
     found = {}
@@ -200,7 +239,7 @@ def case_of(model: Path | str, folder: Path, *, size: str, steps: int, pictures:
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         assert answer([*words, "--artifacts", "memory", "--out", "warm/"]) == 0
     shutil.rmtree(folder / "warm")
-    whole = child(folder, words, None)
+    whole = child(folder, words)
     assert whole.code == 0, whole
     case = Case(words, pictures, steps, pixels(folder))
     assert whole.units == case.units
@@ -213,7 +252,7 @@ def spread(seen: tuple[str, ...], each: int) -> list[int]:
     for kind in sorted(set(seen)):
         found = [at for at, name in enumerate(seen) if name == kind]
         count = min(each, len(found))
-        chosen += [found[index * (len(found) - 1) // max(1, count - 1)] for index in range(count)]
+        chosen += [found[(2 * index + 1) * len(found) // (2 * count)] for index in range(count)]
     return sorted(chosen)
 
 
@@ -231,16 +270,27 @@ def main() -> None:
         folder.mkdir()
         case, seen = case_of(model, folder, size="64x64" if said.demo else "32x32", steps=2, pictures=2)
         shutil.rmtree(folder)
-        chosen, bad = spread(seen, said.each), 0
-        for at in chosen:
-            wrong = kill(case, at)
+        bad = tried(case, seen, said.each, "kill", 0)
+        bad += tried(case, seen, said.each, "full disk", errno.ENOSPC)
+        for locks in (True, False):
+            wrong = together(case, locks=locks)
             bad += bool(wrong)
-            if wrong:
-                print(f"point {at} ({seen[at]}): {wrong}", flush=True)
+            print(f"two runs at once {'with' if locks else 'without'} locks: {wrong or 'right'}", flush=True)
+    sys.exit(bool(bad))
+
+
+def tried(case: Case, seen: tuple[str, ...], each: int, what: str, error: int) -> int:
+    """Harm a run at every point, or at `each` of a kind, and say what came of it; how many came out wrong."""
+    chosen, bad = [at for at in spread(seen, each) if not error or seen[at] != STEP], 0
+    for at in chosen:
+        wrong = harm(case, Failpoint(at, error))
+        bad += bool(wrong)
+        if wrong:
+            print(f"{what} at point {at} ({seen[at]}): {wrong}", flush=True)
     kinds = [seen[at] for at in chosen]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
-    print(f"{len(chosen)} of {len(seen)} kill points tried ({counts}): {bad} wrong")
-    sys.exit(bool(bad))
+    print(f"{len(chosen)} of {len(seen)} {what} points tried ({counts}): {bad} wrong", flush=True)
+    return bad
 
 
 if __name__ == "__main__":
