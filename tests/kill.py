@@ -3,9 +3,9 @@
     python -m tests.kill [--demo] [--each N]
 
 kills a run at every call of its write path, in the middle of every write and after every step, goes on with each, and
-prints how many kills there were: all of them, or N of each kind. Then each of those calls fails, as on a full disk;
-and two runs work on one store at once, with locks and without. With `--demo` it is the demo checkpoint instead of a
-random tiny one.
+prints how many kills there were: all of them, or N of each kind. Then each call that needs room fails, as on a full
+disk; and two runs work on one store at once, with locks and without. With `--demo` it is the demo checkpoint instead
+of a random tiny one.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from tests.tiny import flux
 CALLS = ("mkdir", "write", "fsync", "fchmod", "rename", "replace", "link", "unlink", "rmdir")
 CHANGING = os.O_CREAT | os.O_WRONLY | os.O_RDWR
 TORN = "torn write"
+FILLING = ("open", "mkdir", "write", TORN, "fsync", "rename", "link")
 STEP = "step"
 
 
@@ -281,7 +282,7 @@ def main() -> None:
 
 def tried(case: Case, seen: tuple[str, ...], each: int, what: str, error: int) -> int:
     """Harm a run at every point, or at `each` of a kind, and say what came of it; how many came out wrong."""
-    chosen, bad = [at for at in spread(seen, each) if not error or seen[at] != STEP], 0
+    chosen, bad = [at for at in spread(seen, each) if not error or seen[at] in FILLING], 0
     for at in chosen:
         wrong = harm(case, Failpoint(at, error))
         bad += bool(wrong)
