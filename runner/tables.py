@@ -47,6 +47,7 @@ def document(plan: "Plan") -> dict[str, Any]:
                                     "layers": sorted(saving.layers), "refused": saving.refused}
                              for name, saving in plan.savings.items()},
         "tile": plan.tile,
+        "lanes": plan.lanes,
     }
 
 
@@ -75,6 +76,23 @@ def choices(plan: "Plan") -> Iterator[str]:
     yield from map(str, plan.savings.values())
     if plan.tile is not None:
         yield f"decoded in tiles of {plan.tile} pixels, because the whole picture does not fit"
+    if len(plan.requests) > 1:
+        yield pace(plan)
+
+
+def pace(plan: "Plan") -> str:
+    """How several pictures go through the denoiser, and why so."""
+    from runner.placing import busy
+
+    if plan.lanes > 1:
+        told = f"{plan.lanes} pictures in flight, so that no card waits for another"
+    elif busy({part.name: plan.places[part.name] for part in plan.stages[1].components}) < 2:
+        told = "one picture at a time, as one device does all of the work"
+    elif plan.placer is not None and plan.placer.lanes is not None:
+        told = "one picture at a time, as was asked"
+    else:
+        told = "one picture at a time, as the activations of two do not fit beside the weights"
+    return f"denoise: {told}; each in a pass of its own, as in a shared one its bits may depend on the others"
 
 
 def costs(plan: "Plan", found: disk.Disk) -> Iterator[str]:

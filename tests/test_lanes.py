@@ -20,6 +20,7 @@ from runner import Plan, Request, make_plan, run_all
 from runner.artifacts import MemoryStore
 from runner.interrupts import Interrupted
 from runner.keys import chain, midway_key
+from runner.tables import document, lines, pace
 from stages.errors import StageOutOfMemory
 from stages.placement import Sharded
 from stages.turns import Turns, enter, taking
@@ -53,10 +54,13 @@ def sharded(model: Path, **more: Any) -> Plan:
 
 def test_the_plan_has_a_lane_for_each_card_that_takes_turns(model: Path, cards: Cards) -> None:
     cards(40_000_000, 40_000_000)
-    assert plan(model).lanes == 1, "resident on one card: nothing else would work meanwhile"
-    assert sharded(model).lanes == 2
-    assert sharded(model, requests=ASKED[:1]).lanes == 1
+    resident, both, alone = plan(model), sharded(model), sharded(model, requests=ASKED[:1])
+    assert resident.lanes == 1, "resident on one card: nothing else would work meanwhile"
+    assert both.lanes == 2 and alone.lanes == 1
     assert sharded(model, lanes=3).lanes == 3
+    for job, says in ((both, "2 pictures in flight"), (resident, "one picture at a time, as one device does all")):
+        assert pace(job) in lines(job) and pace(job).startswith(f"denoise: {says}") and "own, as in a shared" in pace(job)
+    assert pace(alone) not in lines(alone) and document(both)["lanes"] == 2
     one, two = (sharded(model, lanes=count).needs["denoise"] for count in (1, 2))
     assert all(two[card].activations == 2 * one[card].activations for card in two)
 

@@ -285,6 +285,26 @@ def runner(*words: str, folder: Path, environment: dict[str, str]) -> dict[str, 
     return said
 
 
+def test_each_stage_may_be_run_by_itself_on_a_shared_store(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same three commands on a store without locks; what is missing is refused, and nothing is made twice."""
+    monkeypatch.chdir(tmp_path)
+    where = "memory://shared/store"
+    words = ["flux", "--model", str(flux), "--size", "32x32", "--steps", "1", "--seed", "1", "--prompt", "a fox",
+             "--device", "cpu", "-q", "--json"]
+    made = []
+    assert answer([*words, "--artifacts", where, "--from-stage", "denoise"]) == 2
+    assert "needs the artifacts of encode" in capsys.readouterr().err
+    for more in (["--stop-after", "encode"], ["--from-stage", "denoise", "--stop-after", "denoise"],
+                 ["--from-stage", "decode", "--out", "x.png"]):
+        assert answer([*words, "--artifacts", where, *more]) == 0
+        made.append([stage["made"] for stage in json.loads(capsys.readouterr().out)["stages"]])
+    assert made == [[1], [0, 1], [0, 0, 1]]
+    assert answer([*words, "--artifacts", "memory", "--out", "alone.png"]) == 0
+    assert Path("x.png").read_bytes() == Path("alone.png").read_bytes()
+
+
 @pytest.mark.slow
 def test_three_machines_share_a_bucket(s3: dict[str, str], flux: Path, tmp_path: Path) -> None:
     """Encode on one, denoise on another, decode on a third; each has its own copy of the model."""
