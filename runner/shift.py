@@ -17,11 +17,11 @@ from runner.keys import midway_key
 from runner.memory import Flushed, Meter
 from runner.midway import Keeper, Left, midway_of
 from runner.plan import Plan, inputs_of
-from runner.readahead import read_ahead
 from stages.copies import sound
 from stages.errors import BadResult, StageOutOfMemory, StoreError
 from stages.modulation import Modulation
 from stages.placement import Places
+from stages.readahead import reading_ahead
 from stages.stage import Emit, Inputs, Loaded, Stage
 from stages.state import State
 from stages.steps import Midway
@@ -148,15 +148,23 @@ class Shift:
                 self._table.attach(loaded)
             self.seconds["load"] = time.perf_counter() - start
             self.emit("loaded", {"stage": self.stage.name, "seconds": self.seconds["load"]})
-            if self.following is not None:
-                files = [file for component in self.following.components for file in component.files]
-                self.emit("readahead", {"stage": self.following.name, "bytes": read_ahead(files)})
             cards = [name for name in self.plan.devices if name != "cpu"]
-            with self.halt.patiently() if loaded.divisible else nullcontext():
+            with self._reading_ahead(), self.halt.patiently() if loaded.divisible else nullcontext():
                 lanes.work(loaded, self.lanes, cards, errands, lambda lane, errand: self._run(
                     lane, errand, len(errands)), self._broken)
         for part in ("compute", "save"):
             self.seconds[part] /= min(self.lanes, len(errands))
+
+    @contextmanager
+    def _reading_ahead(self) -> Iterator[None]:
+        """While this stage computes, the files of the following one are read into the page cache."""
+        if self.following is None:
+            yield
+            return
+        files = [file for component in self.following.components for file in component.files]
+        with reading_ahead(files) as size:
+            self.emit("readahead", {"stage": self.following.name, "bytes": size})
+            yield
 
     def _run(self, lane: Loaded, errand: Errand, of: int) -> None:
         self.emit("item", {"stage": self.stage.name, "index": errand.position, "of": of, "request": errand.index})

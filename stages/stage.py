@@ -20,6 +20,7 @@ from stages.errors import BadResult, LoadError
 from stages.folding import folded
 from stages.parallel import TensorParallel, divided
 from stages.placement import DISK, Place, Places, standing, waiting
+from stages.readahead import reading_ahead
 from stages.shelf import Shelf
 from stages.state import State, Value
 from stages.steps import Midway
@@ -251,7 +252,7 @@ def load(component: Component, place: Place) -> nn.Module:
     cls = getattr(library, component.class_name)
     cls = folded(cls, place.folded) if place.folded else cls
     cls = divided(cls, place.placement) if isinstance(place.placement, TensorParallel) else cls
-    with without_bars():
+    with without_bars(), reading_ahead(component.files):
         model, info = cls.from_pretrained(
             component.folder, dtype=place.dtype, device_map=place.placement.device_map, use_safetensors=True,
             output_loading_info=True,

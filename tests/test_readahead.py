@@ -3,14 +3,16 @@
 import os
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runner import Request, make_plan, readahead, run_all
-from runner.readahead import read_ahead
+from runner import Request, make_plan, run_all
+from stages import readahead
+from stages.readahead import reading_ahead
 
 MIB = 2**20
 
@@ -31,23 +33,46 @@ def dropped(file: Path) -> None:
 
 
 def test_files_are_read_without_waiting(tmp_path: Path) -> None:
-    file = tmp_path / "weights.safetensors"
-    file.write_bytes(os.urandom(8 * MIB))
-    dropped(file)
-    if cached(file) > 0:
+    """All of them, which are more than the system reads at one call."""
+    files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for file in files:
+        file.write_bytes(os.urandom(24 * MIB))
+        dropped(file)
+    if any(map(cached, files)):
         pytest.skip("this file system keeps its pages")
-    assert read_ahead([file]) == 8 * MIB
-    deadline = time.monotonic() + 20
-    while cached(file) < 8 * MIB and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert cached(file) == 8 * MIB
+    with reading_ahead(files) as size:
+        assert size == 48 * MIB
+        deadline = time.monotonic() + 60
+        while sum(map(cached, files)) < 48 * MIB and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(map(cached, files)) == [24 * MIB] * 2
+    assert not any(thread.name == "readahead" for thread in threading.enumerate())
+
+
+def test_it_stops_with_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of holes that nobody could read to its end."""
+    monkeypatch.setattr(readahead, "host_memory", lambda: (2**50, 2**50))
+    with (tmp_path / "holes").open("wb") as opened:
+        opened.truncate(2**43)
+    with reading_ahead([tmp_path / "holes"]) as size:
+        assert size == 2**43 and any(thread.name == "readahead" for thread in threading.enumerate())
+    assert not any(thread.name == "readahead" for thread in threading.enumerate())
+
+
+def test_a_file_that_is_gone_is_left_to_who_loads_it(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"x")
+    (tmp_path / "lost").write_bytes(b"x")
+    with reading_ahead(file for file in (tmp_path / "there", tmp_path / "lost")) as size:
+        (tmp_path / "lost").unlink(missing_ok=True)
+    assert size == 2
 
 
 def test_nothing_is_read_where_host_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"x" * MIB)
     monkeypatch.setattr(readahead, "host_memory", lambda: (8 * 2**30, readahead.SPARE))
-    assert read_ahead([file]) == 0
+    with reading_ahead([file]) as size:
+        assert size == 0 and not any(thread.name == "readahead" for thread in threading.enumerate())
 
 
 def test_a_stage_asks_for_the_files_of_the_next(flux: Path) -> None:
