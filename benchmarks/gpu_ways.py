@@ -1,137 +1,18 @@
 """The ways to make a picture that benchmarks.gpu compares, each measured in a process of its own."""
 
 import gc
-import json
-import os
-import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import copies
+from benchmarks.gpu_job import SPARE, Clock, Job, Notes, Way
 
 if TYPE_CHECKING:
-    import torch
-
     from runner import Plan
 
-# Does some work and tells the bytes that it copied each way.
-Count = Callable[[Callable[[], object]], dict[str, int]]
-
 PROMPT, GUIDANCE, SEED = "a red circle on a blue background", 3.5, 0
-# Seconds that a way leaves for what comes after the picture that is timed.
-SPARE = 5.0
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way: its card has `limit` units of memory (None: all of it). It is not begun with fewer than `least` seconds
-    left, and given up after `most`.
-    """
-
-    kind: str
-    limit: int | None
-    least: float
-    most: float
-
-    @property
-    def name(self) -> str:
-        """As the tables have it."""
-        return f"{self.kind}, {self.limit or 'no'} {'GiB' if self.limit else 'limit'}"
-
-
-# Those that tell most come first: a run that is cut off has them.
-WAYS = (
-    Way("stages", 24, 45, 150),
-    Way("resident pipeline", None, 45, 120),
-    Way("model offload", 24, 60, 150),
-    Way("stages", 16, 45, 150),
-    Way("group offload", 16, 75, 150),
-    Way("sequential offload", 16, 60, 110),
-    Way("model offload", 16, 30, 90),
-)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every way does: a picture of `side` times `side` pixels, until a time of the day in seconds.
-
-    Limits are counted in `unit` bytes; `count` tells what is copied, where anything can.
-    """
-
-    model: Path
-    device: str
-    dtype: "torch.dtype"
-    side: int = 1024
-    steps: int = 28
-    tokens: int = 512
-    unit: int = 2**30
-    until: float = float("inf")
-    count: Count | None = None
-
-    @property
-    def left(self) -> float:
-        """Seconds left."""
-        return self.until - time.time()
-
-    def late(self) -> bool:
-        """Whether the picture that is timed must end where it is."""
-        return self.left < SPARE
-
-
-@dataclass
-class Notes:
-    """What is known of a way so far; on the disk as soon as it is known, as the process may be ended at any time."""
-
-    path: Path | None = None
-    known: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, **facts: object) -> None:
-        """Keep these facts, too."""
-        self.known |= facts
-        if self.path is not None:
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.known))
-            os.replace(part, self.path)
-
-
-class Clock:
-    """When each step of a denoise was done, the card having done all that it was ordered."""
-
-    def __init__(self, notes: Notes | None = None) -> None:
-        self._notes = notes
-        self.marks: list[float] = []
-
-    def start(self) -> None:
-        """The denoise begins, unless it has begun."""
-        if not self.marks:
-            self.step()
-
-    def step(self) -> None:
-        """A step is done."""
-        import torch
-
-        torch.accelerator.synchronize()
-        self.marks.append(time.perf_counter())
-        if self._notes is not None:
-            self._notes.add(steps=self.steps)
-
-    @property
-    def steps(self) -> list[float]:
-        """Seconds of each step."""
-        return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
-
-    def hear(self, kind: str, data: Mapping[str, Any]) -> None:
-        """Listen to a run."""
-        if kind == "item" and data["stage"] == "denoise":
-            # Once more where a stage that ran out of memory is tried again.
-            self.marks.clear()
-            self.start()
-        elif kind == "step":
-            self.step()
 
 
 def measure(way: Way, job: Job, notes: Notes) -> None:
@@ -146,16 +27,17 @@ def measure(way: Way, job: Job, notes: Notes) -> None:
     except Interrupted:
         notes.add(status="cut off")
     except (PlanError, BadResult) as error:
-        notes.add(status="no plan" if isinstance(error, PlanError) else "no picture", **told(error))
+        notes.add(**ended(notes, "no plan" if isinstance(error, PlanError) else "no picture", error))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        notes.add(status="out of memory", peak=peak(job), **told(error))
+        notes.add(**({"peak": peak(job)} | notes.known | ended(notes, "out of memory", error)))
 
 
-def told(error: BaseException) -> dict[str, str]:
-    """An error for the table, which has room for two sentences, and whole."""
-    return {"why": ". ".join(str(error).splitlines()[0].split(". ")[:2]), "error": str(error)}
+def ended(notes: Notes, status: str, error: BaseException) -> dict[str, str]:
+    """What an error makes of a way, in two sentences and whole; a picture that was made stays made."""
+    status = "made" if notes.known["status"].startswith("made") else status
+    return {"status": status, "why": ". ".join(str(error).splitlines()[0].split(". ")[:2]), "error": str(error)}
 
 
 def cap(way: Way, job: Job) -> int | None:
@@ -195,8 +77,7 @@ def staged(way: Way, job: Job, notes: Notes) -> None:
     limit, begin = cap(way, job), time.perf_counter()
     plan = planned(job, job.steps, limit)
     placed = {name: str(place.placement) for name, place in plan.places.items()}
-    notes.add(placed=placed, table=plan.savings["transformer"].layers != frozenset(),
-              status="making")
+    notes.add(status="making", placed=placed, table=bool(plan.savings["transformer"].layers))
     clock, planning, begin = Clock(notes), time.perf_counter() - begin, time.perf_counter()
     report = run_all(plan, emit=clock.hear, stop=job.late)
     whole = time.perf_counter() - begin
@@ -206,7 +87,7 @@ def staged(way: Way, job: Job, notes: Notes) -> None:
               parts={stage.stage: dict(stage.seconds) for stage in report.stages},
               **{stage.stage: stage.seconds["compute"] for stage in report.stages})
     del report
-    short(job, notes, whole, lambda steps: run_all(planned(job, steps, limit)))
+    short(job, notes, planning + whole, lambda steps: run_all(planned(job, steps, limit)))
 
 
 def piped(way: Way, job: Job, notes: Notes) -> None:
@@ -259,7 +140,7 @@ def drawn(pipe: Any, job: Job, steps: int, clock: Clock, late: Callable[[], bool
 
     from stages.errors import BadResult
 
-    def ended(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def heard(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         clock.step()
         pipe._interrupt = late()
         return values
@@ -267,7 +148,7 @@ def drawn(pipe: Any, job: Job, steps: int, clock: Clock, late: Callable[[], bool
     picture = pipe(
         PROMPT, width=job.side, height=job.side, num_inference_steps=steps, guidance_scale=GUIDANCE,
         max_sequence_length=job.tokens, generator=torch.Generator("cpu").manual_seed(SEED), output_type="np",
-        callback_on_step_end=ended,
+        callback_on_step_end=heard,
     ).images[0]
     if not np.isfinite(picture).all() or picture.min() == picture.max():
         raise BadResult("the picture is not finite, or has one color")
@@ -295,9 +176,3 @@ def peak(job: Job) -> int:
     import torch
 
     return int(torch.accelerator.max_memory_allocated(job.device))
-
-
-def step_seconds(known: Mapping[str, Any]) -> float | None:
-    """The median of all steps but the first; None where there was no second one."""
-    steps = known.get("steps", [])[1:]
-    return statistics.median(steps) if steps else None

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from torch.profiler import ProfilerActivity
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_tables
 from benchmarks.copies import copied, extended, watched
 from benchmarks.floors import operations
 from benchmarks.full_size import DONE, LAYER, LAYERS, LEFT, REST, build, overwrite, text_layers
-from benchmarks.gpu_ways import WAYS, Clock, Notes, Way, step_seconds
+from benchmarks.gpu_job import WAYS, Clock, Notes, Way
 from tests.conftest import Cards
 from tests.sparse import flux_dev, hollow
 
@@ -63,7 +63,7 @@ def test_a_way_that_no_longer_fits_is_left_out_and_says_so() -> None:
     found = gpu.compare(ways, start, lambda: left.pop(0), lambda all_: kept.append(len(all_)))
     assert given == {"a, 24 GiB": 50, "c, 16 GiB": 15} and kept == [1, 2, 3]
     assert found["b, 24 GiB"] == {"status": "skipped", "why": "40 s left, needs 45"}
-    assert gpu.times(found, 28)[1][-1] == "skipped; 40 s left, needs 45"
+    assert gpu_tables.times(found, 28)[1][-1] == "skipped; 40 s left, needs 45"
 
 
 def test_what_a_process_noted_before_it_ended_is_kept(tmp_path: Path) -> None:
@@ -71,12 +71,12 @@ def test_what_a_process_noted_before_it_ended_is_kept(tmp_path: Path) -> None:
     notes.add(status="making", load=2.0, steps=[3.0, 1.0, 2.0, 1.5])
     found = gpu.started(notes.path or tmp_path, 60.0, "--no-such-option")
     assert found["status"] == "ended while making" and found["why"].startswith("exit code 2: ")
-    assert step_seconds(found) == 1.5 and gpu.times({"a": found}, 28)[0][1:3] == ["1.500", "3.000"]
-    assert "4 of 28 steps" in gpu.remark(found, 28) and gpu.image(found, 28) == "-"
+    assert gpu_tables.step_seconds(found) == 1.5 and gpu_tables.times({"a": found}, 28)[0][1:3] == ["1.500", "3.000"]
+    assert "4 of 28 steps" in gpu_tables.remark(found, 28) and gpu_tables.image(found, 28) == "-"
     found = gpu.started(tmp_path / "none.json", 0.01, "--prepare")
     assert found == {"status": "ended while starting", "why": "ended after 0 s"}
     assert gpu.settled({"status": "made, watching copies", "image": 1.0}, "late")["status"] == "made"
-    assert gpu.image({"image": 10.0, "steps": [1.0, 2.0, 2.0]}, 5) == "~14.0"
+    assert gpu_tables.image({"image": 10.0, "steps": [1.0, 2.0, 2.0]}, 5) == "~14.0"
 
 
 def test_steps_are_counted_anew_where_a_stage_is_tried_again(cards: Cards) -> None:
