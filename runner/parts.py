@@ -8,8 +8,8 @@ import hashlib
 import os
 import re
 import secrets
-import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -36,23 +36,45 @@ def hold(handle: int) -> bool:
     return os.fstat(handle).st_nlink > 0
 
 
+@contextmanager
+def seized(name: str, folder: int) -> Iterator[bool | None]:
+    """For the block, whether nobody else holds the file `name` in a folder, and nobody takes it; None where there are
+    no locks to tell. Raises OSError where it is no file.
+    """
+    with ExitStack() as stack:
+        mine, other = (_opened(stack, name, folder) for _ in range(2))
+        try:
+            fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            yield False if isinstance(error, BlockingIOError) else None
+            return
+        yield True if _excludes(other) else None
+
+
 def sweep(folder: Path, prefix: str = "") -> None:
     """Remove the parts that killed processes left in a folder under this prefix, if their locks can tell."""
-    with suppress(OSError):
-        names = [name for name in os.listdir(folder) if name.startswith(prefix) and is_ours(name.removeprefix(prefix))]
-        for name in names:
-            with suppress(OSError):
-                _remove(folder / name)
+    with suppress(OSError), ExitStack() as stack:
+        inside = _opened(stack, str(folder), None)
+        for name in os.listdir(inside):
+            if name.startswith(prefix) and is_ours(name.removeprefix(prefix)):
+                with suppress(OSError), seized(name, inside) as free:
+                    if free:
+                        os.unlink(name, dir_fd=inside)
 
 
-def _remove(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def _opened(stack: ExitStack, name: str, folder: int | None) -> int:
+    handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    stack.callback(os.close, handle)
+    return handle
+
+
+def _excludes(other: int) -> bool:
+    """Whether a second descriptor of a file that is locked sees that it is; some file systems only say yes."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if stat.S_ISREG(os.fstat(handle).st_mode):
-            os.unlink(path)
-    finally:
-        os.close(handle)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 @cache

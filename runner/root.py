@@ -1,13 +1,12 @@
 """The folder of a store: opened and checked once, and swept of what killed processes left."""
 
-import fcntl
 import os
 from collections.abc import Collection
 from pathlib import Path
 
 from runner.durable import TMP, Entry, entries, explained, folder, owner
 from runner.locks import LOCK
-from runner.parts import PART, is_ours
+from runner.parts import PART, is_ours, seized
 from stages.errors import StoreError
 
 ORPHAN_AFTER = 3600.0
@@ -57,30 +56,13 @@ def _is_orphan(entry: Entry, older: float) -> bool:
 def _remove_orphan(tmp: int, entry: Entry, older: float, dry: bool) -> bool:
     name = entry.path.rpartition("/")[2]
     try:
-        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=tmp)
+        with seized(name, tmp) as free:
+            gone = free or (free is None and entry.age() >= older)
+            if gone and not dry:
+                os.unlink(name, dir_fd=tmp)
+            return gone
     except FileNotFoundError:
         return False
-    try:
-        if _is_held(handle, entry.age() < older):
-            return False
-        if not dry:
-            os.unlink(name, dir_fd=tmp)
-    except FileNotFoundError:
-        return False
-    finally:
-        os.close(handle)
-    return True
-
-
-def _is_held(handle: int, young: bool) -> bool:
-    """Whether a process holds a file; where there are no locks, whether one may."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return young
-    return False
 
 
 def _check_ours(root: Path, layout: Collection[str]) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from runner import locks
 from runner.artifacts import FolderStore
+from runner.parts import hold, part_name, sweep
 from stages.errors import StoreError
 from tests.store_worker import KEY, Worker, state
 from tests.test_artifacts import OTHER, STATE, object_path, same
@@ -346,3 +347,35 @@ def test_orphans_are_swept_and_nothing_else(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         FolderStore(store.path)
     assert sorted(os.listdir(tmp)) == ["held.part", "notes", "young.part"]
+
+
+@pytest.mark.parametrize("locks", ["real", "missing", "blind"])
+def test_what_was_killed_on_this_machine_is_swept_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: str
+) -> None:
+    """Where no lock can tell that its writer is gone, it stays until it is old."""
+    store = FolderStore(tmp_path / "store")
+    left, live = part_name(), part_name()
+    for name in (left, live, "some.lock"):
+        (store.path / "tmp" / name).touch()
+    with open(store.path / "tmp" / live) as held:
+        assert hold(held.fileno())
+        if locks == "missing":
+            monkeypatch.setattr(fcntl, "flock", partial(_refuse, errno.ENOTSUP))
+        elif locks == "blind":
+            monkeypatch.setattr(fcntl, "flock", lambda handle, how: None)
+        FolderStore(store.path)
+        sweep(store.path / "tmp")
+        there = {live} if locks == "real" else {left, live, "some.lock"}
+        assert set(os.listdir(store.path / "tmp")) == there
+    os.unlink(store.path / "tmp" / live)
+
+
+def test_a_writer_whose_new_file_was_swept_takes_another(tmp_path: Path) -> None:
+    with open(tmp_path / "gone", "wb") as file:
+        os.unlink(tmp_path / "gone")
+        assert not hold(file.fileno())
+
+
+def _refuse(code: int, handle: int, how: int) -> None:
+    raise OSError(code, os.strerror(code))

@@ -294,7 +294,7 @@ def test_a_signal_ends_a_run_with_its_exit_code_and_no_torn_file(flux: Path, num
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (code, b"")
     assert err.count(b"error: ") == 1 and b"Traceback" not in err
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert not Path("x.png").exists()
     # The embeddings, and the latents as they are midway.
     assert len(list(Path("store/stages").iterdir())) == 2

@@ -58,20 +58,20 @@ def test_a_second_time_out_of_memory_ends_with_what_to_do(
 ) -> None:
     devices = cards(40_000_000, 40_000_000)
     words = ["flux", "--model", str(model), "--dtype", "float32", "--prompt", "a red circle", "--seed", "1", "--steps",
-             "2", "--size", "64x48", *(word for device in devices for word in ("--device", device)), "--count", "2",
+             "4", "--size", "64x48", *(word for device in devices for word in ("--device", device)), "--count", "2",
              "--place", "denoise=sharded", "-q"]
     assert answer([*words, "--out", "whole/", "--artifacts", "memory"]) == 0
     exhausted += devices
     told: list[list[str]] = []
     for more, changes in (([], ["one request at a time instead of 2"]), (["--no-degrade"], [])):
-        assert answer([*words, "--out", "out/", "--artifacts", "store", *more]) == 4
+        assert answer([*words, "--out", "out/", "--artifacts", f"store{len(more)}", *more]) == 4
         error, *ways = capsys.readouterr().err.splitlines()
         assert re.match(r"error: denoise ran out of memory \(.*peaked at [0-9.]+ GiB", error)
-        run = FolderStore(Path("store")).runs()[-1]
-        record = FolderStore(Path("store")).load_run(run)
+        run = FolderStore(Path(f"store{len(more)}")).runs()[-1]
+        record = FolderStore(Path(f"store{len(more)}")).load_run(run)
         assert record["changes"] == changes
         assert record["status"] == "failed" and "out of memory" in str(record["error"])
-        assert error.endswith(f"; go on with: python -m runner resume {run} --artifacts store")
+        assert error.endswith(f"; go on with: python -m runner resume {run} --artifacts store{len(more)}")
         assert len(ways) == 3 and all(way.startswith("next: python -m runner ") for way in ways), ways
         told.append(ways)
 
@@ -79,7 +79,7 @@ def test_a_second_time_out_of_memory_ends_with_what_to_do(
     exhausted.clear()
     sim.reset()
     first, last = shlex.split(told[1][0])[4:], shlex.split(told[0][2])[4:]
-    assert first == ["resume", run, "--artifacts", "store", "--lanes", "1"] and "--size" in last and last[0] == "flux"
+    assert first == ["resume", run, "--artifacts", "store1", "--lanes", "1"] and "--size" in last and last[0] == "flux"
     assert answer([*first, "--json", "-q"]) == 0
     done = json.loads(capsys.readouterr().out)
     assert [stage["made"] for stage in done["stages"]] == [0, 2, 2]
