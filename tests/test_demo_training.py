@@ -10,12 +10,10 @@ from diffusers import FluxPipeline
 
 from runner.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
 from runner.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
-from runner.demo.grounding import UNSAID, Grounding, named
 from runner.demo.latents import GRID, Latents, load_latents, save_latents
 from runner.demo.muon import Muon, orthogonal
 from runner.demo.phase import Phase
-from runner.demo.scenes import POSITIONS, Pair, Solo, training_scene
-from runner.demo.shapes import COLORS, SHAPES
+from runner.demo.scenes import training_scene
 from runner.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder, sample_captions
 from runner.demo.train import export, thin, tokenizers, warmed
 
@@ -31,8 +29,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Studio]:
     rng = random.Random(0)
     scenes = [training_scene(rng)[1] for _ in range(8)]
     latents = Latents(scenes, torch.randn(8, GRID * GRID, 64).half(), 0.1, 0.7)
-    grounding = Grounding(t5_tokenizer)
-    return folder, Studio(painter, trailing_copy(painter), grounding, clip_tokenizer, t5_tokenizer, latents)
+    return folder, Studio(painter, trailing_copy(painter), clip_tokenizer, t5_tokenizer, latents)
 
 
 def test_every_word_of_the_captions_is_one_token(studio: tuple[Path, Studio]) -> None:
@@ -45,38 +42,6 @@ def test_every_word_of_the_captions_is_one_token(studio: tuple[Path, Studio]) ->
     assert max(len(built.t5_tokenizer(text).input_ids) for text in corpus) <= TEXT_TOKENS
     assert max(len(built.clip_tokenizer(text).input_ids) for text in corpus) <= CLIP_TOKENS
     assert built.t5_tokenizer("A Red circle").input_ids == built.t5_tokenizer("a red circle").input_ids
-
-
-def test_every_word_that_names_a_thing_is_asked_what_it_is_and_where(studio: tuple[Path, Studio]) -> None:
-    _, built = studio
-    scene = Pair("red", "circle", "above", "blue", "circle", "white")
-    text = "a red circle above a blue circle on a white background"
-    ids = built.t5_tokenizer(text).input_ids
-    answers = built.grounding.answers(ids, text, scene)
-    words = dict(enumerate(text.split()))
-    colors, shapes, places = list(COLORS), list(SHAPES), list(POSITIONS)
-    first = [colors.index("red"), shapes.index("circle"), places.index("at the top")]
-    other = [colors.index("blue"), shapes.index("circle"), places.index("at the bottom")]
-    asked = {spot: row for spot, row in enumerate(answers.tolist()) if row != [UNSAID] * 3}
-    assert asked == {1: first, 2: first, 5: other, 6: other} and [words[spot] for spot in asked] == [
-        "red", "circle", "blue", "circle"]
-    left_open = named("a red star", Solo("red", "star", "large", "on the left", "black"))
-    assert left_open == [(colors.index("red"), shapes.index("star"), UNSAID)]
-
-
-def test_the_side_task_is_learnt(studio: tuple[Path, Studio]) -> None:
-    _, built = studio
-    rng = random.Random(0)
-    weights = [*built.painter.t5.parameters(), *built.grounding.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=2e-3)
-    losses = []
-    for _ in range(12):
-        loss = built.side_loss(rng, CPU)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_phase_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -130,8 +95,7 @@ def test_one_step_of_each_kind_and_an_export_that_draws(studio: tuple[Path, Stud
     assert any(not torch.equal(old, new) for old, new in zip(before, autoencoder.parameters(), strict=True))
 
     assert not built.average.transformer.proj_out.weight.any()
-    phase = Phase("p", 1e-6, folder, folder / "log", {"p": built.painter},
-                  painter_optimizers(built.painter, built.grounding))
+    phase = Phase("p", 1e-6, folder, folder / "log", {"p": built.painter}, painter_optimizers(built.painter))
     train_painter(phase, built, CPU, lambda: None)
     assert built.average.transformer.proj_out.weight.any()
 

@@ -9,7 +9,6 @@ import torch
 from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
-from runner.demo.grounding import Grounding
 from runner.demo.latents import CHANNELS, GRID, Latents
 from runner.demo.muon import Muon
 from runner.demo.phase import Phase, learning_rate
@@ -21,9 +20,6 @@ HEADS, HEAD = 3, 64
 ADAM_PEAK = 1.5e-3
 MUON_PEAK = 3e-3
 AVERAGE = 0.997
-GROUNDING = 0.1
-# Where in the picture things go is settled near the noise.
-TOWARD_NOISE = 1.0
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -84,10 +80,10 @@ class Painter(torch.nn.Module):
         return velocity
 
 
-def painter_optimizers(painter: Painter, grounding: Grounding) -> list[torch.optim.Optimizer]:
+def painter_optimizers(painter: Painter) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest."""
     hidden: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = list(grounding.parameters())
+    rest: list[torch.nn.Parameter] = []
     for name, weights in painter.named_parameters():
         block = "blocks." in name or "t5.encoder.block" in name
         matrix = weights.ndim == 2 and "norm" not in name and "relative" not in name
@@ -110,27 +106,22 @@ class Studio:
 
     painter: Painter
     average: Painter
-    grounding: Grounding
     clip_tokenizer: CLIPTokenizer
     t5_tokenizer: T5Tokenizer
     latents: Latents
 
     def loss(self, rng: random.Random, device: torch.device) -> torch.Tensor:
-        """The flow-matching error on one batch: logit-normal times, nearer the noise than the picture."""
+        """The flow-matching error on one batch: logit-normal times, a little nearer the noise than the picture."""
         picks = [rng.randrange(len(self.latents.scenes)) for _ in range(BATCH)]
         texts = [training_caption(rng, self.latents.scenes[pick]) for pick in picks]
         clean = self.latents.values[picks].float().to(device)
         noise = torch.randn_like(clean)
-        t = torch.sigmoid(torch.randn(BATCH, device=device) + TOWARD_NOISE)
+        t = torch.sigmoid(torch.randn(BATCH, device=device) + 0.4)
         mixed = torch.lerp(clean, noise, t[:, None, None])
         clip_ids = token_ids(self.clip_tokenizer, texts, CLIP_TOKENS).to(device)
         t5_ids = token_ids(self.t5_tokenizer, texts, TEXT_TOKENS).to(device)
         velocity: torch.Tensor = self.painter(clip_ids, t5_ids, mixed, t)
         return (velocity - (noise - clean)).square().mean()
-
-    def side_loss(self, rng: random.Random, device: torch.device) -> torch.Tensor:
-        """The error of the text encoder's side task."""
-        return GROUNDING * self.grounding.loss(self.painter.t5, rng, device)
 
     @torch.no_grad()
     def trail(self, steps: int) -> None:
@@ -146,10 +137,10 @@ def train_painter(phase: Phase, studio: Studio, device: torch.device, every: Cal
 
     def step(fraction: float) -> float:
         learning_rate(phase.optimizers, min(1.0, (phase.steps + 1) / 150) * min(1.0, 1.3 * (1 - fraction)) + 1e-3)
-        loss, side = studio.loss(rng, device), studio.side_loss(rng, device)
+        loss = studio.loss(rng, device)
         for optimizer in phase.optimizers:
             optimizer.zero_grad()
-        torch.autograd.backward(loss + side)
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(studio.painter.parameters(), 1.0)
         for optimizer in phase.optimizers:
             optimizer.step()

@@ -17,7 +17,6 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from runner.demo import CHECKPOINT
 from runner.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
 from runner.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
-from runner.demo.grounding import Grounding
 from runner.demo.latents import Latents, encode_scenes, load_latents, save_latents
 from runner.demo.phase import Phase
 from runner.demo.text import (
@@ -110,10 +109,9 @@ def train(out: Path, state: Path, minutes_vae: float, minutes: float, start: Pat
     torch.manual_seed(1)
     painter = Painter(build_clip_encoder(clip_tokenizer), build_t5_encoder(t5_tokenizer), build_transformer())
     painter = (painter if start is None else warmed(painter, start)).to(device)
-    grounding = Grounding(t5_tokenizer).to(device)
-    studio = Studio(painter, trailing_copy(painter), grounding, clip_tokenizer, t5_tokenizer, latents)
-    modules: dict[str, torch.nn.Module] = {"painter": painter, "average": studio.average, "grounding": grounding}
-    phase = Phase("painter", minutes * 60, state, state / LOSSES, modules, painter_optimizers(painter, grounding))
+    studio = Studio(painter, trailing_copy(painter), clip_tokenizer, t5_tokenizer, latents)
+    modules: dict[str, torch.nn.Module] = {"painter": painter, "average": studio.average}
+    phase = Phase("painter", minutes * 60, state, state / LOSSES, modules, painter_optimizers(painter))
     phase.load()
     train_painter(phase, studio, device, lambda: export(out, state, studio, autoencoder))
     export(out, state, studio, autoencoder)
