@@ -18,8 +18,8 @@ PROMPTS = (
     "a small blue diamond on the right on a yellow background",
     "a large white cross in the center on a red background",
     "a large green heart on the right on a white background",
-    "a red circle above a blue square on a white background",
-    "a yellow square to the left of a green circle on a black background",
+    "a small cyan star on the left on a black background",
+    "a large black circle at the top on a yellow background",
 )
 COLUMNS, SIDE, CAPTION = 3, 192, 36
 

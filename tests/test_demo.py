@@ -18,7 +18,7 @@ from runner.request import ask
 from stages.families import FAMILIES
 
 DEMO = FAMILIES["demo"]
-# The marks stand; the training that was affordable so far has not reached them. Strict: reaching one ends its mark.
+# The mark stands; the training that was affordable so far has not reached it. Strict: reaching it ends this.
 UNFINISHED = pytest.mark.xfail(strict=True, reason="the demo checkpoint needs more training: runner/demo/README.md")
 
 
@@ -34,7 +34,6 @@ def judged(prompts: list[Prompt]) -> Score:
     return result
 
 
-@UNFINISHED
 def test_one_object_prompts_held_out_of_training() -> None:
     result = judged(exam_prompts()[0])
     assert result.of == 100 and result.passed >= 90, result.wrong
