@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from runner.plan import Plan, make_plan
     from runner.request import Request
     from runner.run import Picture, Report, run_all, run_stage
-    from runner.spawning import spawn
+    from runner.spawning import run_on_ray, spawn
     from runner.watch import RankLost
 
 __all__ = [
-    "Crew", "Picture", "Plan", "RankLost", "Report", "Request", "gather", "make_plan", "run_all", "run_stage", "spawn",
-    "split_between_ranks",
+    "Crew", "Picture", "Plan", "RankLost", "Report", "Request", "gather", "make_plan", "run_all", "run_on_ray",
+    "run_stage", "spawn", "split_between_ranks",
 ]
 
 _HOMES = {"Crew": "crew", "Picture": "run", "Plan": "plan", "RankLost": "watch", "Report": "run", "Request": "request",
-          "gather": "gathering", "make_plan": "plan", "run_all": "run", "run_stage": "run", "spawn": "spawning",
-          "split_between_ranks": "gathering"}
+          "gather": "gathering", "make_plan": "plan", "run_all": "run", "run_on_ray": "spawning", "run_stage": "run",
+          "spawn": "spawning", "split_between_ranks": "gathering"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from types import FrameType
 from typing import Annotated, Literal
@@ -88,6 +88,9 @@ class Options:
     strict: Annotated[bool, typer.Option("--strict", help="Refuse damaged artifacts instead of redoing them.")] = False
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of paths.")] = False
     log: Annotated[str | None, typer.Option(metavar="FILE", help="Append every event to FILE as a JSON line.")] = None
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Who runs the stages: this process, or workers of a Ray cluster.")
+    ] = "local"
     ranks: Annotated[str | None, typer.Option(metavar="N", help="Processes that share the pictures and cards.")] = None
     rank_timeout: Annotated[
         str | None, typer.Option(metavar="SECONDS", help="How long a rank may do nothing; 120 unless said.")
@@ -103,6 +106,18 @@ class Options:
         from runner.make import make
 
         return make(str(self.ctx.info_name), self)
+
+
+@dataclass(frozen=True)
+class BatchOptions(Options):
+    """The options of a family, which is named, or flux."""
+
+    family: Annotated[str, typer.Argument(metavar="[FAMILY]", help="flux unless said.")] = "flux"
+
+    def __call__(self) -> int:
+        from runner.make import make
+
+        return make(self.family, Options(**{option.name: getattr(self, option.name) for option in fields(Options)}))
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,8 @@ for _family in FAMILIES.values():
 
 
 app.command("plan", help="Show where everything would go, and whether it fits; nothing is loaded.")(PlanOptions)
+
+app.command("batch", help="Make the pictures of --prompt-file: as the family's own command does.")(BatchOptions)
 
 app.command("resume", help="Go on with a run that was interrupted or failed, or finish it once more.")(Resume)
 

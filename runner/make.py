@@ -17,7 +17,7 @@ from runner import names, tables, together
 from runner.durable import explained
 from runner.events import Emit, clean, json_lines, tee
 from runner.garbage import tidy
-from runner.order import Order, devices, order
+from runner.order import Order, check_engine, devices, order
 from runner.parallel import wished
 from runner.previews import Beside
 from runner.progress import Progress
@@ -42,9 +42,23 @@ LANES = 16
 
 def make(family: str, said: Any) -> int:
     """Make the pictures that the options `said` ask for; the exit code. Standard output gets paths, or JSON."""
+    check_family(family)
+    check_engine(said)
     if said.ranks is not None or launched() is not None or wished(said.place) is not None:
         return together.make(family, said)
-    return produce(order(family, said), said)
+    asked = order(family, said)
+    if said.engine == "ray":
+        from runner import clustered
+
+        return clustered.produce(asked, said)
+    return produce(asked, said)
+
+
+def check_family(family: str) -> None:
+    """Raise ValueError for a family that there is not."""
+    if family not in FAMILIES:
+        close = get_close_matches(family, FAMILIES, 1)
+        raise ValueError(f"there is no family {shown(family)} -> choose from {', '.join(close or FAMILIES)}")
 
 
 def produce(asked: Order, said: Any) -> int:
@@ -110,9 +124,7 @@ def opened(asked: Order, said: Any, emit: Emit) -> "Store":
 
 def foresee(family: str, said: Any) -> None:
     """Print the plan that the options `said` lead to."""
-    if family not in FAMILIES:
-        close = get_close_matches(family, FAMILIES, 1)
-        raise ValueError(f"there is no family {shown(family)} -> choose from {', '.join(close or FAMILIES)}")
+    check_family(family)
     hush(said.verbose)
     prompt = said.prompt or ("a picture" if said.prompt_file is None else None)
     asked = order(family, replace(said, prompt=prompt, stop_after="encode"))

@@ -226,6 +226,22 @@ def _check_together(said: Any) -> None:
         raise ValueError(f"--from-stage {said.from_stage} needs artifacts of a run before -> --artifacts DIR")
 
 
+def check_engine(said: Any) -> None:
+    """Raise ValueError for options that contradict --engine ray."""
+    if said.engine != "ray":
+        return
+    if launched() is not None:
+        raise ValueError("--engine ray starts processes of its own, and a launcher started this one -> leave one out")
+    for option in ("ranks", "preview", "gpus"):
+        if getattr(said, option) is not None:
+            raise ValueError(f"--{option} has no meaning with --engine ray, which deals out cards and pictures itself "
+                             f"-> leave one of them out")
+    if any("tensor_parallel" in text for text in said.place or ()):
+        raise ValueError("--engine ray and denoise=tensor_parallel contradict each other -> leave one of them out")
+    if said.artifacts == "memory":
+        raise ValueError("--engine ray needs a store that all its workers share -> --artifacts DIR or URL")
+
+
 def devices(names: Sequence[str], gpus: str | None) -> tuple[str, ...]:
     """The devices that --device or --gpus choose, none for all there are; ValueError for both and for nonsense."""
     if gpus is None:

@@ -143,9 +143,8 @@ class Shift:
     def _compute(self, errands: Sequence[Errand], places: Places) -> None:
         self._table = self._tabulated(places, errands)
         start = time.perf_counter()
-        with self.stage.loaded(places, self.emit) as loaded:
-            if self._table is not None:
-                self._table.attach(loaded)
+        with (self.stage.loaded(places, self.emit) as loaded,
+              nullcontext() if self._table is None else self._table.attached(loaded)):
             self.seconds["load"] = time.perf_counter() - start
             self.emit("loaded", {"stage": self.stage.name, "seconds": self.seconds["load"]})
             cards = [name for name in self.plan.devices if name != "cpu"]

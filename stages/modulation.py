@@ -106,15 +106,22 @@ class Modulation:
         """Bytes of the rows that are there."""
         return sum(row.nbytes for row in self._chapter.rows.values())
 
-    def attach(self, loaded: Loaded) -> None:
-        """Make the folded model of the loaded stage read its layers' outputs here."""
+    @contextmanager
+    def attached(self, loaded: Loaded) -> Iterator[None]:
+        """The folded model of the loaded stage reads its layers' outputs here in the block."""
         (component,) = self.stage.components
         model = getattr(loaded.pipe, component.name)
         found = replays(model)
         assert {replay.layer for replay in found} == self.layers
         for replay in found:
             replay.source = self
-        model.register_forward_pre_hook(self._turn_page, with_kwargs=True, prepend=True)
+        hook = model.register_forward_pre_hook(self._turn_page, with_kwargs=True, prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+            for replay in found:
+                replay.source = None
 
     @contextmanager
     def request(self, index: int, done: int = 0) -> Iterator[None]:

@@ -8,12 +8,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from torch.distributed import TCPStore
+
+from runner import make_plan, run_all
+from runner.cli import answer
+from runner.request import ask
+from stages.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "runner", "flux")
@@ -64,20 +72,9 @@ def caught(launcher: "subprocess.Popen[str]", rank: int) -> int:
     return pids[rank]
 
 
-@pytest.mark.parametrize(
-    ("rank", "number", "says"),
-    [
-        (1, signal.SIGKILL, "error: rank 1 was killed or left early, last in denoise, picture 1 of 1, step "),
-        (0, signal.SIGSTOP, "error: rank 0 hangs: no sign of life for "),
-    ],
-    ids=["killed", "stopped"],
-)
-def test_a_lost_rank_ends_the_job_with_its_name(
-    flux: Path, tmp_path: Path, rank: int, number: signal.Signals, says: str
-) -> None:
-    words = ("--model", str(flux), "--prompt", "a dog", "--count", "2", "--size", "64x48", "--device", "cpu",
-             "--steps", "1000", "--rank-timeout", "6")
-    with launched(tmp_path, *words) as launcher:
+def lost(words: tuple[str, ...], folder: Path, rank: int, number: signal.Signals, says: str) -> None:
+    """Send a rank a signal in its denoise, and see that the job ends with what `says`."""
+    with launched(folder, *words) as launcher:
         os.kill(caught(launcher, rank), number)
         begin = time.monotonic()
         out, errors = launcher.communicate(timeout=60)
@@ -85,4 +82,32 @@ def test_a_lost_rank_ends_the_job_with_its_name(
     assert launcher.returncode != 0 and out == ""
     told = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and told[0].startswith(says) and "what was finished is kept" in told[0], errors
+
+
+def test_a_stopped_rank_ends_the_job_with_its_name(flux: Path, tmp_path: Path) -> None:
+    words = ("--model", str(flux), "--prompt", "a dog", "--count", "2", "--size", "64x48", "--device", "cpu",
+             "--steps", "1000", "--rank-timeout", "6")
+    lost(words, tmp_path, 0, signal.SIGSTOP, "error: rank 0 hangs: no sign of life for ")
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_killed_rank_ends_the_job_with_its_name_and_resume_makes_the_rest(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"prompt": "a dog"}, {"prompt": "a cat"}, {"prompt": "a fox", "steps": 1000}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ("--model", str(flux), "--prompt-file", "p.jsonl", "--seed", "3", "--size", "64x48", "--device", "cpu",
+             "--steps", "2", "--out", "{index}.png")
+    says = "error: rank 1 was killed or left early, last in denoise, picture 1 of 1, step "
+    lost(words, tmp_path, 1, signal.SIGKILL, says)
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert set(kept) <= {tmp_path / "0.png", tmp_path / "1.png"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert answer(["resume", "last", "-q"]) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"0.png", "1.png", "2.png"}
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    asked = [replace(ask(prompt, FAMILIES["flux"], size=(64, 48), steps=2, seed=3 + at)[0], index=at)
+             for at, prompt in enumerate(("a dog", "a cat"))]
+    for picture in run_all(make_plan("flux", asked, model=flux, devices=["cpu"])).pictures:
+        assert np.array_equal(Image.open(f"{picture.index}.png"), picture.pixels)

@@ -163,8 +163,7 @@ def test_every_family_comes_out_the_same(tmp_path: Path, name: str) -> None:
         # It is told nothing but the timestep: two rows, for both prompts and with and without the negative one.
         (program,) = {found.kind for found in table.programs}
         assert table.bytes == 2 * Layout.of(program.layers).size and len(table.programs) > 1
-    with denoise.loaded(places) as loaded:
-        table.attach(loaded)
+    with denoise.loaded(places) as loaded, table.attached(loaded):
         for index, state in enumerate(plain["encode"]):
             with table.request(index):
                 found = loaded.run(state, requests[index])
@@ -268,8 +267,7 @@ def test_a_table_for_other_conditioning_is_noticed(flux: Path) -> None:
     inputs = [inputs_of(request) for request in job.requests]
     table = Modulation(job.stages[1], job.places, job.places["transformer"].folded, [0, 1],
                        lambda index: (states[index], inputs[index]))
-    with job.stages[1].loaded(job.places) as loaded:
-        table.attach(loaded)
+    with job.stages[1].loaded(job.places) as loaded, table.attached(loaded):
         with table.request(0):
             loaded.run(states[0], inputs[0])
         with pytest.raises(AssertionError, match="told what the table was not"), table.request(0):

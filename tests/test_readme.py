@@ -22,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 RUNS = [line[line.index("python -m runner") :] for line in LINES
-        if "python -m runner" in line and "--ranks" not in line and "tensor_parallel" not in line]
+        if "python -m runner" in line and not any(word in line for word in ("--ranks", "tensor_parallel", "ray"))]
 RANKS = [line for line in LINES if line.startswith(("torchrun", "accelerate")) or "--ranks" in line]
+BY_RAY = [line for line in LINES if "--engine ray" in line]
 TOGETHER = [line for line in LINES if "tensor_parallel" in line]
 STARTS = {"python": ["-m"], "torchrun": ["-m", "torch.distributed.run"],
           "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
@@ -51,7 +52,7 @@ def test_there_are_two_commands_that_install() -> None:
     """The second is what continuous integration runs (test_lint.py), the first differs in what follows the install."""
     installing = [line for line in LINES if "pip install" in line]
     assert [line.startswith(INSTALL) for line in installing] == [True, True]
-    assert all(line.startswith(INSTALL) or line in RUNS + RANKS + TOGETHER for line in LINES)
+    assert all(line.startswith(INSTALL) or line in RUNS + RANKS + TOGETHER + BY_RAY for line in LINES)
 
 
 def test_the_first_command_ends_with_a_picture(tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""Ray: the pictures of one process, also when a worker is killed; and which worker has which cards."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runner import make_plan, run_all
+from runner.artifacts import open_store
+from runner.keys import chain
+from runner.operator import Denoise, alone, cards_of, errands
+from runner.order import check_engine
+from runner.pools import Pool, groups, pools
+from runner.request import Request, ask
+from stages.errors import PlanError
+from stages.families import FAMILIES
+from stages.placement import Sharded
+from tests import sparse
+from tests.test_readme import BY_RAY, answered
+
+PROMPTS = ("a fox", "a dog", "a fox", "a cow", "a cat")
+
+
+def of_this_process(pid: int) -> bool:
+    """Whether a process descends from this one."""
+    while pid > 1 and pid != os.getpid():
+        stat = Path(f"/proc/{pid}/stat")
+        pid = int(stat.read_text().rpartition(")")[2].split()[1]) if stat.exists() else 0
+    return pid == os.getpid()
+
+
+def workers(name: str) -> list[int]:
+    """The Ray workers of a stage that this process started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = entry.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if text.startswith(f"ray::MapWorker(Map({name}))") and of_this_process(int(entry.parent.name)):
+            found.append(int(entry.parent.name))
+    return found
+
+
+@contextmanager
+def killing(name: str, folder: Path, count: int) -> Iterator[list[int]]:
+    """Kill the worker of a stage once there are so many artifacts in the store."""
+    killed: list[int] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.02):
+            if len(list(folder.glob("stages/**/*.json"))) >= count and (found := workers(name)):
+                os.kill(found[0], signal.SIGKILL)
+                killed.append(found[0])
+                return
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_ray_makes_the_pictures_of_one_process_and_a_killed_worker_loses_nothing(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (line,) = BY_RAY
+    more = ("--model", str(flux), "--size", "64x48", "--device", "cpu", "--steps", "40", "--artifacts", "store")
+    # Four prompts differ, so the fifth artifact is the first one's latents.
+    with killing("Denoise", tmp_path / "store", 5) as killed:
+        printed = answered(line, tmp_path, *more)
+    assert len(killed) == 1 and not Path(f"/proc/{killed[0]}").exists()
+    asked = [replace(ask(prompt, FAMILIES["flux"], size=(64, 48), steps=40, seed=1 + at)[0], index=at)
+             for at, prompt in enumerate(PROMPTS)]
+    local = run_all(make_plan("flux", asked, model=flux, devices=["cpu"]))
+    assert len(printed) == len(PROMPTS) == len(set(printed))
+    for path, picture in zip(sorted(printed), local.pictures, strict=True):
+        assert np.array_equal(Image.open(tmp_path / path), picture.pixels)
+    store = open_store(str(tmp_path / "store"))
+    assert all(store.find(key) is not None for keys in local.keys.values() for key in keys)
+    (run,) = store.runs()
+    assert store.load_run(run)["status"] == "done"
+    # One process finds all of it there.
+    again = run_all(make_plan("flux", asked, model=flux, devices=["cpu"]), store=store)
+    assert [stage.ran for stage in again.stages] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("cards", "there", "sizes", "together"),
+    [
+        ({"encode": 0, "denoise": 0, "decode": 0}, 0, (1, 1, 1), True),
+        ({"encode": 1, "denoise": 2, "decode": 1}, 4, (1, 1, 1), True),
+        ({"encode": 1, "denoise": 2, "decode": 1}, 9, (1, 3, 1), True),
+        ({"encode": 1, "denoise": 1, "decode": 1}, 1000, (1, 50, 1), True),
+        ({"encode": 1, "denoise": 2, "decode": 1}, 3, (3, 1, 3), False),
+    ],
+)
+def test_every_card_has_a_worker_and_the_denoise_has_most(
+    cards: dict[str, int], there: int, sizes: tuple[int, ...], together: bool
+) -> None:
+    found = pools(cards, there, 50)
+    assert tuple(pool.size for pool in found.by_stage.values()) == sizes and found.together is together
+    used = [pool.size * pool.cards for pool in found.by_stage.values()]
+    assert (sum(used) if together else max(used)) <= there
+    assert all(isinstance(pool, Pool) and pool.cores <= 0.25 for pool in found.by_stage.values())
+
+
+def test_too_few_cards_are_refused() -> None:
+    with pytest.raises(PlanError, match="denoise takes 2 cards, and the cluster has 1 ->"):
+        pools({"encode": 1, "denoise": 2}, 1, 4)
+
+
+@pytest.mark.parametrize(("requests", "size"), [(1, 1), (5, 1), (5, 2), (50, 3), (3, 8)])
+def test_groups_are_all_requests_once_and_enough_for_all_workers(requests: int, size: int) -> None:
+    found = groups(requests, size)
+    assert [at for group in found for at in group] == list(range(requests))
+    assert min(size, requests) <= len(found) and max(map(len, found)) <= 4
+    rows = errands(found, {"encode": [0], "denoise": [], "decode": []})
+    assert len(rows) == 1 and '"encode": [0]' in rows[0]["errand"]
+
+
+def test_a_worker_numbers_its_own_cards_and_decides_as_the_plan_does(tmp_path: Path) -> None:
+    model = sparse.flux_dev(tmp_path / "flux")
+    place = ["encode=1", "denoise=sharded", "decode=1"]
+    plan = make_plan("flux", [Request("a fox", 256, 256, 2, 3.5, 1, 32)], model=model, machine="3x12GB", place=place)
+    for stage in plan.stages:
+        cards = cards_of(plan, stage)
+        mine = alone(plan, stage.name)
+        names = [f"cuda:{at}" for at in range(len(cards))]
+        assert list(mine.devices) == sorted(names) and cards_of(mine, stage) == names
+        for part in stage.components:
+            ours, theirs = mine.places[part.name].placement, plan.places[part.name].placement
+            assert sorted(ours.share(plan.weights[part.name]).values()) == sorted(
+                theirs.share(plan.weights[part.name]).values())
+    assert isinstance(mine.places["transformer"].placement, Sharded) and chain(mine) == chain(plan)
+
+
+def test_what_goes_wrong_in_a_worker_is_told_by_kind(tmp_path: Path) -> None:
+    worker = Denoise.__new__(Denoise)
+    worker.trouble = {"kind": "LoadError", "text": "no such model"}
+    (row,) = errands([range(1)], {"denoise": [0]})
+    assert '"trouble": {"kind": "LoadError", "text": "no such model"}' in worker(row)["errand"]
+
+
+def test_options_that_contradict_ray_are_refused() -> None:
+    plain: dict[str, Any] = {"engine": "ray", "ranks": None, "preview": None, "gpus": None, "place": None,
+                             "artifacts": None}
+    check_engine(SimpleNamespace(**plain))
+    for wrong, says in (({"ranks": "2"}, "--ranks has no meaning"), ({"gpus": "0"}, "--gpus has no meaning"),
+                        ({"preview": "5"}, "--preview has"), ({"artifacts": "memory"}, "a store that all"),
+                        ({"place": ["denoise=tensor_parallel"]}, "contradict each other")):
+        with pytest.raises(ValueError, match=says):
+            check_engine(SimpleNamespace(**{**plain, **wrong}))
+        check_engine(SimpleNamespace(**{**plain, **wrong, "engine": "local"}))
