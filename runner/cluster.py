@@ -70,12 +70,12 @@ def connected(*, verbose: bool = False) -> Iterator[Any]:
     if threading.current_thread() is threading.main_thread():
         # Ray takes this signal, and would end the process without a word.
         signal.signal(signal.SIGTERM, before)
-    try:
-        # Ray tells of workers that died where results go.
-        with redirect_stdout(sys.stderr):
+    # Ray tells of workers that died, up to its end, where results go.
+    with redirect_stdout(sys.stderr):
+        try:
             yield ray
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
