@@ -16,6 +16,7 @@ from PIL import Image
 
 from runner import make_plan, run_all
 from runner.artifacts import open_store
+from runner.cli import answer
 from runner.keys import chain
 from runner.operator import Denoise, alone, cards_of, errands
 from runner.order import check_engine
@@ -166,3 +167,11 @@ def test_options_that_contradict_ray_are_refused() -> None:
         with pytest.raises(ValueError, match=says):
             check_engine(SimpleNamespace(**{**plain, **wrong}))
         check_engine(SimpleNamespace(**{**plain, **wrong, "engine": "local"}))
+
+
+def test_batch_is_the_command_of_the_family_that_it_names(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in ((("flucks",), "there is no family 'flucks' -> choose from flux"),
+                        (("--engine", "ray", "--ranks", "2"), "--ranks has no meaning with --engine ray"),
+                        (("flux-schnell", "--guidance", "3"), "flux-schnell takes no guidance")):
+        assert answer(["batch", "--prompt", "x", *words]) == 2
+        assert says in capsys.readouterr().err
