@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from runner import make_plan, run_all
-from runner.artifacts import open_store
+from runner.artifacts import ArtifactStore, open_store
 from runner.cli import answer
 from runner.keys import chain
 from runner.operator import Denoise, alone, cards_of, errands
@@ -53,20 +53,23 @@ def workers(name: str) -> list[int]:
 
 
 @contextmanager
-def killing(name: str, folder: Path, count: int) -> Iterator[list[int]]:
-    """Kill the worker of a stage once there are so many artifacts in the store."""
+def killing(name: str, store: ArtifactStore, before: str, last: str) -> Iterator[list[int]]:
+    """Kill the worker of a stage once it made the artifact `before`; until then it waits for the lock of `last`."""
     killed: list[int] = []
-    over = threading.Event()
+    over, held = threading.Event(), threading.Event()
 
     def look() -> None:
-        while not over.wait(0.02):
-            if len(list(folder.glob("stages/**/*.json"))) >= count and (found := workers(name)):
-                os.kill(found[0], signal.SIGKILL)
-                killed.append(found[0])
-                return
+        with store.working(last):
+            held.set()
+            while not over.wait(0.02):
+                if store.find(before) is not None and (found := workers(name)):
+                    os.kill(found[0], signal.SIGKILL)
+                    killed.append(found[0])
+                    return
 
     thread = threading.Thread(target=look)
     thread.start()
+    assert held.wait(60)
     try:
         yield killed
     finally:
@@ -79,19 +82,19 @@ def test_ray_makes_the_pictures_of_one_process_and_a_killed_worker_loses_nothing
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    (line,) = BY_RAY
-    more = ("--model", str(flux), "--size", "64x48", "--device", "cpu", "--steps", "40", "--artifacts", "store")
-    # Four prompts differ, so the fifth artifact is the first one's latents.
-    with killing("Denoise", tmp_path / "store", 5) as killed:
-        printed = answered(line, tmp_path, *more)
-    assert len(killed) == 1 and not Path(f"/proc/{killed[0]}").exists()
-    asked = [replace(ask(prompt, FAMILIES["flux"], size=(64, 48), steps=40, seed=1 + at)[0], index=at)
+    asked = [replace(ask(prompt, FAMILIES["flux"], size=(64, 48), steps=2, seed=1 + at)[0], index=at)
              for at, prompt in enumerate(PROMPTS)]
     local = run_all(make_plan("flux", asked, model=flux, devices=["cpu"]))
+    (line,) = BY_RAY
+    more = ("--model", str(flux), "--size", "64x48", "--device", "cpu", "--steps", "2", "--artifacts", "store")
+    store = open_store(str(tmp_path / "store"))
+    keys = local.keys["denoise"]
+    with killing("Denoise", store, keys[0], keys[3]) as killed:
+        printed = answered(line, tmp_path, *more)
+    assert len(killed) == 1 and not Path(f"/proc/{killed[0]}").exists()
     assert len(printed) == len(PROMPTS) == len(set(printed))
     for path, picture in zip(sorted(printed), local.pictures, strict=True):
         assert np.array_equal(Image.open(tmp_path / path), picture.pixels)
-    store = open_store(str(tmp_path / "store"))
     assert all(store.find(key) is not None for keys in local.keys.values() for key in keys)
     (run,) = store.runs()
     assert store.load_run(run)["status"] == "done"
