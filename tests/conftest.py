@@ -1,5 +1,6 @@
 """Fixtures of the whole suite, above all the cards that the tests run on."""
 
+import fcntl
 import gc
 import os
 import shutil
@@ -143,6 +144,14 @@ def _simulates(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     on_sim = callspec is not None and callspec.params.get("cards") == "sim"
     return on_sim or "sim" in getattr(item, "fixturenames", ())
+
+
+@pytest.fixture
+def ray_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray at a time: two that start at once on a machine may choose the same ports."""
+    with open(tmp_path_factory.getbasetemp().parent / "ray.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,7 @@ def killing(name: str, store: ArtifactStore, before: str, last: str) -> Iterator
         thread.join()
 
 
+@pytest.mark.usefixtures("ray_alone")
 def test_ray_makes_the_pictures_of_one_process_and_a_killed_worker_loses_nothing(
     flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
