@@ -21,10 +21,10 @@ from diffusers.image_processor import VaeImageProcessor
 
 @dataclass
 class Figures:
-    """Seconds by part and the most bytes on each card; what loading and computing took is not told apart."""
+    """Seconds, and the most bytes on each card, by part; what loading and computing took is not told apart."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    peak: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @contextmanager
     def part(self, name: str, cards: Sequence[str]) -> Iterator[None]:
@@ -34,8 +34,12 @@ class Figures:
         begin = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - begin
-        for card in cards:
-            self.peak[card] = max(self.peak.get(card, 0), torch.accelerator.max_memory_allocated(card))
+        self.parts[name] = {card: torch.accelerator.max_memory_allocated(card) for card in cards}
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """The most bytes on each card in any part."""
+        return {card: max(part[card] for part in self.parts.values()) for part in self.parts.values() for card in part}
 
 
 def tutorial(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-HOST = {"store": "--bytes 100000 --runs 20 --repeats 1",
+HOST = {"start": "--repeats 1 --only 'runner --help'", "store": "--bytes 100000 --runs 20 --repeats 1",
         "many": "--prompts 3 --after 1 --size 32x32 --limit 64"}
 CARDS = {"lanes": "--pictures 1 --repeats 1 --delay 0", "modulation": "--pictures 1 --repeats 1 --heads 5",
+         "memory": "--heads 2 --only enable_model --only recipe --only 'ours on two,'", "plan": "--cases 1",
          "load": "--heads 4 --repeats 1 --patience 0", "overhead": "--prompts 1 --repeats 1 --steps 2 --heads 5"}
 
 
