@@ -79,8 +79,9 @@ def test_every_cell_runs_in_order_with_the_demo(
     notebook = nbformat.read(path, 4)
     notebook.cells.append(nbformat.v4.new_code_cell(check(path)))
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=sockets)
-    client = NotebookClient(notebook, km=kernel, timeout=250, shutdown_kernel="immediate",
-                            resources={"metadata": {"path": str(tmp_path)}})
+    # Patient with a busy machine, also where it would be by itself: at the start, and for what a cell shows.
+    client = NotebookClient(notebook, km=kernel, timeout=250, startup_timeout=250, iopub_timeout=60,
+                            shutdown_kernel="immediate", resources={"metadata": {"path": str(tmp_path)}})
     # A history of its own: kernels share that of the user, and its lock.
     own = {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")}
     client.execute(cleanup_kc=True, env=os.environ | own)
