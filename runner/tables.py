@@ -102,7 +102,8 @@ def costs(plan: "Plan", found: disk.Disk) -> Iterator[str]:
     host = (f"{stage} {gib(need.loading)}" + (f" ({gib(need.held)} held)" if need.held else "")
             for stage, need in hosts(plan).items())
     if plan.machine.cards:
-        yield f"host memory while loading, at most: {', '.join(host)}; {gib(plan.machine.host_free)} free"
+        told = f"host memory while loading, at most: {', '.join(host)}"
+        yield f"{told}, with pages of files, which the system can drop; {gib(plan.machine.host_free)} free"
     download = f"{gib(found.download)} to download" if found.download else "nothing to download"
     short = " (NOT ENOUGH)" if found.download > found.free else ""
     yield f"disk: {download}, {gib(found.free)} free{short}"

@@ -14,6 +14,7 @@ import torch
 from runner import Plan, Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
 from runner.ladder import NoRung
+from runner.picture import card_of
 from runner.plan import largest
 from stages.families import FAMILIES
 from stages.machine import MIB, Machine
@@ -338,7 +339,9 @@ def test_a_card_too_small_for_a_whole_picture_decodes_it_in_tiles(
     places = ["encode=0", "denoise=0", "decode=1"]
     job = small(thousandth, devices, size=(512, 512), max_memory=f"1={limit}B", place=places)
     assert (whole.tile, job.tile) == (None, 256)
-    peaks, picture = measured(job)
+    report = run_all(job)
+    peaks, picture = {stage.stage: dict(stage.peak) for stage in report.stages}, report.pictures[0].pixels
+    assert card_of(job.requests[0], report.pictures[0].facts)["tile"] == 256
     assert peaks["decode"]["sim:1"] <= limit
     agree(job, peaks)
     # Neighboring tiles are blended, so the picture is another one, but not by much.
