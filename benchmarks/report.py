@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 from benchmarks.pictures import PROMPTS
 from runner import Request, make_plan, run_all
 from runner.artifacts import open_store
-from runner.page import page
+from runner.reports.page import page
 from tests import sim
 
 # Neither card could hold the transformer.

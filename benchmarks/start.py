@@ -21,7 +21,7 @@ MAKE = ("demo", "--prompt", "a small green star", "--steps", "1", "--size", "64x
         "--artifacts", "memory", "--quiet")
 # Packages, and parts of them that only some of the code needs.
 MODULES = ("torch", "torch._dynamo", "torch._meta_registrations", "transformers", "accelerate", "diffusers",
-           "diffusers.pipelines.auto_pipeline", "runner.remedy")
+           "diffusers.pipelines.auto_pipeline", "runner.planning.remedy")
 
 
 def process(*words: str) -> Figures:

@@ -93,8 +93,8 @@ def hand_over(folder: Path, state: "State", repeats: int) -> Raw:
 def look_up(folder: Path, runs: int, repeats: int) -> Raw:
     """A store of so many runs with a manifest each, asked for this and that."""
     from runner.artifacts import FolderStore, key_of
-    from runner.manifest import Artifact, write_manifest
-    from runner.store import manifest_path
+    from runner.artifacts.manifest import Artifact, write_manifest
+    from runner.artifacts.store import manifest_path
 
     store = FolderStore(folder / "many", warn=print)
     keys = [key_of({"run": run}) for run in range(runs)]
@@ -114,7 +114,7 @@ def look_up(folder: Path, runs: int, repeats: int) -> Raw:
 
 def record(run: int) -> bytes:
     """A record as a store writes it."""
-    from runner.document import write_document
+    from runner.artifacts.document import write_document
 
     return write_document({"sequence": run + 1, "begun": float(run), "record": {"status": "done"}})
 

@@ -7,22 +7,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runner.crew import Crew
-    from runner.gathering import gather, split_between_ranks
-    from runner.plan import Plan, make_plan
+    from runner.planning.plan import Plan, make_plan
+    from runner.ranks.crew import Crew
+    from runner.ranks.gathering import gather, split_between_ranks
+    from runner.ranks.spawning import run_on_ray, spawn
+    from runner.ranks.watch import RankLost
     from runner.request import Request
     from runner.run import Picture, Report, run_all, run_stage
-    from runner.spawning import run_on_ray, spawn
-    from runner.watch import RankLost
 
 __all__ = [
     "Crew", "Picture", "Plan", "RankLost", "Report", "Request", "gather", "make_plan", "run_all", "run_on_ray",
     "run_stage", "spawn", "split_between_ranks",
 ]
 
-_HOMES = {"Crew": "crew", "Picture": "run", "Plan": "plan", "RankLost": "watch", "Report": "run", "Request": "request",
-          "gather": "gathering", "make_plan": "plan", "run_all": "run", "run_on_ray": "spawning", "run_stage": "run",
-          "spawn": "spawning", "split_between_ranks": "gathering"}
+_HOMES = {
+    "Crew": "ranks.crew",
+    "Picture": "run",
+    "Plan": "planning.plan",
+    "RankLost": "ranks.watch",
+    "Report": "run",
+    "Request": "request",
+    "gather": "ranks.gathering",
+    "make_plan": "planning.plan",
+    "run_all": "run",
+    "run_on_ray": "ranks.spawning",
+    "run_stage": "run",
+    "spawn": "ranks.spawning",
+    "split_between_ranks": "ranks.gathering",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import diffusers
 import transformers
 
 from runner.artifacts import ArtifactStore, key_of
-from runner.plan import Plan, inputs_of
+from runner.planning.plan import Plan, inputs_of
 from stages.stage import Stage
 
 STAGES = ("encode", "denoise", "decode")

@@ -4,15 +4,15 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from runner.charts.blocks import blocks
-from runner.charts.gantt import gantt
-from runner.charts.style import STYLE
-from runner.charts.timeline import memory
 from runner.events import gib
-from runner.markup import FAINT, block, image, said, table
-from runner.measured import measured
-from runner.previews import enlarged
-from runner.progress import Status, Summary
+from runner.reports.charts.blocks import blocks
+from runner.reports.charts.gantt import gantt
+from runner.reports.charts.style import STYLE
+from runner.reports.charts.timeline import memory
+from runner.reports.markup import FAINT, block, image, said, table
+from runner.reports.measured import measured
+from runner.reports.previews import enlarged
+from runner.reports.progress import Status, Summary
 
 if TYPE_CHECKING:
     from runner.artifacts import ArtifactStore

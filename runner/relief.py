@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from runner.events import gib
-from runner.ladder import NoRung
-from runner.placing import TILES
-from runner.plan import Plan
+from runner.planning.ladder import NoRung
+from runner.planning.placing import TILES
+from runner.planning.plan import Plan
 from stages.placement import Resident
 
 MORE = 10

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from runner import display
 from runner.artifacts import ArtifactStore, MemoryStore, key_of, open_store
-from runner.colors import colors_of
-from runner.company import Company
 from runner.interrupts import Halt, Interrupted
 from runner.keys import STAGES, chain, midway_key, missing, starts
 from runner.lanes import one_at_a_time
-from runner.plan import Plan
-from runner.previews import Previewer
-from runner.record import described
-from runner.recorder import Recorder
+from runner.planning.plan import Plan
+from runner.ranks.company import Company
 from runner.relief import relieved
+from runner.reports import display
+from runner.reports.colors import colors_of
+from runner.reports.previews import Previewer
+from runner.reports.record import described
+from runner.reports.recorder import Recorder
 from runner.request import Request
 from runner.shift import Failure, Shift, StageReport
 from stages.errors import BadResult, StageOutOfMemory

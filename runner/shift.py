@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from runner import display, lanes
+from runner import lanes
 from runner.artifacts import ArtifactStore
-from runner.company import Company
 from runner.interrupts import Halt
 from runner.keys import midway_key
 from runner.memory import Flushed, Meter
 from runner.midway import Keeper, Left, midway_of
-from runner.plan import Plan, inputs_of
+from runner.planning.plan import Plan, inputs_of
+from runner.ranks.company import Company
+from runner.reports import display
 from stages.copies import sound
 from stages.errors import BadResult, StageOutOfMemory, StoreError
 from stages.modulation import Modulation

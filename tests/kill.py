@@ -27,8 +27,8 @@ from typing import Any
 
 from PIL import Image
 
-from runner.cli import answer
-from runner.results import Writer
+from runner.commands.cli import answer
+from runner.commands.results import Writer
 from tests.tiny import flux
 
 CALLS = ("mkdir", "write", "fsync", "fchmod", "rename", "replace", "link", "unlink", "rmdir")

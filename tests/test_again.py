@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from runner.again import again, quoted
-from runner.cli import answer
+from runner.commands.again import again, quoted
+from runner.commands.cli import answer
 from tests import sparse, tiny
 
 Cards = Callable[..., list[str]]
@@ -89,8 +89,8 @@ def test_every_word_is_quoted_for_the_shell(word: str) -> None:
 
 
 def test_a_command_without_the_option_is_not_proposed() -> None:
-    from runner.cli import app
-    from runner.refusal import better
+    from runner.commands.cli import app
+    from runner.commands.refusal import better
     from stages.errors import PlanError
 
     assert better(app, PlanError("x", {"--size": "64x64"}), ["doctor"]) == []

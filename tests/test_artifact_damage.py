@@ -16,11 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import manifest
-from runner.artifacts import FolderStore, MemoryStore
-from runner.document import Damaged, canonical
-from runner.envelope import pack, unpack
-from runner.inspection import describe, open_artifact
+from runner.artifacts import FolderStore, MemoryStore, manifest
+from runner.artifacts.document import Damaged, canonical
+from runner.artifacts.envelope import pack, unpack
+from runner.artifacts.inspection import describe, open_artifact
 from stages.errors import BadResult, StoreError
 from stages.state import State
 from tests.test_artifacts import KEY, OTHER, STATE, object_path

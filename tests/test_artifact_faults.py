@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from runner import locks
-from runner.artifacts import FolderStore
-from runner.parts import hold, part_name, sweep
+from runner.artifacts import FolderStore, locks
+from runner.artifacts.parts import hold, part_name, sweep
 from stages.errors import StoreError
 from tests.store_worker import KEY, Worker, state
 from tests.test_artifacts import OTHER, STATE, object_path, same

@@ -16,10 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import header
-from runner.artifacts import Artifact, ArtifactStore, FolderStore, MemoryStore, key_of, open_store
-from runner.envelope import is_finite, pack, unpack
-from runner.inspection import describe, open_artifact
+from runner.artifacts import Artifact, ArtifactStore, FolderStore, MemoryStore, header, key_of, open_store
+from runner.artifacts.envelope import is_finite, pack, unpack
+from runner.artifacts.inspection import describe, open_artifact
 from stages.errors import BadResult, StoreError
 from stages.state import State
 from tests.store_worker import KEY

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from runner.batch import Batch, Defaults, batch
-from runner.cli import answer
-from runner.names import Naming, Unnamed
-from runner.prompts import FILE_BYTES, LINES, Entry, read_prompts
+from runner.commands.batch import Batch, Defaults, batch
+from runner.commands.cli import answer
+from runner.commands.names import Naming, Unnamed
+from runner.commands.prompts import FILE_BYTES, LINES, Entry, read_prompts
 from runner.request import ask
 from stages.families import FAMILIES
 
@@ -188,7 +188,7 @@ def test_a_picture_depends_on_no_other_line_being_good(lines: list[str], data: s
 
 
 def _entry(index: int, line: str) -> Entry:
-    from runner.prompts import _object
+    from runner.commands.prompts import _object
 
     return _object(index + 1, line)
 
@@ -315,7 +315,7 @@ def test_a_plan_is_for_the_largest_line(flux: Path, capsys: pytest.CaptureFixtur
 
 def test_planning_ten_thousand_requests_takes_seconds(flux: Path) -> None:
     from runner.keys import chain
-    from runner.plan import make_plan
+    from runner.planning.plan import make_plan
 
     Path("p.txt").write_text("\n".join(f"a red circle {index}" for index in range(LINES)))
     found = batch(read_prompts("p.txt"), FLUX, Defaults({"size": (32, 32)}, (5,), 1))

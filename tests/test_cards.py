@@ -17,7 +17,7 @@ import torch
 
 from runner import Plan, Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
-from runner.plan import inputs_of
+from runner.planning.plan import inputs_of
 from stages.errors import StageOutOfMemory
 from stages.machine import probe
 from stages.placement import Place, Placement, Resident, Sharded

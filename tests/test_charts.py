@@ -7,11 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from runner.charts.axis import Axis
-from runner.charts.blocks import blocks, named, runs
-from runner.charts.drawing import Drawing
-from runner.charts.gantt import gantt
-from runner.charts.timeline import memory, thin
+from runner.reports.charts.axis import Axis
+from runner.reports.charts.blocks import blocks, named, runs
+from runner.reports.charts.drawing import Drawing
+from runner.reports.charts.gantt import gantt
+from runner.reports.charts.timeline import memory, thin
 from tests.records import MIB, record
 
 SPACE = "{http://www.w3.org/2000/svg}"

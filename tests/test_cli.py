@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runner import make
-from runner.cli import answer
-from runner.order import default_store
+from runner.commands import make
+from runner.commands.cli import answer
+from runner.commands.order import default_store
 from stages.errors import BadResult, LoadError, PlanError, StageOutOfMemory, StoreError
 
 BAD = [
@@ -96,7 +96,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_refusals_import_nothing_heavy_and_answer_in_half_a_second() -> None:
     code = (
         "import json, sys\n"
-        "from runner.cli import answer\n"
+        "from runner.commands.cli import answer\n"
         "codes = [answer(['flux', *words]) for words in json.load(sys.stdin)]\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'rich'} & set(sys.modules)\n"
         "print(set(codes), sorted(heavy))\n"

@@ -16,11 +16,11 @@ from PIL import Image
 
 from runner import make_plan, run_all
 from runner.artifacts import ArtifactStore, open_store
-from runner.cli import answer
+from runner.clusters.operator import Denoise, alone, cards_of, errands
+from runner.clusters.pools import Pool, groups, pools
+from runner.commands.cli import answer
+from runner.commands.order import check_engine
 from runner.keys import chain
-from runner.operator import Denoise, alone, cards_of, errands
-from runner.order import check_engine
-from runner.pools import Pool, groups, pools
 from runner.request import Request, ask
 from stages.errors import PlanError
 from stages.families import FAMILIES

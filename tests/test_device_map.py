@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from runner import Plan, Request, make_plan, run_all, tables
+from runner import Plan, Request, make_plan, run_all
 from runner.memory import Meter
+from runner.planning import tables
 from stages.placement import standing
 from tests import tiny
 

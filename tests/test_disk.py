@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from runner import Request, make_plan
-from runner.disk import SAMPLE, read_rate, stored
+from runner.planning.disk import SAMPLE, read_rate, stored
 
 
 def test_a_rate_is_measured_on_the_largest_file(tmp_path: Path) -> None:

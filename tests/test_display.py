@@ -10,10 +10,10 @@ import torch
 
 from runner import Plan, Request, make_plan
 from runner.artifacts import MemoryStore
-from runner.markup import image, said, table
-from runner.measured import Measured, measured
 from runner.memory import Flushed
 from runner.notebook import Charts, Memory
+from runner.reports.markup import image, said, table
+from runner.reports.measured import Measured, measured
 from runner.run import Picture, Report
 from runner.shift import StageReport
 from stages.placement import Resident, Sharded

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from runner.doctor import Check, document, examine, healthy, lines
+from runner.commands.doctor import Check, document, examine, healthy, lines
 from stages.machine import MIB, covers
 
 Cards = Callable[..., list[str]]
@@ -80,7 +80,7 @@ def test_the_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_short_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("runner.doctor.LEAST_DISK", 2**80)
+    monkeypatch.setattr("runner.commands.doctor.LEAST_DISK", 2**80)
     bad = named(examine(["cpu"]))["model cache"]
     assert not bad.ok and "HF_HOME" in bad.advice
     assert any(line.startswith("BAD  model cache") for line in lines([bad])) and "->" in lines([bad])[1]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from runner.events import Tolerant, clean, gib, json_lines, silent, tee
-from runner.progress import Progress, Status, minutes
+from runner.reports.progress import Progress, Status, minutes
 
 GIB = 2**30
 RUN: list[tuple[str, Mapping[str, Any]]] = [

@@ -13,7 +13,7 @@ import torch
 
 from runner import Request, make_plan
 from runner.memory import Meter
-from runner.tables import hosts
+from runner.planning.tables import hosts
 from tests import tiny
 
 Cards = Callable[..., list[str]]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.ladder import Ask, NoRung, climb
+from runner.planning.ladder import Ask, NoRung, climb
 from stages.deal import Hand, deal, runs
 from stages.machine import Device, Machine
 from stages.placement import Resident, Sharded

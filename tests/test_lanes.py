@@ -20,7 +20,7 @@ from runner import Plan, Request, make_plan, run_all
 from runner.artifacts import MemoryStore
 from runner.interrupts import Interrupted
 from runner.keys import chain, midway_key
-from runner.tables import document, lines, pace
+from runner.planning.tables import document, lines, pace
 from stages.errors import StageOutOfMemory
 from stages.placement import Sharded
 from stages.turns import Turns, enter, taking

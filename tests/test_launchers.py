@@ -19,7 +19,7 @@ from PIL import Image
 from torch.distributed import TCPStore
 
 from runner import make_plan, run_all
-from runner.cli import answer
+from runner.commands.cli import answer
 from runner.request import ask
 from stages.families import FAMILIES
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from runner.limits import limited, read_bytes, read_machine
+from runner.planning.limits import limited, read_bytes, read_machine
 from stages.errors import PlanError
 from stages.machine import Device, Machine, probe
 

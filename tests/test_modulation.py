@@ -13,8 +13,8 @@ from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
 from runner import Plan, Request, make_plan, run_all
 from runner.artifacts import MemoryStore
-from runner.plan import inputs_of
-from runner.saving import Saving
+from runner.planning.plan import inputs_of
+from runner.planning.saving import Saving
 from stages.checkpoint import Component, find
 from stages.conditioning import program_of
 from stages.families import FAMILIES
@@ -289,7 +289,7 @@ def test_a_folded_denoiser_without_its_table_does_not_run(flux: Path) -> None:
 
 def test_no_table_where_it_saves_too_little_or_is_not_wanted(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(flux, torch.float32).savings["transformer"].refused == "not wanted"
-    monkeypatch.setattr("runner.saving.LEAST", 0.9)
+    monkeypatch.setattr("runner.planning.saving.LEAST", 0.9)
     job = make_plan("flux", REQUESTS[:1], model=flux, devices=["cpu"])
     saving = job.savings["transformer"]
     assert "is not more than 90 %" in saving.refused

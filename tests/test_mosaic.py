@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from runner.mosaic import HALF, mosaic
-from runner.progress import Progress
+from runner.reports.mosaic import HALF, mosaic
+from runner.reports.progress import Progress
 
 
 class Terminal(io.StringIO):

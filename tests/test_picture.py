@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runner.names import Naming, slug, write
+from runner.commands.names import Naming, slug, write
 from runner.picture import SIGNATURE, card_of, like, parameters, png
 from runner.request import Request, ask
 from stages.errors import StoreError

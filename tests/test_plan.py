@@ -13,9 +13,9 @@ import torch
 
 from runner import Plan, Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
-from runner.ladder import NoRung
 from runner.picture import card_of
-from runner.plan import largest
+from runner.planning.ladder import NoRung
+from runner.planning.plan import largest
 from stages.families import FAMILIES
 from stages.machine import MIB, Machine
 from stages.machine import imagined as imagined_machine

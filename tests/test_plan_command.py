@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.cli import answer
+from runner.commands.cli import answer
 from tests import sparse
 
 GB = 10**9

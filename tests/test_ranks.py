@@ -19,10 +19,10 @@ import torch
 from runner import Crew, RankLost, Report, Request, make_plan, run_all, spawn
 from runner.artifacts import open_store
 from runner.keys import chain
-from runner.pulse import Pulse
-from runner.ranks import Rank, launched, part, share
-from runner.shares import differing
-from runner.watch import SILENCE, TIMEOUT, Watch
+from runner.ranks.group import Rank, launched, part, share
+from runner.ranks.pulse import Pulse
+from runner.ranks.shares import differing
+from runner.ranks.watch import SILENCE, TIMEOUT, Watch
 from stages.errors import LoadError
 from stages.machine import Device, Machine
 from stages.state import State
@@ -151,13 +151,13 @@ def test_a_rank_that_never_works_is_named(code: str, says: str) -> None:
 
 
 def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
-    worker = ("import time; from runner.link import Pipe; from runner.pulse import Pulse\n"
+    worker = ("import time; from runner.ranks.link import Pipe; from runner.ranks.pulse import Pulse\n"
               "with Pulse(Pipe.inherited().beat): time.sleep(60)")
     parent = ("import sys, time; from runner import Crew\n"
               f"crew = Crew(2, command=(sys.executable, '-c', {worker!r})).__enter__()\n"
               "while not all('beat' in m.told for m in crew.members): crew._listen(Watch(range(2)), print)\n"
               "print(*(m.process.pid for m in crew.members), flush=True); time.sleep(60)")
-    code = f"from runner.watch import Watch\n{parent}"
+    code = f"from runner.ranks.watch import Watch\n{parent}"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
         pids = [int(word) for word in process.stdout.readline().split()]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from runner import make_plan, run_all
-from runner.cli import answer
+from runner.commands.cli import answer
 from runner.request import ask
 from stages.families import FAMILIES
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from runner.events import silent
-from runner.recorder import BORDERS, MOST_SAMPLES, MOST_SPANS, Recorder, Sample, Span, joined, thinned
+from runner.reports.recorder import BORDERS, MOST_SAMPLES, MOST_SPANS, Recorder, Sample, Span, joined, thinned
 
 
 def told(recorder: Recorder, requests: int, steps: int) -> None:

@@ -15,11 +15,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from moto.server import ThreadedMotoServer
 
-from runner import remote
-from runner.artifacts import FolderStore, MemoryStore, open_store
-from runner.cli import answer
-from runner.inspection import open_artifact
-from runner.remote import RemoteStore
+from runner.artifacts import FolderStore, MemoryStore, open_store, remote
+from runner.artifacts.inspection import open_artifact
+from runner.artifacts.remote import RemoteStore
+from runner.commands.cli import answer
 from stages.errors import StoreError
 from tests.store_worker import KEY
 from tests.test_artifacts import HOSTILE_NAMES, OTHER, STATE, same

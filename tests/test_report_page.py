@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from runner.artifacts import FolderStore, MemoryStore
-from runner.cli import answer
-from runner.page import page
+from runner.commands.cli import answer
+from runner.reports.page import page
 from stages.state import State
 from tests.records import HOSTILE, record
 

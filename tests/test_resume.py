@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from runner.artifacts import FolderStore
-from runner.cli import answer
-from runner.results import Writer
-from runner.resumption import KEPT
-from runner.store import run_path
+from runner.artifacts.store import run_path
+from runner.commands.cli import answer
+from runner.commands.results import Writer
+from runner.commands.resumption import KEPT
 
 SMALL = ("--size", "32x32", "--steps", "3", "--device", "cpu", "--artifacts", "store", "-q")
 

@@ -9,8 +9,8 @@ import torch
 
 from runner import Request, make_plan, run_all
 from runner.artifacts import MemoryStore
-from runner.page import page
-from runner.previews import NOTHING_YET, strips
+from runner.reports.page import page
+from runner.reports.previews import NOTHING_YET, strips
 from tests import tiny
 
 Cards = Callable[..., list[str]]

@@ -8,7 +8,7 @@ import torch
 
 from runner import Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
-from runner.plan import Plan
+from runner.planning.plan import Plan
 from stages.errors import BadResult
 from stages.state import State
 

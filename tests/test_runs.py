@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from runner import runs
 from runner.artifacts import FolderStore, MemoryStore, Store, key_of, open_store
-from runner.cli import answer
-from runner.document import write_document
-from runner.garbage import collect
-from runner.history import age, find_run
+from runner.artifacts.document import write_document
+from runner.artifacts.garbage import collect
+from runner.commands import runs
+from runner.commands.cli import answer
+from runner.reports.history import age, find_run
 from stages.errors import StoreError
 from tests.test_artifacts import HOSTILE_NAMES, STATE, object_path
 
@@ -277,7 +277,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FolderStore]:
 
 def test_ten_thousand_runs_are_listed_without_torch_in_seconds(many: FolderStore) -> None:
     code = (
-        "import sys; from runner.cli import answer\n"
+        "import sys; from runner.commands.cli import answer\n"
         "code = answer(['runs', *sys.argv[1:]])\n"
         "sys.exit(code or 100 * bool({'torch', 'diffusers', 'numpy', 'rich', 'fsspec'} & set(sys.modules)))"
     )

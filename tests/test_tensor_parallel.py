@@ -14,10 +14,10 @@ import torch
 from runner import Crew, Plan, RankLost, Report, Request, make_plan, run_all, run_stage, spawn
 from runner.artifacts import ArtifactStore, open_store
 from runner.keys import chain
-from runner.ladder import NoRung
-from runner.layout import layout
 from runner.midway import midway_of
-from runner.parallel import team, without
+from runner.planning.ladder import NoRung
+from runner.planning.layout import layout
+from runner.planning.parallel import team, without
 from stages.errors import PlanError
 from stages.families import FAMILIES
 from stages.state import State

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from runner.artifacts import FolderStore
-from runner.cli import answer
-from runner.results import Writer
+from runner.commands.cli import answer
+from runner.commands.results import Writer
 from tests import tiny
 
 Cards = Callable[..., list[str]]

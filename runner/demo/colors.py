@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
-from runner.colors import Colors, fitted
 from runner.demo import CHECKPOINT
 from runner.demo.scenes import Scene, every_solo, held_out, pixels_of, random_pair
+from runner.reports.colors import Colors, fitted
 
 FILE = Path(__file__).parent / "colors.json"
 SCENES = 160

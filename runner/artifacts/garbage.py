@@ -1,0 +1,127 @@
+"""What a store keeps for nobody: artifacts that no run names, objects that no manifest names, halves of files."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from runner.artifacts.document import JSON, LONGEST, Damaged
+from runner.artifacts.durable import Entry
+from runner.artifacts.manifest import Artifact, is_key, read_manifest
+from runner.artifacts.root import ORPHAN_AFTER
+from runner.artifacts.store import Store, object_path
+from stages.errors import StoreError
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What was collected: artifacts by their key, and the files of all of it."""
+
+    artifacts: tuple[str, ...]
+    files: tuple[Entry, ...]
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all files."""
+        return sum(entry.bytes for entry in self.files)
+
+
+def collect(store: Store, *, older: float = ORPHAN_AFTER, dry: bool = False) -> Garbage:
+    """Remove (unless `dry`) what is `older` seconds old and nobody needs; StoreError for a damaged record of a run.
+
+    No run begins meanwhile, where there are locks. What a run names is kept until `runs rm`, and so is the unfinished
+    denoise of an artifact that a run names and that is not there yet.
+    """
+    with store.housekeeping():
+        needed, going_on = _needed(store)
+        # A run that goes on has files that nothing names yet.
+        orphaned = max(older, ORPHAN_AFTER) if going_on else older
+        doomed, kept = _judged(store, needed, older)
+        condemned = {artifact.object for _, artifact in doomed.values() if artifact is not None}
+        manifests = [entry for entry, _ in doomed.values()]
+        objects = [
+            entry for entry in store.entries("objects")
+            if is_key(digest := entry.path.rpartition("/")[2]) and entry.path == object_path(digest)
+            and digest not in kept and (digest in condemned or entry.age() >= orphaned)
+        ]  # fmt: skip
+        for files in () if dry else (manifests, objects):
+            # Manifests first: a key without one is not there.
+            store.remove([entry.path for entry in files])
+        left = store.sweep(older=orphaned, dry=dry)
+    return Garbage(tuple(doomed), (*manifests, *objects, *left))
+
+
+def tidy(store: Store, *, older: float) -> None:
+    """Remove what a killed process left: unfinished denoises that were finished, objects that no manifest names.
+
+    Of the objects only those that are `older` seconds old, and none while a run goes on, or may: it may be about to
+    name them.
+    """
+    with store.housekeeping():
+        try:
+            _, going_on = _needed(store)
+        except StoreError:
+            return  # for `collect` to tell
+        if going_on:
+            return
+        found = {key: artifact for key, _, artifact in _artifacts(store) if artifact is not None}
+        for key in [key for key, artifact in found.items() if artifact.note.get("of") in found]:
+            store.drop(key)
+            del found[key]
+        named = {artifact.object for artifact in found.values()}
+        store.remove([entry.path for entry in store.entries("objects") if entry.age() >= older
+                      and is_key(digest := entry.path.rpartition("/")[2]) and digest not in named])
+
+
+Judged = dict[str, tuple[Entry, Artifact | None]]
+
+
+def _judged(store: Store, needed: set[str], older: float) -> tuple[Judged, set[str]]:
+    """The manifests to remove, by key, and the objects of the others."""
+    doomed: Judged = {}
+    kept: set[str] = set()
+    found = list(_artifacts(store))
+    unfinished = needed - {key for key, _, artifact in found if artifact is not None}
+    for key, entry, artifact in found:
+        of = None if artifact is None else artifact.note.get("of")
+        if key not in needed and of not in unfinished and entry.age() >= older:
+            doomed[key] = entry, artifact
+        elif artifact is not None:
+            kept.add(artifact.object)
+    return doomed, kept
+
+
+def _needed(store: Store) -> tuple[set[str], bool]:
+    """Every key that a run names, and whether a run may be going on."""
+    needed: set[str] = set()
+    going_on = False
+    for run in store.runs():
+        try:
+            record = store.load_run(run)
+        except StoreError as error:
+            raise StoreError(f"{error}; what it needs is not known -> runner runs rm {run}, then collect") from error
+        needed.update(_keys(record))
+        going_on |= record.get("status") == "running" and store.is_running(run) is not False
+    return needed, going_on
+
+
+def _keys(value: JSON) -> Iterator[str]:
+    if isinstance(value, str):
+        if is_key(value):
+            yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _keys(inner)
+
+
+def _artifacts(store: Store) -> Iterator[tuple[str, Entry, Artifact | None]]:
+    """Every key that has a manifest, and what it says; None where it is damaged."""
+    entries = [entry for entry in store.entries("stages") if is_key(_key(entry)) and entry.path.endswith(".json")]
+    for entry, data in zip(entries, store.fetch_all([entry.path for entry in entries], LONGEST), strict=True):
+        try:
+            artifact = None if data is None else read_manifest(data, _key(entry))
+        except Damaged:
+            artifact = None
+        yield _key(entry), entry, artifact
+
+
+def _key(entry: Entry) -> str:
+    return entry.path.rpartition("/")[2].removesuffix(".json")

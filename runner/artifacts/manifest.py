@@ -1,0 +1,88 @@
+"""Which bytes a key has, and the names of keys and runs. No torch."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from runner.artifacts.document import JSON, Damaged, canonical, read_document, write_document
+from runner.artifacts.spec import TYPES, Spec
+from runner.reports import display
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+_RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A stored state, as its manifest tells it; `object` is the sha256 of its bytes, `bytes` how many they are."""
+
+    key: str
+    stage: str
+    object: str
+    bytes: int
+    tensors: Mapping[str, Spec]
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return display.artifact_line(self)
+
+    def _repr_html_(self) -> str:
+        return display.artifact_html(self)
+
+
+def key_of(parts: Mapping[str, object]) -> str:
+    """The sha256 of `parts` as canonical JSON; ValueError for NaN and infinity. 1 and 1.0 are different."""
+    return hashlib.sha256(canonical(parts)).hexdigest()
+
+
+def checked_key(key: str) -> str:
+    """`key`, or ValueError where it is no sha256."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"an artifact key is 64 digits 0-9a-f, got {key[:80]!r}")
+    return key
+
+
+def is_key(text: str) -> bool:
+    """Whether `text` is a sha256 in hex: a key, or the name of an object."""
+    return _KEY.fullmatch(text) is not None
+
+
+def checked_run(run: str) -> str:
+    """`run`, or ValueError where it could not be the name of a folder."""
+    if not is_run(run):
+        raise ValueError(f"a run's name is 1 to 64 of A-Z a-z 0-9 . _ - with no dot in front, got {run[:80]!r}")
+    return run
+
+
+def is_run(text: str) -> bool:
+    """Whether `text` may name a run."""
+    return _RUN.fullmatch(text) is not None
+
+
+def write_manifest(artifact: Artifact) -> bytes:
+    """The manifest of `artifact`."""
+    return write_document({name: getattr(artifact, name) for name in Artifact.__dataclass_fields__})
+
+
+def read_manifest(data: bytes | bytearray, key: str) -> Artifact:
+    """The artifact of `key`; Damaged where the manifest is another's or does not say what it must."""
+    found = read_document(data)
+    stage, digest, size = found.get("stage"), found.get("object"), found.get("bytes")
+    tensors, note = found.get("tensors"), found.get("note")
+    if found.get("key") != key:
+        raise Damaged(f"it is the manifest of artifact {str(found.get('key'))[:12]}")
+    if not isinstance(stage, str) or not isinstance(digest, str) or not is_key(digest) or type(size) is not int:
+        raise Damaged("it names no stage, object or size")
+    if not isinstance(tensors, dict) or not all(_is_spec(spec) for spec in tensors.values()):
+        raise Damaged("it declares no tensors")
+    if not isinstance(note, dict):
+        raise Damaged("its note is no mapping")
+    return Artifact(key, stage, digest, size, cast("dict[str, Spec]", tensors), note)
+
+
+def _is_spec(spec: JSON) -> bool:
+    if not isinstance(spec, dict) or spec.keys() != {"dtype", "shape"} or not isinstance(spec["shape"], list):
+        return False
+    return spec["dtype"] in TYPES and all(type(side) is int for side in spec["shape"])

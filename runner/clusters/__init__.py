@@ -1,0 +1,1 @@
+"""A run past one machine, on Ray."""

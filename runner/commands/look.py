@@ -1,0 +1,51 @@
+"""`runner inspect`: what a stage handed over, value by value."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from runner.commands.order import default_store
+from runner.events import Tolerant, clean, gib
+
+if TYPE_CHECKING:
+    from runner.artifacts.inspection import Row
+    from runner.artifacts.manifest import Artifact
+    from stages.state import State
+
+HEAD = ("name", "shape", "type", "min", "max", "mean", "non-finite")
+
+
+def look(what: str, folder: str | None) -> None:
+    """Print what the artifact `what` holds: a path in a store, a key or the start of one, or RUN:STAGE."""
+    from runner.artifacts import open_store
+    from runner.artifacts.inspection import is_place, open_artifact
+
+    where = folder if folder is not None else str(default_store())
+    store = None if is_place(what) else open_store(where, warn=warn, readonly=True)
+    # What is not finite is what people come to see.
+    Tolerant(sys.stdout).write("".join(f"{line}\n" for line in lines(*open_artifact(what, store))))
+
+
+def lines(artifact: "Artifact", state: "State") -> list[str]:
+    """A line for the artifact, a table of its tensors, and its other values."""
+    from runner.artifacts.inspection import describe
+
+    rows = [HEAD, *(cells(row) for row in describe(state))]
+    widths = [max(len(line[column]) for line in rows) for column in range(len(HEAD))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+    plain = [f"{name} = {value!r:.100}" for name, value in state.values.items() if _is_plain(value)]
+    return [f"{artifact.stage} {artifact.key} ({gib(artifact.bytes)})", *table, *(clean(line) for line in plain)]
+
+
+def cells(row: "Row") -> tuple[str, ...]:
+    """One tensor's line of the table."""
+    numbers = ("-" if number is None else f"{number:.6g}" for number in (row.min, row.max, row.mean))
+    return (clean(row.name), "x".join(map(str, row.shape)) or "-", row.dtype, *numbers, str(row.nonfinite))
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def warn(text: str) -> None:
+    """A warning on standard error."""
+    Tolerant(sys.stderr).write(f"warning: {clean(text)}\n")

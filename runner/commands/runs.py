@@ -1,0 +1,126 @@
+"""`runner runs`: the runs of a store listed, shown and forgotten, its garbage collected, its bytes verified."""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+
+from runner.artifacts import open_store
+from runner.artifacts.audit import audit
+from runner.artifacts.garbage import collect
+from runner.artifacts.store import Store
+from runner.commands.look import warn
+from runner.commands.order import default_store
+from runner.events import Tolerant, gib
+from runner.reports.history import described, find_run, row, stages_of
+from runner.request import shown
+from stages.errors import StoreError
+
+HEAD = ("run", "age", "status", "model", "pictures", "stages done")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def ls(artifacts: str | None, *, as_json: bool, last: int | None) -> None:
+    """Print the runs of a store, the first started first, or its `last` ones."""
+    store = opened(artifacts, readonly=True)
+    runs = store.runs()
+    keys = frozenset(store.keys())
+    rows = [row(store, run, keys) for run in (runs if last is None else runs[-last:])]
+    if as_json:
+        say([json.dumps({"runs": [each.document() for each in rows]})])
+    else:
+        say(table([HEAD, *(each.cells() for each in rows)]) if rows else ["no runs yet"])
+
+
+def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
+    """Print what one run was asked and did."""
+    store = opened(artifacts, readonly=True)
+    found = store.history(find_run(store, run))
+    sizes = {key: _bytes(store, key) for keys in stages_of(found.record).values() for key in keys}
+    facts = row(store, found.run, {key for key, size in sizes.items() if size is not None}, found)
+    if as_json:
+        say([json.dumps({**facts.document(), "sizes": sizes, "record": found.record})])
+    else:
+        say(described(facts, found, sizes))
+
+
+def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
+    """Forget runs; their artifacts stay until garbage is collected."""
+    store = opened(artifacts)
+    found = list(dict.fromkeys(find_run(store, run) for run in runs))
+    for run in found:
+        if store.is_running(run):
+            raise StoreError(f"run {run} is going on -> stop it first, with Ctrl-C or by its process")
+    for run in found:
+        store.drop_run(run)
+    say([json.dumps({"removed": found})] if as_json else found)
+
+
+def gc(artifacts: str | None, *, as_json: bool, older: str, dry: bool) -> None:
+    """Remove what no run needs, and say how many bytes that freed."""
+    garbage = collect(opened(artifacts), older=seconds(older), dry=dry)
+    if as_json:
+        told = {"artifacts": garbage.artifacts, "files": len(garbage.files), "bytes": garbage.bytes, "dry": dry}
+        say([json.dumps(told)])
+        return
+    what = f"{len(garbage.artifacts)} artifacts, {len(garbage.files)} files: {gib(garbage.bytes)}"
+    say([f"would free {what}" if dry else f"freed {what}"])
+
+
+def verify(artifacts: str | None, *, as_json: bool) -> None:
+    """Read all of a store; StoreError where something is damaged."""
+    store = opened(artifacts, readonly=True)
+    found = []
+    for finding in audit(store):
+        found.append(finding)
+        if finding.trouble is not None and not as_json:
+            say([f"{finding.kind} {finding.name}: {finding.trouble}"])
+    bad = [finding for finding in found if finding.trouble is not None]
+    counts = {kind: sum(finding.kind == kind for finding in found) for kind in ("run", "artifact", "object")}
+    total = sum(finding.bytes for finding in found)
+    if as_json:
+        say([json.dumps({"looked_at": counts, "bytes": total, "damaged": [vars(finding) for finding in bad]})])
+    if bad:
+        raise StoreError(
+            f"{len(bad)} of {len(found)} are damaged: a damaged artifact is computed again when a run needs it, a "
+            f"damaged record goes with `runner runs rm`"
+        )
+    if not as_json:
+        say([f"{counts['artifact']} artifacts and {counts['run']} runs are whole ({gib(total)} read)"])
+
+
+def opened(artifacts: str | None, *, readonly: bool = False) -> Store:
+    """The store that --artifacts names, or the user's own; StoreError where there is none."""
+    if artifacts == "memory":
+        raise StoreError("--artifacts memory is gone with the process that had it -> name a folder or a URL")
+    return open_store(artifacts or str(default_store()), warn=warn, readonly=readonly)
+
+
+def seconds(text: str) -> float:
+    """The seconds in a text such as 90s, 30m, 1h, 7d or 0; ValueError for another."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
+    if match is None or (not match[2] and int(match[1])):
+        raise ValueError(f"--older-than {shown(text)}: write such as 90s, 30m, 1h, 7d or 0")
+    return float(int(match[1]) * _UNITS[match[2] or "s"])
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows in columns."""
+    widths = [max(len(cells[column]) for cells in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows]
+
+
+def say(lines: Iterable[str]) -> None:
+    """Write lines to standard output."""
+    out = Tolerant(sys.stdout)
+    out.write("".join(f"{line}\n" for line in lines))
+    out.flush()
+
+
+def _bytes(store: Store, key: str) -> int | None:
+    """The bytes of an artifact; None where it is not there, or damaged."""
+    try:
+        artifact = store.manifest(key)
+    except ValueError:
+        return None
+    return None if artifact is None else artifact.bytes

@@ -1,0 +1,1 @@
+"""Which component goes where, and what it costs, before anything is loaded."""

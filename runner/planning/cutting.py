@@ -1,0 +1,44 @@
+"""Placing a denoiser that is cut over several cards, one process each, because somebody asked for it."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from runner.events import gib
+from runner.planning.ladder import NoRung, Rung
+from runner.planning.parallel import spread
+from stages.errors import PlanError
+from stages.parallel import TensorParallel, part_of
+from stages.placement import Place, Resident
+from stages.rehearsal import Rehearsal
+
+if TYPE_CHECKING:
+    from runner.planning.placing import Placer, Task
+
+
+def cut(placer: "Placer", task: "Task", count: int) -> tuple[dict[str, Place], Rehearsal, tuple[Rung, ...]]:
+    """The denoiser cut over the first `count` cards, or over all for 0, with what a rehearsal on one card took.
+
+    A part takes no more than that. Raises NoRung where it does not fit, PlanError or ValueError where it cannot be.
+    """
+    if placer.lanes not in (None, 1):
+        raise ValueError(f"{placer.lanes} lanes and denoise=tensor_parallel contradict each other: its processes work "
+                         f"on one picture together -> leave one of them out")
+    cards = spread(placer.machine, count)
+    if len(task.types) != 1:
+        raise PlanError(f"the denoise has {' and '.join(task.types)}, and one component can be cut over cards -> "
+                        f"leave denoise=tensor_parallel out")
+    component = task.stage.components[0]
+    name = component.name
+    part = part_of(component, task.types[name], task.folded.get(name, frozenset()), len(cards))
+    found = placer.rehearsed(task, task.places({name: Resident(cards[0])}))
+    taken = found.peak[cards[0]]
+    found = replace(found, peak={card: taken * times for card, times in Counter(cards).items()})
+    places = task.places({name: TensorParallel(cards, part)})
+    for card, need in task.needs(places, found).items():
+        room = placer.machine[card].room
+        if need.total > room:
+            raise NoRung(f"denoise does not fit: {gib(part)} of weights and {gib(taken)} of activations in each of "
+                         f"{len(cards)} processes; {card} has {gib(room)} -> cut it over more cards, or "
+                         f"choose a smaller --size", ())
+    return places, found, (Rung("tensor_parallel"),)

@@ -1,0 +1,1 @@
+"""What a run tells, shows and leaves to be looked at."""

@@ -1,0 +1,131 @@
+"""What the record of a run tells: in a row, in whole, and which run a word names. No torch."""
+
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner.artifacts.document import Damaged
+from runner.artifacts.manifest import checked_run, is_run
+from runner.artifacts.store import History, Store
+from runner.events import clean, gib
+from runner.request import shown
+from stages.errors import StoreError
+
+SHOWN = 10
+MODEL = 40
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run in a few words; `stages` are pairs of finished and all artifacts."""
+
+    run: str
+    begun: float
+    status: str
+    model: str
+    pictures: int
+    stages: Mapping[str, tuple[int, int]]
+
+    def document(self) -> dict[str, Any]:
+        """The row as JSON."""
+        stages = {name: {"done": done, "of": of} for name, (done, of) in self.stages.items()}
+        return {**vars(self), "stages": stages}
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, one cell per word of `HEAD`."""
+        done = [name if done == of else f"{name} {done}/{of}" for name, (done, of) in self.stages.items() if done]
+        model = clean(self.model)[:MODEL]
+        return self.run, age(self.begun), self.status, model, str(self.pictures), ", ".join(done) or "-"
+
+
+def find_run(store: Store, text: str) -> str:
+    """The run that `text` names: by its name, by the start of it, or as `last`; StoreError where that is not one."""
+    if text == "last":
+        runs = store.runs()
+        if not runs:
+            raise StoreError("there is no run in the store yet -> make a picture first, or name another --artifacts")
+        return runs[-1]
+    names = [name for name in store.names("runs") if is_run(name)]
+    found = [checked_run(text)] if text in names else [name for name in names if name.startswith(checked_run(text))]
+    if not found:
+        raise StoreError(f"no run's name starts with {text}; the last are: {', '.join(store.runs()[-3:]) or 'none'}")
+    if len(found) > 1:
+        some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise StoreError(f"the names of {len(found)} runs start with {text}: {some} -> give more of it")
+    return found[0]
+
+
+def row(store: Store, run: str, done: Collection[str], history: History | None = None) -> Row:
+    """A run in a few words; `done` are the keys that are there."""
+    try:
+        found = history or store.history(run)
+    except StoreError as error:
+        return Row(run, 0.0, "damaged" if isinstance(error.__cause__, Damaged) else "unreadable", "-", 0, {})
+    record = found.record
+    plan, requests = record.get("plan"), record.get("requests")
+    model = plan.get("model") if isinstance(plan, dict) else None
+    stages = {name: (sum(key in done for key in keys), len(keys)) for name, keys in stages_of(record).items()}
+    return Row(run, found.begun, status(store, found), str(model or record.get("model", "-")),
+               len(requests) if isinstance(requests, list) else 0, stages)
+
+
+def status(store: Store, found: History) -> str:
+    """How a run stands: running, done, interrupted or failed; one whose process was killed was interrupted."""
+    said = clean(str(found.record.get("status", "unknown")))[:20]
+    return "interrupted" if said == "running" and store.is_running(found.run) is False else said
+
+
+def stages_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The keys of a run, by stage."""
+    stages = record.get("stages")
+    stages = stages if isinstance(stages, dict) else {}
+    return {clean(str(name)): [str(key) for key in keys] for name, keys in stages.items() if isinstance(keys, list)}
+
+
+def described(facts: Row, found: History, sizes: Mapping[str, int | None]) -> list[str]:
+    """What `show` prints."""
+    record = found.record
+    begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.begun)) if facts.begun else "at an unknown time"
+    lines = [f"{facts.run}: {facts.status}, begun {begun} ({age(facts.begun)} ago)", f"model {clean(facts.model)}"]
+    for name, keys in stages_of(record).items():
+        done, of = facts.stages[name]
+        size = gib(sum(sizes[key] or 0 for key in dict.fromkeys(keys)))
+        lines.append(f"{name} {done} of {of}, {size}: {_some([key[:12] for key in keys])}")
+    requests = record.get("requests")
+    for index, request in enumerate(requests[:SHOWN] if isinstance(requests, list) else ()):
+        lines.append(f"request {index}: {_request(request)}")
+    if facts.pictures > SHOWN:
+        lines.append(f"... and {facts.pictures - SHOWN} more requests")
+    for name in ("warnings", "changes", "failures"):
+        told = record.get(name)
+        for each in told[:SHOWN] if isinstance(told, list) else ():
+            lines.append(f"{name.removesuffix('s')}: {_text(each)}")
+    return lines + ([f"error: {_text(record['error'])}"] if "error" in record else [])
+
+
+def age(begun: float) -> str:
+    """The time since then, for people: `5 s`, `3 min`, `7 h`, `12 d`; - where a clock jumped."""
+    past = time.time() - begun
+    if not begun or past < 0:
+        return "-"
+    units = (("d", 86400), ("h", 3600), ("min", 60))
+    unit, size = next((each for each in units if past >= each[1]), ("s", 1))
+    return f"{past // size:.0f} {unit}"
+
+
+def _request(request: object) -> str:
+    if not isinstance(request, dict):
+        return _text(request)
+    size, others = f"{request.get('width')}x{request.get('height')}", ("steps", "guidance", "seed")
+    told = ", ".join(f"{name} {_text(request[name])}" for name in others if request.get(name) is not None)
+    return f"{shown(str(request.get('prompt')))}, {size}, {told}"
+
+
+def _text(value: object) -> str:
+    return clean(value if isinstance(value, str) else json.dumps(value))[:300]
+
+
+def _some(words: Sequence[str]) -> str:
+    return " ".join(words[:SHOWN]) + (f" and {len(words) - SHOWN} more" if len(words) > SHOWN else "")

@@ -1,0 +1,35 @@
+"""`runner report`: the page of a run, written to a file."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.commands import names
+from runner.commands.look import warn
+from runner.commands.order import default_store
+from runner.events import Tolerant
+from runner.reports.history import find_run
+from runner.request import shown
+
+if TYPE_CHECKING:
+    pass
+
+
+def publish(run: str, out: str | None, artifacts: str | None, *, overwrite: bool) -> None:
+    """Write the page of a run in the store, or of its last one, and print its path."""
+    from runner.artifacts import open_store
+    from runner.reports.page import page
+
+    path = None if out is None else checked(out)
+    store = open_store(artifacts or str(default_store()), warn=warn, readonly=True)
+    name = find_run(store, run)
+    path = path or Path(f"{name}.html")
+    names.write(path, page(name, store.load_run(name), store).encode(), overwrite=overwrite)
+    Tolerant(sys.stdout).write(f"{path}\n")
+
+
+def checked(out: str) -> Path:
+    """Where a page goes to; ValueError for what is no name of one."""
+    if not out.lower().endswith((".html", ".htm")) or not out.isprintable():
+        raise ValueError(f"--out {shown(out)} must end in .html")
+    return Path(out)

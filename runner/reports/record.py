@@ -1,0 +1,15 @@
+"""What a run's record says of its plan and its programs; what happened in it comes from the recorder."""
+
+from typing import TYPE_CHECKING, Any
+
+from runner.picture import versions
+from runner.planning import tables
+from runner.planning.layout import layout
+
+if TYPE_CHECKING:
+    from runner.planning.plan import Plan
+
+
+def described(plan: "Plan") -> dict[str, Any]:
+    """The plan's figures, where each block lies, and the versions of what makes the pixels."""
+    return {"plan": tables.document(plan), "layout": layout(plan), "versions": versions()}
