@@ -84,6 +84,7 @@ def lost(words: tuple[str, ...], folder: Path, rank: int, number: signal.Signals
     assert len(told) == 1 and told[0].startswith(says) and "what was finished is kept" in told[0], errors
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_job_with_its_name(flux: Path, tmp_path: Path) -> None:
     words = ("--model", str(flux), "--prompt", "a dog", "--count", "2", "--size", "64x48", "--device", "cpu",
              "--steps", "1000", "--rank-timeout", "6")

@@ -103,7 +103,7 @@ def test_a_table_too_large_for_its_limit_is_made_in_parts(flux: Path, monkeypatc
         return made(self, order)
 
     monkeypatch.setattr(Modulation, "_written", counted)
-    monkeypatch.setattr("runner.run.Modulation", partial(Modulation, limit=1))
+    monkeypatch.setattr("runner.shift.Modulation", partial(Modulation, limit=1))
     assert_same(latents(with_table(job)), expected)
     # The third has the prompt of the first, whose rows are gone by then.
     assert opened == [3, 2, 1]

@@ -114,7 +114,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # All but that with ranks: they are other processes, and those have no simulated cards.
-@pytest.mark.parametrize("path", NOTEBOOKS[:4], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*(pytest.param(path, marks=pytest.mark.slow) for path in NOTEBOOKS[:3]),
+                                  NOTEBOOKS[3]], ids=lambda path: path.stem)
 def test_every_cell_runs_with_flux_on_two_cards(
     path: Path, model: Path, tmp_path: Path, cards: Cards, shell: InteractiveShell, monkeypatch: pytest.MonkeyPatch
 ) -> None:

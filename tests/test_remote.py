@@ -304,7 +304,6 @@ def test_each_stage_may_be_run_by_itself_on_a_shared_store(
     assert Path("x.png").read_bytes() == Path("alone.png").read_bytes()
 
 
-@pytest.mark.slow
 def test_three_machines_share_a_bucket(s3: dict[str, str], flux: Path, tmp_path: Path) -> None:
     """Encode on one, denoise on another, decode on a third; each has its own copy of the model."""
     runs = []

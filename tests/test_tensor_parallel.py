@@ -94,6 +94,7 @@ def test_two_processes_make_the_pictures_of_one_and_agree_on_what_to_do(
     assert midway is not None and 1 <= midway.steps < 1000
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_not_the_one_that_misses_it(flux: Path, tmp_path: Path) -> None:
     said = r"^rank 1 was killed by SIGKILL .* last in denoise, picture 1 of 1, step \d+ of 1000; what was finished"
     with Crew(2) as crew:
