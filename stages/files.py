@@ -1,10 +1,10 @@
 """One file of a model folder, read with distrust: the folder may be half downloaded, damaged or hostile."""
 
-import json
 import shlex
 from pathlib import Path
 
 from stages.errors import LoadError
+from stages.strictness import strict_json
 
 SMALL = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken")
 JSON_CAP = 100 * 2**20
@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, object]:
 def parse_json(text: bytes, path: Path) -> dict[str, object]:
     """A JSON object without duplicate keys and without NaN; LoadError that names `path` otherwise."""
     try:
-        found = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        found = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{path} is not valid JSON ({error}); fetch it again: {refetch(path)}") from error
     if not isinstance(found, dict):
@@ -85,14 +85,3 @@ def _promised(path: Path) -> str:
     lines = head(path, 1024).decode("ascii", "replace").split("\n")
     sizes = [line.removeprefix("size ") for line in lines if line.startswith("size ")]
     return f"{sizes[0]} bytes" if sizes and sizes[0].isdigit() else "the real file"
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key appears twice")
-    return found
-
-
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")

@@ -160,3 +160,15 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import flux
 
     return flux(tmp_path_factory.mktemp("models") / "flux")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder and a cache of its own for each test; what a run froze is thawed."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error")
+    yield
+    gc.unfreeze()

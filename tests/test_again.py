@@ -39,6 +39,8 @@ def pasted(capsys: pytest.CaptureFixture[str], words: list[str]) -> tuple[list[s
          "11.6 GiB would wait in host memory"),
         ("--machine 2x16GB --no-modulation-table --place denoise=0 --place decode=1",
          "--machine 2x16GB --no-modulation-table --place decode=1", "it fits without --place denoise"),
+        pytest.param("--size 2048x2048 --machine 1x3GB", "--machine 1x3GB --allow-offload cpu --size 1536x1536",
+                     "would wait", marks=pytest.mark.slow),
     ],
 )
 def test_the_next_command_plans(

@@ -294,6 +294,14 @@ def test_a_plan_reads_headers_and_no_weights(real: Hub, home: Path) -> None:
     assert json.loads(again.stdout)["stages"] == found["stages"] and real.sent == sent
 
 
+@pytest.mark.slow
+def test_a_refused_plan_reads_no_weights_either(real: Hub, home: Path) -> None:
+    sent = real.sent
+    small = started([*PLAN[:-2], "1x8GB", "--max-memory", "9GB"], real, home)
+    assert small.returncode == 4 and "next: python -m runner plan flux --model org/open" in small.stderr
+    assert not list(home.rglob("*.safetensors")) and real.sent - sent < 2 * 10**6
+
+
 def test_a_file_that_is_not_what_the_model_says_is_refused_from_its_header(hub: Hub, home: Path) -> None:
     weights = hub.folder / "vae" / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()

@@ -1,10 +1,9 @@
 """`runner resume`: on with a run from its record alone, to the same pictures, with nothing done twice."""
 
-import gc
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,8 @@ from runner.commands.cli import answer
 from runner.commands.results import Writer
 from runner.commands.resumption import KEPT
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 SMALL = ("--size", "32x32", "--steps", "3", "--device", "cpu", "--artifacts", "store", "-q")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder and a cache of its own for each test; what a run froze is thawed."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        monkeypatch.setenv(name, "error")
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

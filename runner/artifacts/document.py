@@ -5,8 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Union, cast
 
-from runner.artifacts.strictness import strict_json
 from stages.errors import StoreError
+from stages.strictness import strict_json
 
 JSON = Union[str, int, float, bool, None, "list[JSON]", "dict[str, JSON]"]
 SCHEMA = 1

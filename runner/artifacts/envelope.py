@@ -16,9 +16,9 @@ import torch
 from runner.artifacts.document import JSON, Damaged
 from runner.artifacts.header import DTYPES, LONGEST, METADATA, Header, compose, is_name, parse
 from runner.artifacts.spec import MOST_BYTES, Spec
-from runner.artifacts.strictness import strict_json
 from stages.errors import BadResult, StoreError
 from stages.state import State, Value
+from stages.strictness import strict_json
 
 SCHEMA = 1
 

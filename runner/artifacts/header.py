@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from runner.artifacts.spec import MOST_BYTES, TYPES, Spec
-from runner.artifacts.strictness import strict_json
+from stages.strictness import strict_json
 
 METADATA = "__metadata__"
 FIELD = "stagerun"

@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runner.artifacts.strictness import strict_json
 from runner.request import shown
+from stages.strictness import strict_json
 
 FILE_BYTES = 10 * 2**20
 LINE_BYTES = 128 * 2**10

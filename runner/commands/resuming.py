@@ -22,7 +22,8 @@ class Resume:
     place: Annotated[list[str] | None, typer.Option(metavar="STAGE=WHERE", help="Other places than before.")] = None
     lanes: Annotated[str | None, typer.Option(metavar="N", help="Other lanes than before.")] = None
     allow_offload: Annotated[
-        Literal["cpu"] | None, typer.Option(help="Let blocks that fit no card wait in host memory.")
+        Literal["cpu", "disk"] | None,
+        typer.Option(help="Let blocks that fit no card wait in host memory, or on the disk."),
     ] = None
     step_every: Annotated[
         str | None, typer.Option(metavar="SECONDS", help="How often an unfinished denoise is kept.")

@@ -13,9 +13,9 @@ def strict_json(text: str | bytes | bytearray) -> object:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key that occurs twice")
+        raise ValueError("a key appears twice")
     return found
 
 
 def _no_constant(text: str) -> float:
-    raise ValueError(f"the number {text}")
+    raise ValueError(f"{text} is not JSON")
