@@ -1,6 +1,5 @@
 """Which of a denoiser's layers see only conditioning, found by going through its skeleton: none is known by name."""
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,14 +37,17 @@ def program_of(model: nn.Module, call: Call, layers: Collection[str] | None = No
 
 def _spare(model: nn.Module, call: Call, tracing: Tracing) -> frozenset[str]:
     """The recorded layers, but for inner ones where the model looks at those otherwise than by calling them."""
-    without = copy.deepcopy(model)
-    fold(without, tracing.layers)
-    for replay in replays(without):
+    whole = {name: model.get_submodule(name) for name in tracing.layers}
+    fold(model, tracing.layers)
+    for replay in replays(model):
         replay.source = Blank(tracing.layers)
     try:
-        _traced(without, call)
+        _traced(model, call)
     except (AttributeError, StopIteration):
         return _last(tracing.steps)
+    finally:
+        for name, layer in whole.items():
+            model.set_submodule(name, layer)
     return frozenset(tracing.layers)
 
 

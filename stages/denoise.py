@@ -12,7 +12,7 @@ from stages.checkpoint import Checkpoint
 from stages.errors import BadResult
 from stages.stage import Emit, Inputs, Stage
 from stages.steps import Midway, Turn, hear, unheard
-from stages.weights import skeleton
+from stages.weights import outline
 
 
 class Denoise(Stage):
@@ -39,7 +39,7 @@ class Denoise(Stage):
         """Lend the pipeline the VAE's skeleton: without a VAE, diffusers falls back to constants for its geometry."""
         vae = self.checkpoint.components.get("vae")
         if vae is not None and "vae" not in pipe.components:
-            pipe.vae = skeleton(vae)
+            pipe.vae = outline(vae)
 
     def arguments(self, pipe: Any, inputs: Inputs, emit: Emit) -> dict[str, Any]:
         """The inputs, and one CPU generator per picture: its noise depends on no card, rank or lane."""

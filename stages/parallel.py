@@ -23,7 +23,7 @@ from stages.checkpoint import Component
 from stages.crossing import Move, direct
 from stages.errors import PlanError
 from stages.placement import Fetch, waiting
-from stages.weights import Weights, sizes, skeleton
+from stages.weights import Weights, outline, sizes
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def part_of(component: Component, dtype: torch.dtype, folded: Collection[str], c
 
     Raises PlanError where it cannot be cut, or not into so many parts.
     """
-    model: Any = skeleton(component, dtype)
+    model: Any = outline(component, dtype)
     plan = getattr(model, "_tp_plan", None)
     if not plan:
         raise PlanError(f"{component.name} cannot be cut over cards: diffusers {diffusers.__version__} has no tensor "

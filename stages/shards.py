@@ -1,9 +1,11 @@
 """The safetensors files of one component: which they are, and what their headers say. No data is read."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from stages.errors import LoadError
 from stages.files import Incomplete, head, parse_json, read_json, refetch, size_of
@@ -30,8 +32,13 @@ class Entry:
     bytes: int
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> Mapping[str, Entry]:
     """The tensors of one file, or of one that holds a header alone; LoadError unless they fill the file exactly."""
+    return _entries(path, size_of(path), header_text(path))
+
+
+def header_text(path: Path) -> bytes:
+    """The header of a safetensors file, not yet read; LoadError when the file is not as long as it says."""
     size = size_of(path)
     length = int.from_bytes(head(path, 8), "little")
     if size < 8 or length > min(HEADER_CAP, size - 8):
@@ -39,16 +46,23 @@ def read_header(path: Path) -> dict[str, Entry]:
             f"{path} is no safetensors file or is cut off: its header claims {length} bytes, the file has {size}; "
             f"fetch it again: {refetch(path)}"
         )
-    table = parse_json(head(path, length, 8), path)
+    return head(path, length, 8)
+
+
+@lru_cache(maxsize=64)
+def _entries(path: Path, size: int, text: bytes) -> Mapping[str, Entry]:
+    """What the header `text` of a file of `size` bytes says; plans ask for the same ones again and again."""
+    table = parse_json(text, path)
     table.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value, 8 + length) for name, value in table.items()}
-    end = _end(path, entries.values(), 8 + length)
+    base = 8 + len(text)
+    entries = {name: _entry(path, name, value, base) for name, value in table.items()}
+    end = _end(path, entries.values(), base)
     if end != size and path.suffix != HEADER:
         what = "cut off" if end > size else "followed by foreign bytes"
         raise LoadError(
             f"{path} is {what}: {end} bytes expected, {size} found; fetch it again: {refetch(path)}"
         )
-    return entries
+    return MappingProxyType(entries)
 
 
 def file_bytes(path: Path) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from stages.checkpoint import Component
 from stages.errors import PlanError
 from stages.placement import DISK, Place
-from stages.weights import Stored, skeleton, sources
+from stages.weights import Stored, outline, sources
 
 
 class Shelf:
@@ -51,7 +51,7 @@ def reading(component: Component, place: Place) -> int:
 
 
 def _shelved(component: Component, blocks: Collection[str], folded: Collection[str]) -> Iterator[Stored]:
-    model = skeleton(component)
+    model = outline(component)
     found = sources(component, model)
     for block in blocks:
         inside = model.get_submodule(block)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from stages.checkpoint import Component
 from stages.errors import LoadError
 from stages.hub import download
-from stages.shards import Entry, read_header
+from stages.shards import Entry, header_text, read_header
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,9 @@ def weigh(component: Component, dtype: torch.dtype, folded: Collection[str] = ()
 
     Raises LoadError when files and config do not belong together: a tensor that is missing or has another shape.
     """
-    model = skeleton(component, dtype)
-    extra = _compare(component, model)
-    names = _blocks(model)
-    blocks, rest = dict.fromkeys(names, 0), dict[str, int]()
-    for name, size in sizes(component, model, dtype):
+    found = _inventory(component, dtype, _config_text(component), tuple(map(header_text, component.files)))
+    blocks, rest = dict.fromkeys(found.blocks, 0), dict[str, int]()
+    for name, size in found.sizes:
         if name.rpartition(".")[0] in folded:
             continue
         block = next((block for block in _prefixes(name) if block in blocks), None)
@@ -68,7 +67,37 @@ def weigh(component: Component, dtype: torch.dtype, folded: Collection[str] = ()
         else:
             top = name.split(".", 1)[0]
             rest[top] = rest.get(top, 0) + size
-    return Weights(component.name, blocks, rest, extra)
+    return Weights(component.name, blocks, rest, found.extra)
+
+
+@dataclass(frozen=True)
+class _Inventory:
+    """Every tensor of a component with its bytes, the names of its blocks, and of tensors that only the files have."""
+
+    sizes: tuple[tuple[str, int], ...]
+    blocks: tuple[str, ...]
+    extra: tuple[str, ...]
+
+
+@lru_cache(maxsize=32)
+def _inventory(component: Component, dtype: torch.dtype, config: str, headers: tuple[bytes, ...]) -> _Inventory:
+    """What `weigh` finds, for as long as the files say the same."""
+    model = outline(component, dtype)
+    return _Inventory(tuple(sizes(component, model, dtype)), tuple(_blocks(model)), _compare(component, model))
+
+
+def outline(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The component's skeleton as all have it who only look at it: it is made once."""
+    return _outline(component, dtype, _config_text(component))
+
+
+@lru_cache(maxsize=16)
+def _outline(component: Component, dtype: torch.dtype, config: str) -> nn.Module:
+    return skeleton(component, dtype)
+
+
+def _config_text(component: Component) -> str:
+    return (component.folder / "config.json").read_text(errors="replace")
 
 
 def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -85,7 +114,10 @@ def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Mod
         raise LoadError(f"{component.folder / 'config.json'} does not fit {component.class_name} ({reason:.200}); "
                         f"fetch it again: {download(component.folder.parent, (component.name,))}") from error
     assert isinstance(model, nn.Module)
-    return model.to("meta").eval()
+    # Some models make a buffer elsewhere; to move one that is there already takes as long as to make it.
+    if not all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        model = model.to("meta")
+    return model.eval()
 
 
 def _class(component: Component) -> Any:

@@ -20,7 +20,7 @@ from stages.rehearsal import Rehearsal, rehearse
 from stages.shelf import reading
 from stages.stage import Inputs, Stage
 from stages.state import State
-from stages.weights import Weights, skeleton, weigh
+from stages.weights import Weights, outline, weigh
 
 TILES = (1024, 512, 256)
 TRIES = 4
@@ -179,7 +179,7 @@ class Placer:
         @cache
         def rest(name: str) -> tuple[str, ...]:
             component = next(component for component in stage.components if component.name == name)
-            return remainder(skeleton(component), weights[name].blocks)
+            return remainder(outline(component, task.types[name]), weights[name].blocks)
 
         ask = Ask(
             stage.name, weights, found.work, reserve, rest,
