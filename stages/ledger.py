@@ -41,7 +41,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.home, self.flops = home, 0
         self.now, self.peak = Counter[str](), Counter[str]()
-        self._scratch = scratch
+        self.scratch = scratch
         self._held: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
         # Drawn apart, so that nobody else's random numbers change.
         self._numbers = torch.rand(2**16, generator=torch.Generator().manual_seed(0))
@@ -68,7 +68,7 @@ class Ledger(TorchDispatchMode):
             if count is not None:
                 self.flops += count(*args, **kwargs, out_val=out)
             if func is _CONVOLUTION:
-                self.spike(card, int(self._scratch.get(card, 0.0) * (args[0].nbytes + out.nbytes)))
+                self.spike(card, int(self.scratch.get(card, 0.0) * (args[0].nbytes + out.nbytes)))
         return out
 
     def hold(self, tensor: torch.Tensor, card: str, size: int, peak: bool = True) -> None:

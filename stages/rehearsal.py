@@ -14,7 +14,7 @@ from torch import nn
 from stages.errors import LoadError
 from stages.ledger import FusedAttention, Ledger
 from stages.placement import Places, standing
-from stages.repeats import Repeats
+from stages.repeats import Costs, Repeats
 from stages.stage import Inputs, Loaded, Stage, silent
 from stages.standin import StandIn
 from stages.state import State
@@ -37,13 +37,14 @@ class Rehearsal:
 
 def rehearse(
     stage: Stage, places: Places, weights: Mapping[str, Weights], state: State, inputs: Inputs,
-    scratch: Mapping[str, float],
+    scratch: Mapping[str, float], costs: Costs | None = None,
 ) -> Rehearsal:
     """Go through `stage` once for one request; `scratch` is what a convolution takes on a device, as `Ledger` has it.
 
-    Devices may be ones that are not here. Raises Met where a placement makes tensors of two devices meet.
+    Devices may be ones that are not here. `costs` of blocks are those of other rehearsals of the same model, and get
+    those of this one. Raises Met where a placement makes tensors of two devices meet.
     """
-    with OnPaper(stage, places, weights, scratch) as paper, ExitStack() as modes:
+    with OnPaper(stage, places, weights, scratch, {} if costs is None else costs) as paper, ExitStack() as modes:
         modes.enter_context(paper.ledger)
         modes.enter_context(FusedAttention(paper.ledger))
         modes.enter_context(torch.no_grad())
@@ -55,10 +56,11 @@ class OnPaper(Loaded):
     """A stage with skeletons for components; what the pipeline itself makes is made on the host, and counted home."""
 
     def __init__(
-        self, stage: Stage, places: Places, weights: Mapping[str, Weights], scratch: Mapping[str, float]
+        self, stage: Stage, places: Places, weights: Mapping[str, Weights], scratch: Mapping[str, float],
+        costs: Costs,
     ) -> None:
         super().__init__(stage, places, silent)
-        self._weights = weights
+        self._weights, self._costs = weights, costs
         self.ledger = Ledger(super().home, scratch)
         self.work: dict[str, Counter[str]] = {component.name: Counter() for component in stage.components}
 
@@ -76,7 +78,8 @@ class OnPaper(Loaded):
             place.placement.attach(model, self.ledger.home, self.ledger.move)
             for name, device in place.placement.at_work.items():
                 self.ledger.follow(model.get_submodule(name), device)
-            repeats = Repeats(self.ledger, self.work[component.name])
+            known = self._costs.setdefault((component.name, place.dtype, place.folded), {})
+            repeats = Repeats(self.ledger, self.work[component.name], known)
             for block in filter(None, self._weights[component.name].blocks):
                 repeats.listen(block, model.get_submodule(block))
             for entrance in _ENTRANCES:

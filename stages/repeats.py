@@ -12,73 +12,94 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stages.ledger import Ledger
 
+Costs = dict[Any, dict[Any, "Cost"]]
+
 
 class Repeats:
-    """Runs one block of a kind, and repeats what it cost for those that are alike: models are dozens of the same."""
+    """Runs one block of a kind, and repeats what it cost for those that are alike: models are dozens of the same.
 
-    def __init__(self, ledger: Ledger, work: Counter[str]) -> None:
-        self._ledger, self._work = ledger, work
-        self._known: dict[Any, Cost] = {}
+    Costs go to, and come from, `known`, which other rehearsals of the same component may share.
+    """
+
+    def __init__(self, ledger: Ledger, work: Counter[str], known: dict[Any, "Cost"]) -> None:
+        self._ledger, self._work, self._known = ledger, work, known
 
     def listen(self, name: str, block: nn.Module) -> None:
         """Count the operations of `block`, and run it only when there was none like it."""
         forward = block.forward
         kind = type(block), tuple((name, tuple(p.shape), p.dtype) for name, p in block.named_parameters())
+        resting = frozenset(self._ledger.card_of(weight) for weight in block.parameters())
 
         @wraps(forward)
         def outer(*args: Any, **kwargs: Any) -> Any:
             leaves, form = tree_flatten((args, kwargs))
-            key = kind, form, tuple(self._likeness(leaf) for leaf in leaves)
+            here = self._one_card(resting, leaves)
+            key = kind, form, *self._likeness(resting, leaves, here)
             before = self._ledger.flops
             cost = self._known.get(key)
             if cost is None:
-                out = self._run(key, leaves, lambda: forward(*args, **kwargs))
+                out = self._run(key, leaves, here, lambda: forward(*args, **kwargs))
             else:
-                out = cost.again(self._ledger, leaves)
+                out = cost.again(self._ledger, leaves, here)
             self._work[name] += self._ledger.flops - before
             return out
 
         block.forward = outer
 
-    def _run(self, key: Any, leaves: list[Any], forward: Callable[[], Any]) -> Any:
+    def _run(self, key: Any, leaves: list[Any], here: str | None, forward: Callable[[], Any]) -> Any:
         ledger = self._ledger
         flops, now, peak = ledger.flops, Counter(ledger.now), ledger.peak
         ledger.peak = Counter(now)
         out = forward()
-        spikes = {card: ledger.peak[card] - now[card] for card in ledger.peak}
+        spikes = ledger.peak - now
         ledger.peak |= peak
         results, form = tree_flatten(out)
         made = {id(leaf): leaf for leaf in results if isinstance(leaf, torch.Tensor)}
         made = {key: leaf for key, leaf in made.items() if not any(leaf is old for old in leaves)}
         stores = {leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes() for leaf in made.values()}
-        if sum((ledger.now - now).values()) == sum(stores.values()):
-            # Otherwise the block keeps something for later, such as a cache of keys, or gives views of its inputs.
-            self._known[key] = Cost(spikes, ledger.flops - flops, [_result(leaf, leaves, ledger) for leaf in results],
-                                    form)
+        touched = {*spikes, *map(ledger.card_of, made.values())}
+        # A block that keeps something for later, such as a cache of keys, or gives views of its inputs, is gone
+        # through each time; so is one that is all on one card and makes something on another.
+        if (here is None or touched <= {here}) and sum((ledger.now - now).values()) == sum(stores.values()):
+            self._known[key] = Cost(
+                {None if here else card: size for card, size in spikes.items()}, ledger.flops - flops,
+                [_result(leaf, leaves, ledger, here) for leaf in results], form)
         return out
 
-    def _likeness(self, leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return tuple(leaf.shape), leaf.dtype, self._ledger.card_of(leaf)
-        return leaf if isinstance(leaf, bool | int | float | str | None) else type(leaf)
+    def _one_card(self, resting: frozenset[str], leaves: list[Any]) -> str | None:
+        """The card that a block and all its inputs are on, if it is one; its cost would be that of any other."""
+        cards = {*resting, *(self._ledger.card_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))}
+        return cards.pop() if len(cards) == 1 else None
+
+    def _likeness(self, resting: frozenset[str], leaves: list[Any], here: str | None) -> tuple[Any, ...]:
+        def alike(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return tuple(leaf.shape), leaf.dtype, None if here else self._ledger.card_of(leaf)
+            return leaf if isinstance(leaf, bool | int | float | str | None) else type(leaf)
+
+        place = self._ledger.scratch.get(here, 0.0) if here else (resting, tuple(self._ledger.scratch.items()))
+        return place, tuple(map(alike, leaves))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a block took: bytes above those at its entry by card, operations, and what its results are like."""
+    """What a block took: bytes above those at its entry by card, operations, and what its results are like.
 
-    spikes: Mapping[str, int]
+    The card None is that of the block, whichever it is.
+    """
+
+    spikes: Mapping[str | None, int]
     flops: int
     results: list[Any]
     form: Any
 
-    def again(self, ledger: Ledger, leaves: list[Any]) -> Any:
-        """Count the cost once more; the results for the inputs `leaves`."""
-        for card, size in self.spikes.items():
-            ledger.spike(card, size)
+    def again(self, ledger: Ledger, leaves: list[Any], here: str | None) -> Any:
+        """Count the cost once more, of a block that is all `here`; the results for the inputs `leaves`."""
+        for card in list(ledger.now):
+            ledger.spike(card, self.spikes.get(None if card == here else card, 0))
         ledger.flops += self.flops
         stores: dict[int, torch.Tensor] = {}
-        return tree_unflatten([result.made(ledger, leaves, stores) for result in self.results], self.form)
+        return tree_unflatten([result.made(ledger, leaves, here, stores) for result in self.results], self.form)
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ class Given:
     at: int | None
     value: Any
 
-    def made(self, ledger: Ledger, leaves: list[Any], stores: dict[int, torch.Tensor]) -> Any:
+    def made(self, ledger: Ledger, leaves: list[Any], here: str | None, stores: dict[int, torch.Tensor]) -> Any:
         return self.value if self.at is None else leaves[self.at]
 
 
@@ -96,23 +117,26 @@ class Given:
 class Made:
     """A result that a block makes; `store` tells results apart that share their memory."""
 
-    card: str
+    card: str | None
     store: int
     bytes: int
     view: tuple[Any, Any, int]
     dtype: torch.dtype
 
-    def made(self, ledger: Ledger, leaves: list[Any], stores: dict[int, torch.Tensor]) -> torch.Tensor:
+    def made(
+        self, ledger: Ledger, leaves: list[Any], here: str | None, stores: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
         if self.store not in stores:
-            with ledger.on(self.card):
+            with ledger.on(self.card or here or ledger.home):
                 stores[self.store] = torch.empty(self.bytes // self.dtype.itemsize, dtype=self.dtype, device="meta")
         return stores[self.store].as_strided(*self.view)
 
 
-def _result(leaf: Any, leaves: list[Any], ledger: Ledger) -> Given | Made:
+def _result(leaf: Any, leaves: list[Any], ledger: Ledger, here: str | None) -> Given | Made:
     at = next((index for index, old in enumerate(leaves) if old is leaf), None)
     if at is not None or not isinstance(leaf, torch.Tensor):
         return Given(at, None if isinstance(leaf, torch.Tensor) else leaf)
     storage = leaf.untyped_storage()
     view = leaf.size(), leaf.stride(), int(leaf.storage_offset())
-    return Made(ledger.card_of(leaf), storage._cdata, storage.nbytes(), view, leaf.dtype)
+    card = None if here else ledger.card_of(leaf)
+    return Made(card, storage._cdata, storage.nbytes(), view, leaf.dtype)

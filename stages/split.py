@@ -9,13 +9,19 @@ from collections.abc import Collection, Iterable
 
 import diffusers
 from diffusers import ModularPipeline
-from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, SequentialPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline import (
+    MODULAR_PIPELINE_MAPPING,
+    ModularPipelineBlocks,
+    SequentialPipelineBlocks,
+)
 
 from stages.checkpoint import Checkpoint
 from stages.decode import Decode
 from stages.denoise import Denoise
 from stages.encode import Encode
 from stages.errors import LoadError
+from stages.files import read_json
+from stages.index import INDEX, MODULAR
 from stages.stage import Stage
 
 
@@ -51,8 +57,7 @@ def require(modules: Iterable[str]) -> None:
 
 def _blocks(checkpoint: Checkpoint) -> ModularPipelineBlocks:
     try:
-        pipeline = ModularPipeline.from_pretrained(checkpoint.path)
-        blocks = pipeline.blocks
+        blocks = _pipeline(checkpoint).blocks
     except (ValueError, AttributeError, KeyError) as error:
         blocks = None
         cause: Exception | None = error
@@ -64,6 +69,19 @@ def _blocks(checkpoint: Checkpoint) -> ModularPipelineBlocks:
             f"split into stages: choose a model of another family"
         ) from cause
     return blocks
+
+
+def _pipeline(checkpoint: Checkpoint) -> ModularPipeline:
+    """The pipeline that diffusers makes of the model, with nothing loaded."""
+    # To find the class by a plain index, from_pretrained imports every pipeline that there is. Its own table has most
+    # of them under the name of the usual class, too.
+    named = checkpoint.pipeline.replace("Pipeline", "ModularPipeline")
+    choose = next((choose for choose in MODULAR_PIPELINE_MAPPING.values() if choose() == named), None)
+    others = (MODULAR, ModularPipelineBlocks.config_name)
+    if choose is None or any((checkpoint.path / file).exists() for file in others):
+        return ModularPipeline.from_pretrained(checkpoint.path)
+    pipeline: ModularPipeline = getattr(diffusers, choose(read_json(checkpoint.path / INDEX)))()
+    return pipeline
 
 
 def _groups(blocks: ModularPipelineBlocks, inputs: Collection[str]) -> dict[str, SequentialPipelineBlocks]:

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from runner.planning.cutting import cut
+from runner.planning.known import Known, recalled
 from runner.planning.ladder import LADDER, Ask, NoRung, Rung, climb
 from runner.planning.parallel import processes
 from runner.planning.saving import Saving, saving
@@ -70,19 +71,19 @@ class Placer:
     table: bool = True
     requests: int = 1
 
-    def place(self, stages: Sequence[Stage]) -> Placed:
-        """All stages placed; NoRung for the first that does not fit."""
-        done, state = Placed(), State()
+    def place(self, stages: Sequence[Stage], known: Known | None = None) -> Placed:
+        """All stages placed; NoRung for the first that does not fit. What is `known` is not found out once more."""
+        done, state, known = Placed(), State(), known or Known()
         for stage in stages:
-            state = self._place(stage, state, done)
+            state = self._place(stage, state, done, known)
         return done
 
-    def _place(self, stage: Stage, state: State, done: Placed) -> State:
+    def _place(self, stage: Stage, state: State, done: Placed, known: Known) -> State:
         types = dict(self._types(stage, done))
-        folded = self._folded(stage, state, types, done)
+        folded = self._folded(stage, state, types, done, known)
         weights = {component.name: weigh(component, types[component.name], folded.get(component.name, ()))
                    for component in stage.components}
-        task = Task(stage, state, types, weights, folded, sum(done.savings[name].row for name in folded))
+        task = Task(stage, state, types, weights, folded, sum(done.savings[name].row for name in folded), known)
         refused: list[Rung] = []
         for tile in (None, *self._tiles()) if stage.name == "decode" else (None,):
             try:
@@ -103,12 +104,14 @@ class Placer:
         return found.state
 
     def _folded(
-        self, stage: Stage, state: State, types: Mapping[str, torch.dtype], done: Placed
+        self, stage: Stage, state: State, types: Mapping[str, torch.dtype], done: Placed, known: Known
     ) -> dict[str, frozenset[str]]:
         """By component, the layers that the modulation table stands in for."""
         if stage.name != "denoise":
             return {}
-        found = saving(stage, types[stage.components[0].name], state, self.inputs, self.table)
+        dtype = types[stage.components[0].name]
+        found = recalled(known.savings, (dtype, self.inputs, self.table), state,
+                         lambda: saving(stage, dtype, state, self.inputs, self.table))
         done.savings[found.component] = found
         return {found.component: found.layers}
 
@@ -192,7 +195,10 @@ class Placer:
     def rehearsed(self, task: "Task", places: Mapping[str, Place]) -> Rehearsal:
         """What the stage takes at these places."""
         scratch = {device.name: device.scratch for device in self.machine.devices}
-        found = rehearse(task.stage, places, task.weights, task.state, self.inputs, scratch)
+        found = recalled(
+            task.known.rehearsals, (task.stage.name, dict(places), self.inputs, scratch), task.state,
+            lambda: rehearse(task.stage, places, task.weights, task.state, self.inputs, scratch, task.known.costs),
+        )
         # A lane takes the row of its call along to every device that computes.
         peak = {name: (size + task.row * (size > 0)) * self._lanes(task.stage) for name, size in found.peak.items()}
         return replace(found, peak=peak)
@@ -222,6 +228,7 @@ class Task:
     weights: Mapping[str, Weights]
     folded: Mapping[str, frozenset[str]]
     row: int
+    known: Known
 
     def places(self, placements: Mapping[str, Placement]) -> dict[str, Place]:
         """The components at these placements."""

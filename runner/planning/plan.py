@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from runner.demo import CHECKPOINT
+from runner.planning.known import Known
 from runner.planning.ladder import Rung
 from runner.planning.limits import limited, read_machine
 from runner.planning.placing import Need, Placer
@@ -98,6 +99,7 @@ def make_plan(
     peer_copies: bool = True,
     weights: bool = True,
     lost: dict[int, str] | None = None,
+    known: Known | None = None,
 ) -> Plan:
     """Find and check the model, and place every component where it fits together with its activations.
 
@@ -107,7 +109,8 @@ def make_plan(
     denoiser is loaded, and without `peer_copies` cards send each other everything through host memory. Weights that
     are not here are downloaded when all of them are placed; without `weights`, or for a machine that is not here,
     they stay where they are. With `lost`, requests of a size that the model does not make are left out, and go there
-    by index with the reason. Raises LoadError, PlanError or ValueError.
+    by index with the reason. What other plans of the same model found is `known`. Raises LoadError, PlanError or
+    ValueError.
     """
     chosen = family_of(family, model)
     for request in requests:
@@ -128,7 +131,7 @@ def make_plan(
     most = largest(requests)
     placer = Placer(there, inputs_of(most), dtype or {}, read_wishes(place, stages), allow_offload, lanes,
                     smaller(most, multiple), modulation_table, len(requests))
-    placed = placer.place(stages)
+    placed = placer.place(stages, known)
     places = placed.places if peer_copies else rerouted(placed.places)
     plan = Plan(chosen, checkpoint, tuple(requests), there, stages, places, placed.weights, placed.needs,
                 placed.rungs, placed.reasons, placed.lanes, placed.savings, placed.reads, placer)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from runner.planning.known import Known
 from runner.planning.plan import Plan, make_plan
 from runner.request import Request, read_size
 from stages.errors import PlanError
@@ -15,10 +16,11 @@ ROUNDS = 6
 
 def plan_or_remedy(family: str, requests: Sequence[Request], **options: Any) -> Plan:
     """What `make_plan` gives; its PlanError has the `options` with which all of the plan fits, if there are any."""
+    known = Known()
     try:
-        return make_plan(family, requests, **options)
+        return make_plan(family, requests, **options, known=known)
     except PlanError as error:
-        changes, last = remedy(error, family, requests, options)
+        changes, last = remedy(error, family, requests, options | {"known": known})
         if last is not None and changes:
             tried = " ".join(" ".join(filter(None, change)) for change in changes.items())
             error.args = (f"{error}\nThat is not enough, with {tried}: {last}",)
