@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from stages.errors import Unfoldable
 from stages.folding import fold, replays
-from stages.program import Call, Layer, Program, Step
+from stages.program import Call, Layer, Program, Step, leading_to
 from stages.tracing import Tracing
 
 
@@ -29,7 +29,7 @@ def program_of(model: nn.Module, call: Call, layers: Collection[str] | None = No
     looks = [step for step in tracing.steps if step.seen is not None]
     ends = [step for step in tracing.steps if step.layer in chosen]
     return Program(
-        call.likeness, inputs, _leading_to(tracing.steps, looks), _leading_to(tracing.steps, ends),
+        call.likeness, inputs, leading_to(tracing.steps, looks), leading_to(tracing.steps, ends),
         {name: layer for name, layer in tracing.layers.items() if name in chosen},
         tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, result),
     )
@@ -105,14 +105,3 @@ def _last(steps: Sequence[Step]) -> frozenset[str]:
             before = frozenset({step.layer})
         behind.update(dict.fromkeys(step.out, before))
     return frozenset(step.layer for step in steps if step.layer is not None and step.layer not in inner)
-
-
-def _leading_to(steps: Sequence[Step], ends: Collection[Step]) -> tuple[Step, ...]:
-    """The steps that `ends` need, and those, in their order."""
-    needed, wanted = set[int](), frozenset(ends)
-    found = []
-    for step in reversed(steps):
-        if step in wanted or needed.intersection(step.out):
-            found.append(step)
-            needed |= step.needs()
-    return tuple(reversed(found))

@@ -20,10 +20,11 @@ from stages.errors import Unfoldable
 from stages.folding import replays
 from stages.placement import Place, Places, standing
 from stages.program import Call, Layer, Program, Step
-from stages.recording import Recorder, Told, typed_skeleton
+from stages.recording import Recorder, Told
 from stages.shards import read_header
 from stages.stage import Inputs, Loaded, Stage
 from stages.state import State
+from stages.weights import outline
 
 # FLUX.1 takes 2.1 MB for a step and a prompt in bfloat16, so this is about 36 prompts of 28 steps.
 LIMIT = 2 * 2**30
@@ -214,8 +215,7 @@ class Reader:
 
     def __init__(self, component: Component, place: Place) -> None:
         self._files = {name: path for path in component.files for name in read_header(path)}
-        self._types = {name: weight.dtype for name, weight in typed_skeleton(component, place.dtype)
-                       .named_parameters()}
+        self._types = {name: weight.dtype for name, weight in outline(component, place.dtype).named_parameters()}
         self._place = place
 
     def read(self, step: Step) -> tuple[dict[str, torch.Tensor], str | None]:

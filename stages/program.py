@@ -6,7 +6,7 @@ token on the way, is a program of its own; linear layers are steps of it as a wh
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -77,6 +77,17 @@ class Step:
             return torch.device(entry) if leaf is HERE else leaf
 
         return tree_flatten(self.func(*tree_map(real, self.args), **tree_map(real, dict(self.kwargs))))[0]
+
+
+def leading_to(steps: Sequence[Step], ends: Collection[Step]) -> tuple[Step, ...]:
+    """The steps that `ends` need, and those, in their order."""
+    needed, wanted = set[int](), frozenset(ends)
+    found = []
+    for step in reversed(steps):
+        if step in wanted or needed.intersection(step.out):
+            found.append(step)
+            needed |= step.needs()
+    return tuple(reversed(found))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The calls that denoise loops will make of the denoiser, known before it is loaded."""
 
 from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, wraps
 from typing import Any
@@ -9,14 +10,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from stages.checkpoint import Component
 from stages.conditioning import program_of
 from stages.errors import Unfoldable
 from stages.placement import Place, Places, Resident
 from stages.program import Call, Program
 from stages.stage import Inputs, Loaded, Stage, silent
 from stages.state import State
-from stages.weights import float32, skeleton
+from stages.weights import outline
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +58,7 @@ class Recorder(Loaded):
     def __enter__(self) -> "Recorder":
         (component,) = self.stage.components
         self.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
-        model = typed_skeleton(component, self.places[component.name].dtype)
-        _claim(model, self.home)
+        model = _claimed(outline(component, self.places[component.name].dtype), self.home)
         model.forward = self._recording(model, model.forward)
         self.pipe.update_components(**{component.name: model})
         self.complete()
@@ -119,17 +118,9 @@ def _programs(class_name: str, config: str, dtype: torch.dtype) -> list[Program]
     return []
 
 
-def typed_skeleton(component: Component, dtype: torch.dtype) -> nn.Module:
-    """The component's skeleton with the types that its weights have when loaded at `dtype`."""
-    model = skeleton(component, dtype)
-    kept = float32(component, model, dtype)
-    for name, weight in model.named_parameters():
-        if kept(name):
-            weight.data = weight.data.float()
-    return model
-
-
-def _claim(model: nn.Module, device: str) -> None:
-    """Make a skeleton say that it is on `device`: pipelines put their tensors there."""
-    kind = type(model)
+def _claimed(skeleton: nn.Module, device: str) -> Any:
+    """The skeleton once more, of the same parts, which says that it is on `device`: pipelines put their tensors there.
+    """
+    kind, model = type(skeleton), copy(skeleton)
     model.__class__ = type(kind.__name__, (kind,), {"device": property(lambda self: torch.device(device))})
+    return model

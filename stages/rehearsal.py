@@ -1,8 +1,8 @@
 """A stage gone through without weights: what it will take on each device, before anything is loaded."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -50,6 +50,17 @@ def rehearse(
         modes.enter_context(torch.no_grad())
         after = paper.run(state, inputs)
         return Rehearsal(dict(paper.ledger.peak), paper.work, after)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Rehearsals compute next to nothing: threads would wait for each other for longer than they work."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 class OnPaper(Loaded):

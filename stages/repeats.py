@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from stages.alike import make
 from stages.ledger import Ledger
 
 Costs = dict[Any, dict[Any, "Cost"]]
@@ -27,7 +28,7 @@ class Repeats:
     def listen(self, name: str, block: nn.Module) -> None:
         """Count the operations of `block`, and run it only when there was none like it."""
         forward = block.forward
-        kind = type(block), tuple((name, tuple(p.shape), p.dtype) for name, p in block.named_parameters())
+        kind = make(block)
         resting = frozenset(self._ledger.card_of(weight) for weight in block.parameters())
 
         @wraps(forward)

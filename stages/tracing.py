@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from stages.program import HERE, Layer, Ref, Step, Weight
+from stages.alike import make
+from stages.program import HERE, Layer, Ref, Step, Weight, leading_to
 
 _LOOK = torch.ops.aten._local_scalar_dense.default
 
@@ -67,8 +68,7 @@ class Tracing(TorchDispatchMode):
 
     def repeating(self, name: str, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A block's forward that runs only when none like it ran before: models are dozens of the same."""
-        kind = type(block), tuple((key, weight.shape, weight.dtype) for key, weight in block.named_parameters()), (
-            tuple(key for key, _ in block.named_modules()))
+        kind = make(block)
 
         @wraps(forward)
         def outer(*args: Any, **kwargs: Any) -> Any:
@@ -98,7 +98,10 @@ class Tracing(TorchDispatchMode):
             return None
         found = [(next((at for at, leaf in enumerate(leaves) if leaf is result), None), result,
                   self._number_of(result) if isinstance(result, torch.Tensor) else None) for result in results]
-        return Pattern(name, first, self._count, steps, found, form)
+        # What leads to no layer and to no result is of use to nobody.
+        numbers = {number for _, _, number in found}
+        ends = [step for step in steps if step.layer is not None or not numbers.isdisjoint(step.out)]
+        return Pattern(name, first, self._count, leading_to(steps, ends), found, form)
 
     def _again(self, like: "Pattern", name: str, leaves: list[Any]) -> Any:
         """What the pattern's block recorded, for the block `name`."""

@@ -101,7 +101,10 @@ def _config_text(component: Component) -> str:
 
 
 def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The component's module on the meta device: every shape, no data; LoadError when its config does not fit."""
+    """The component's module on the meta device, as it is loaded at `dtype`: every shape and type, no data.
+
+    Raises LoadError when its config does not fit.
+    """
     cls = _class(component)
     try:
         with _building(dtype):
@@ -114,6 +117,9 @@ def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Mod
         raise LoadError(f"{component.folder / 'config.json'} does not fit {component.class_name} ({reason:.200}); "
                         f"fetch it again: {download(component.folder.parent, (component.name,))}") from error
     assert isinstance(model, nn.Module)
+    kept = float32(component, model, dtype)
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.float() if kept(name) else weight.data
     # Some models make a buffer elsewhere; to move one that is there already takes as long as to make it.
     if not all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         model = model.to("meta")

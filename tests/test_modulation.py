@@ -22,10 +22,10 @@ from stages.folding import replays
 from stages.modulation import Layout, Modulation, computed
 from stages.placement import Place, Placement, Resident, Sharded
 from stages.program import Call, Program
-from stages.recording import Told, conditional, typed_skeleton
+from stages.recording import Told, conditional
 from stages.split import split
 from stages.stage import load
-from stages.weights import weigh
+from stages.weights import skeleton, weigh
 from tests import sparse, tiny
 from tests.staging import run_staged
 from tests.test_cards import MIB, halved, over
@@ -223,7 +223,7 @@ def test_a_video_transformer_comes_out_the_same(tmp_path: Path, dtype: torch.dty
         "pooled_projections": torch.randn(1, 8, dtype=dtype), "guidance": torch.tensor([6000.0], dtype=dtype),
     }
     calls = [{**shared, "timestep": torch.tensor([at])} for at in (1000, 250)]
-    found = program_of(typed_skeleton(component, dtype), Call(whole, (), calls[0]))
+    found = program_of(skeleton(component, dtype), Call(whole, (), calls[0]))
     assert {name for name in found.layers if name.startswith("single_transformer_blocks.1.")} == {
         "single_transformer_blocks.1.norm.linear"}
     told = [Told.of(found, Call(whole, (), call)) for call in calls]

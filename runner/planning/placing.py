@@ -17,7 +17,7 @@ from stages.dtypes import choose
 from stages.ledger import Met
 from stages.machine import Machine
 from stages.placement import DISK, Place, Placement, Resident, Sharded, remainder
-from stages.rehearsal import Rehearsal, rehearse
+from stages.rehearsal import Rehearsal, one_thread, rehearse
 from stages.shelf import reading
 from stages.stage import Inputs, Stage
 from stages.state import State
@@ -74,8 +74,9 @@ class Placer:
     def place(self, stages: Sequence[Stage], known: Known | None = None) -> Placed:
         """All stages placed; NoRung for the first that does not fit. What is `known` is not found out once more."""
         done, state, known = Placed(), State(), known or Known()
-        for stage in stages:
-            state = self._place(stage, state, done, known)
+        with one_thread():
+            for stage in stages:
+                state = self._place(stage, state, done, known)
         return done
 
     def _place(self, stage: Stage, state: State, done: Placed, known: Known) -> State:
