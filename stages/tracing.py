@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from stages.alike import make
+from stages.ledger import tensors
 from stages.program import HERE, Layer, Ref, Step, Weight, leading_to
 
 _LOOK = torch.ops.aten._local_scalar_dense.default
@@ -135,17 +136,18 @@ class Tracing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._recording:
             return func(*args, **(kwargs or {}))
-        leaves, form = tree_flatten((args, kwargs or {}))
-        operands = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        known = all(self._known(tensor) for tensor in operands)
-        known &= torch.Tag.nondeterministic_seeded not in func.tags
-        meta = any(tensor.is_meta for tensor in operands)
-        used = tree_unflatten([_on_meta(leaf) for leaf in leaves], form) if meta else (args, kwargs or {})
+        kwargs = kwargs or {}
+        operands = list(tensors((args, tuple(kwargs.values()))))
+        known = all(map(self._known, operands)) and torch.Tag.nondeterministic_seeded not in func.tags
+        used = args, kwargs
+        places = {tensor.is_meta for tensor in operands}
+        if True in places and (False in places or any(isinstance(x, torch.device) for x in (*args, *kwargs.values()))):
+            used = tree_map(_on_meta, used)
         out = func(*used[0], **used[1])
         if func._schema.is_mutable:
-            return self._write(func, args, kwargs or {}, out, used)
+            return self._write(func, args, kwargs, out, used)
         if known:
-            self._record(func, leaves, form, out)
+            self._record(func, args, kwargs, out)
         elif func is _LOOK:
             raise RuntimeError("a value made of tokens is looked at")
         else:
@@ -154,13 +156,13 @@ class Tracing(TorchDispatchMode):
 
     def _disown(self, data: Any) -> None:
         """These tensors are no conditioning, also where they are real."""
-        for leaf in tree_flatten(data)[0]:
-            if isinstance(leaf, torch.Tensor) and (self._known(leaf) or not leaf.is_meta):
+        for leaf in tensors(data):
+            if self._known(leaf) or not leaf.is_meta:
                 storage = leaf.untyped_storage()
                 self._written[storage._cdata] = storage
 
-    def _record(self, func: Any, leaves: list[Any], form: Any, out: Any) -> None:
-        args, kwargs = tree_unflatten([self._referred(leaf) for leaf in leaves], form)
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        args, kwargs = self._referred((args, kwargs))
         if func is _LOOK:
             self.steps.append(Step(func, args, kwargs, (), seen=out))
             return

@@ -117,12 +117,14 @@ def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Mod
         raise LoadError(f"{component.folder / 'config.json'} does not fit {component.class_name} ({reason:.200}); "
                         f"fetch it again: {download(component.folder.parent, (component.name,))}") from error
     assert isinstance(model, nn.Module)
+    # Some models make a buffer elsewhere; to move a model that is there already takes as long as to make it.
+    if not all(buffer.is_meta for buffer in model.buffers()):
+        model = model.to("meta")
     kept = float32(component, model, dtype)
     for name, weight in model.named_parameters():
-        weight.data = weight.data.float() if kept(name) else weight.data
-    # Some models make a buffer elsewhere; to move one that is there already takes as long as to make it.
-    if not all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        model = model.to("meta")
+        assert weight.is_meta, name
+        if kept(name):
+            weight.data = weight.data.float()
     return model.eval()
 
 
@@ -229,10 +231,13 @@ def sources(component: Component, model: Any) -> Mapping[str, Stored | None]:
         if len(component.files) == 1:
             model._fix_state_dict_keys_on_load(stored)
         return stored
+    state = model.state_dict()
+    if stored.keys() <= state.keys():
+        # The rules are for files with other names, and to read them all takes as long as the rest of this.
+        return stored
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
     found: dict[str, Stored | None] = {}
     for name, source in stored.items():
         new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
