@@ -10,10 +10,12 @@ from diffusers import FluxPipeline
 
 from runner.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
 from runner.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
+from runner.demo.grounding import UNSAID, Grounding, grounding_optimizer, named, train_grounding
 from runner.demo.latents import GRID, Latents, load_latents, save_latents
 from runner.demo.muon import Muon, orthogonal
 from runner.demo.phase import Phase
-from runner.demo.scenes import training_scene
+from runner.demo.scenes import POSITIONS, Pair, Solo, training_scene
+from runner.demo.shapes import COLORS, SHAPES
 from runner.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder, sample_captions
 from runner.demo.train import export, thin, tokenizers, warmed
 
@@ -42,6 +44,42 @@ def test_every_word_of_the_captions_is_one_token(studio: tuple[Path, Studio]) ->
     assert max(len(built.t5_tokenizer(text).input_ids) for text in corpus) <= TEXT_TOKENS
     assert max(len(built.clip_tokenizer(text).input_ids) for text in corpus) <= CLIP_TOKENS
     assert built.t5_tokenizer("A Red circle").input_ids == built.t5_tokenizer("a red circle").input_ids
+
+
+def test_every_word_that_names_a_thing_is_asked_what_it_is_and_where(studio: tuple[Path, Studio]) -> None:
+    _, built = studio
+    scene = Pair("red", "circle", "above", "blue", "circle", "white")
+    text = "a red circle above a blue circle on a white background"
+    ids = built.t5_tokenizer(text).input_ids
+    colors, shapes, places = list(COLORS), list(SHAPES), list(POSITIONS)
+    answers = Grounding(built.t5_tokenizer).answers(ids, text, scene).tolist()
+    words = dict(zip(text.split(), range(len(ids)), strict=False))
+    first = [colors.index("red"), shapes.index("circle"), places.index("at the top")]
+    other = [colors.index("blue"), shapes.index("circle"), places.index("at the bottom")]
+    behind = [colors.index("white"), UNSAID, len(places)]
+    asked = {spot: row for spot, row in enumerate(answers) if row != [UNSAID] * 3}
+    assert asked == {1: first, 2: first, 5: other, 6: other, words["white"]: behind}
+    left_open = named("a red star", Solo("red", "star", "large", "on the left", "black"))
+    assert left_open == [(colors.index("red"), shapes.index("star"), UNSAID)]
+
+
+def test_the_text_encoder_learns_its_words_and_keeps_them(studio: tuple[Path, Studio], tmp_path: Path) -> None:
+    _, built = studio
+    torch.manual_seed(0)
+    t5, grounding = build_t5_encoder(built.t5_tokenizer), Grounding(built.t5_tokenizer)
+    phase = Phase("g", 1e9, tmp_path, tmp_path / "log", {"t5": t5}, [grounding_optimizer(t5, grounding)])
+    losses: list[float] = []
+
+    def loss(rng: random.Random) -> torch.Tensor:
+        error = grounding.loss(t5, rng, CPU)
+        losses.append(float(error.detach()))
+        phase.budget = 1e9 if len(losses) < 8 else phase.spent
+        return error
+
+    train_grounding(phase, loss)
+    assert phase.steps == 8 and losses[-1] < 0.8 * losses[0]
+    painter_optimizers(Painter(build_clip_encoder(built.clip_tokenizer), t5, build_transformer()))
+    assert not any(weights.requires_grad for weights in t5.parameters())
 
 
 def test_a_phase_goes_on_where_it_stopped(tmp_path: Path) -> None:

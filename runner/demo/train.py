@@ -1,22 +1,25 @@
 """Trains the demo checkpoint from nothing, on a CPU or an accelerator; interrupted and started again, it goes on.
 
-python -m runner.demo.train [--out FOLDER] [--state FOLDER] [--minutes-vae M] [--minutes M] [--start CHECKPOINT]
+python -m runner.demo.train [--out FOLDER] [--state FOLDER] [--minutes-vae M] [--minutes-words M] [--minutes M]
+    [--start CHECKPOINT]
 """
 
 import argparse
 import copy
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from runner.demo import CHECKPOINT
 from runner.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
 from runner.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
+from runner.demo.grounding import Grounding, grounding_optimizer, train_grounding
 from runner.demo.latents import Latents, encode_scenes, load_latents, save_latents
 from runner.demo.phase import Phase
 from runner.demo.text import (
@@ -30,6 +33,15 @@ from runner.demo.text import (
 LOSSES = "losses.jsonl"
 
 
+@dataclass(frozen=True)
+class Budgets:
+    """Minutes of training: of the autoencoder, of T5, and of the transformer with CLIP."""
+
+    autoencoder: float
+    words: float
+    pictures: float
+
+
 def trained_autoencoder(state: Path, minutes: float, device: torch.device) -> AutoencoderKL:
     """The autoencoder after its budget of training."""
     torch.manual_seed(0)
@@ -39,6 +51,17 @@ def trained_autoencoder(state: Path, minutes: float, device: torch.device) -> Au
     phase.load()
     train_autoencoder(phase, model, device)
     return model.eval().requires_grad_(False)
+
+
+def grounded(state: Path, minutes: float, t5: T5EncoderModel, tokenizer: T5Tokenizer, device: torch.device) -> None:
+    """Teach the text encoder its words, for its budget of training."""
+    torch.manual_seed(2)
+    grounding, t5 = Grounding(tokenizer).to(device), t5.to(device)
+    modules: dict[str, torch.nn.Module] = {"t5": t5, "grounding": grounding}
+    optimizers = [grounding_optimizer(t5, grounding)]
+    phase = Phase("grounding", minutes * 60, state, state / LOSSES, modules, optimizers)
+    phase.load()
+    train_grounding(phase, lambda rng: grounding.loss(t5, rng, device))
 
 
 def warmed(painter: Painter, start: Path) -> Painter:
@@ -93,25 +116,28 @@ def thin(log: Path, kept: Path, lines: int = 120) -> None:
     kept.write_text("\n".join(picked) + "\n")
 
 
-def train(out: Path, state: Path, minutes_vae: float, minutes: float, start: Path | None = None) -> None:
+def train(out: Path, state: Path, budgets: Budgets, start: Path | None = None) -> None:
     """Train what is still to train, and write the checkpoint to `out` every few minutes and at the end.
 
-    With `start`, a checkpoint, its autoencoder is taken as it is, and the rest learns on from its weights.
+    With `start`, a checkpoint, its autoencoder and T5 are taken as they are, and the rest learns on from its weights.
     """
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     state.mkdir(parents=True, exist_ok=True)
-    if start is None:
-        autoencoder = trained_autoencoder(state, minutes_vae, device)
-    else:
-        autoencoder = AutoencoderKL.from_pretrained(start, subfolder="vae", dtype=torch.float32).to(device).eval()
-    latents = cached_latents(state, autoencoder, device)
     clip_tokenizer, t5_tokenizer = tokenizers(state)
     torch.manual_seed(1)
     painter = Painter(build_clip_encoder(clip_tokenizer), build_t5_encoder(t5_tokenizer), build_transformer())
-    painter = (painter if start is None else warmed(painter, start)).to(device)
-    studio = Studio(painter, trailing_copy(painter), clip_tokenizer, t5_tokenizer, latents)
+    if start is None:
+        autoencoder = trained_autoencoder(state, budgets.autoencoder, device)
+        grounded(state, budgets.words, painter.t5, t5_tokenizer, device)
+    else:
+        autoencoder = AutoencoderKL.from_pretrained(start, subfolder="vae", dtype=torch.float32).to(device).eval()
+        warmed(painter, start)
+    painter.to(device)
+    studio = Studio(
+        painter, trailing_copy(painter), clip_tokenizer, t5_tokenizer, cached_latents(state, autoencoder, device)
+    )
     modules: dict[str, torch.nn.Module] = {"painter": painter, "average": studio.average}
-    phase = Phase("painter", minutes * 60, state, state / LOSSES, modules, painter_optimizers(painter))
+    phase = Phase("painter", budgets.pictures * 60, state, state / LOSSES, modules, painter_optimizers(painter))
     phase.load()
     train_painter(phase, studio, device, lambda: export(out, state, studio, autoencoder))
     export(out, state, studio, autoencoder)
@@ -124,12 +150,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
     parser.add_argument("--state", type=Path, default=Path("demo-training"), help="folder to go on from")
     parser.add_argument("--minutes-vae", type=float, default=17.0, help="budget of the autoencoder")
-    parser.add_argument("--minutes", type=float, default=90.0, help="budget of the text encoders and transformer")
+    parser.add_argument("--minutes-words", type=float, default=3.0, help="budget of T5")
+    parser.add_argument("--minutes", type=float, default=90.0, help="budget of the transformer and CLIP")
     parser.add_argument("--start", type=Path, help="checkpoint whose weights to begin with")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(options.out, options.state, options.minutes_vae, options.minutes, options.start)
+    budgets = Budgets(options.minutes_vae, options.minutes_words, options.minutes)
+    train(options.out, options.state, budgets, options.start)
 
 
 if __name__ == "__main__":
