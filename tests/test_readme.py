@@ -1,4 +1,4 @@
-"""Every command of the README runs; large models stand in as tiny ones of the same classes."""
+"""Every command of the README and of its pages runs; large models stand in as tiny ones of the same classes."""
 
 import contextlib
 import io
@@ -20,7 +20,10 @@ from stages.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
+# A page may show what another shows; it is tried once.
+LINES = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
 RUNS = [line[line.index("python -m runner") :] for line in LINES
         if "python -m runner" in line and not any(word in line for word in ("--ranks", "tensor_parallel", "ray"))]
 RANKS = [line for line in LINES if line.startswith(("torchrun", "accelerate")) or "--ranks" in line]
@@ -122,6 +125,8 @@ def test_every_family_is_listed_with_its_defaults(family: str) -> None:
     assert f"| `{family}` | {listed.repo} | {size} | {listed.steps} | {guidance} |" in README
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)#]+)\)", README))
-def test_what_the_readme_links_to_is_there(path: str) -> None:
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
+def test_what_a_page_links_to_is_there(page: str) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text())
+    missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    assert not missing and (links or page != "README.md")
