@@ -18,8 +18,6 @@ from runner.request import ask
 from stages.families import FAMILIES
 
 DEMO = FAMILIES["demo"]
-# The mark stands; the training that was affordable so far has not reached it. Strict: reaching it ends this.
-UNFINISHED = pytest.mark.xfail(strict=True, reason="the demo checkpoint needs more training: runner/demo/README.md")
 
 
 def made(prompts: list[Prompt]) -> Report:
@@ -39,7 +37,6 @@ def test_one_object_prompts_held_out_of_training() -> None:
     assert result.of == 100 and result.passed >= 90, result.wrong
 
 
-@UNFINISHED
 def test_two_object_prompts_held_out_of_training() -> None:
     result = judged(exam_prompts()[1])
     assert result.of == 50 and result.passed >= 35, result.wrong
