@@ -5,7 +5,7 @@ One rule covers every family that diffusers describes as pipeline blocks: what s
 """
 
 import importlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import diffusers
 from diffusers import ModularPipeline
@@ -73,15 +73,21 @@ def _blocks(checkpoint: Checkpoint) -> ModularPipelineBlocks:
 
 def _pipeline(checkpoint: Checkpoint) -> ModularPipeline:
     """The pipeline that diffusers makes of the model, with nothing loaded."""
-    # To find the class by a plain index, from_pretrained imports every pipeline that there is. Its own table has most
-    # of them under the name of the usual class, too.
-    named = checkpoint.pipeline.replace("Pipeline", "ModularPipeline")
-    choose = next((choose for choose in MODULAR_PIPELINE_MAPPING.values() if choose() == named), None)
+    # To find the class by a plain index, from_pretrained imports every pipeline that there is.
     others = (MODULAR, ModularPipelineBlocks.config_name)
-    if choose is None or any((checkpoint.path / file).exists() for file in others):
+    plain = not any((checkpoint.path / file).exists() for file in others)
+    name = _chosen(checkpoint.pipeline, read_json(checkpoint.path / INDEX)) if plain else None
+    if name is None:
         return ModularPipeline.from_pretrained(checkpoint.path)
-    pipeline: ModularPipeline = getattr(diffusers, choose(read_json(checkpoint.path / INDEX)))()
+    pipeline: ModularPipeline = getattr(diffusers, name)()
     return pipeline
+
+
+def _chosen(pipeline: str, index: Mapping[str, object]) -> str | None:
+    """The modular class for a usual one and its index, if diffusers' table has it under the usual one's name."""
+    named = pipeline.replace("Pipeline", "ModularPipeline")
+    choose = next((choose for choose in MODULAR_PIPELINE_MAPPING.values() if choose() == named), None)
+    return None if choose is None else str(choose(dict(index)))
 
 
 def _groups(blocks: ModularPipelineBlocks, inputs: Collection[str]) -> dict[str, SequentialPipelineBlocks]:

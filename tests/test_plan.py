@@ -14,6 +14,7 @@ import torch
 from runner import Plan, Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
 from runner.picture import card_of
+from runner.planning.known import Known
 from runner.planning.ladder import NoRung
 from runner.planning.plan import largest
 from stages.families import FAMILIES
@@ -147,6 +148,19 @@ def test_flux_on_one_card_of_16_gb(flux_dev: Path) -> None:
     assert need["cpu"].weights == pytest.approx(FLUX - (16 * GB - GIB - DOUBLE - GB // 2), rel=0.05)
     with pytest.raises(NoRung, match=r"9\.\d GiB of transformer would wait in host memory, which has 4\.0 GiB"):
         imagined(flux_dev, "1x16GB", allow_offload="cpu", max_memory="cpu=4GiB")
+
+
+def test_plans_that_share_what_they_know_are_those_that_do_not(flux_dev: Path) -> None:
+    """Blocks that one plan went through cost the same in another one, on whichever card, and with some in the host."""
+    known = Known()
+    imagined(flux_dev, "1x24GiB", known=known)
+    alone = imagined(flux_dev, "3x8GB", allow_offload="cpu")
+    shared = imagined(flux_dev, "3x8GB", allow_offload="cpu", known=known)
+    assert (shared.needs, shared.places, shared.rungs) == (alone.needs, alone.places, alone.rungs)
+    assert {rung(shared, "denoise"), rung(shared, "encode")} == {"streamed", "sharded"}
+    count = len(known.rehearsals)
+    assert imagined(flux_dev, "3x8GB", allow_offload="cpu", known=known).needs == alone.needs
+    assert len(known.rehearsals) == count
 
 
 def test_what_an_error_names_makes_it_fit(flux_dev: Path) -> None:

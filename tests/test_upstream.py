@@ -27,6 +27,7 @@ from diffusers.modular_pipelines.modular_pipeline import (
 )
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from diffusers.modular_pipelines.wan import encoders as wan_encoders
+from diffusers.pipelines.auto_pipeline import SUPPORTED_TASKS_MAPPINGS, _get_model
 
 from runner import Request, make_plan
 from runner.artifacts import FolderStore, MemoryStore, key_of
@@ -35,7 +36,7 @@ from stages.checkpoint import find
 from stages.errors import BadResult, LoadError
 from stages.families import FAMILIES
 from stages.placement import Place, Resident
-from stages.split import _groups, require, split
+from stages.split import _chosen, _groups, require, split
 from stages.stage import Stage
 from stages.state import State, Value
 from tests import tiny_families as tiny
@@ -334,3 +335,16 @@ def test_13_the_plans_of_tensor_parallelism_name_no_layer_that_the_table_replace
     assert known <= {cls.__name__ for cls in cut}
     names = [name for cls in cut for name in cls._tp_plan]
     assert names and not any("norm" in name or "mod" in name or "embed" in name for name in names)
+
+
+def test_the_table_of_pipelines_names_them_as_from_pretrained_does() -> None:
+    """It takes the long way, through all pipelines that there are; ours goes by names, and only where they agree."""
+    names = {pipeline.__name__ for task in SUPPORTED_TASKS_MAPPINGS for pipeline in task.values()}
+    found = 0
+    for name in names:
+        theirs = MODULAR_PIPELINE_MAPPING.get(_get_model(name))
+        for index in ({}, {"is_distilled": True}, {"boundary_ratio": 0.9}, {"sample_sigmas": [1.0]}):
+            chosen = _chosen(name, index)
+            assert chosen is None or (theirs is not None and chosen == theirs(index)), name
+        found += chosen is not None
+    assert found > 15 and {_chosen(family.pipeline, {}) for family in FAMILIES.values()} >= {"FluxModularPipeline"}
