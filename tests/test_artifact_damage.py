@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from runner.artifacts import FolderStore, MemoryStore, manifest
 from runner.artifacts.document import Damaged, canonical
+from runner.artifacts.durable import File
 from runner.artifacts.envelope import pack, unpack
 from runner.artifacts.inspection import describe, open_artifact
 from stages.errors import BadResult, StoreError
@@ -135,7 +136,7 @@ def test_the_memory_store_checks_too() -> None:
     store = MemoryStore(warn=told.append)
     artifact = store.put(KEY, "encode", STATE, {})
     path = f"objects/{artifact.object[:2]}/{artifact.object}"
-    store.publish({path: [bytes(store.fetch(path, 2**20)[:-1]) + b"\xff"]})
+    store.publish([File.of(path, bytes(store.fetch(path, 2**20)[:-1]) + b"\xff")])
     assert store.get(KEY) is None and "sha256" in told[0]
 
 

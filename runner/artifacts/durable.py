@@ -4,22 +4,26 @@ Every path is walked folder by folder without following symlinks, so nothing pla
 """
 
 import errno
+import mmap
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from runner.artifacts.aside import Aside
 from runner.artifacts.parts import hold, part_name
 from stages.errors import StoreError
 
 Chunks = Sequence[bytes | memoryview]
+Buffer = bytearray | mmap.mmap
 TMP = "tmp"
 SPARE = 1.2
+HUGE = 2**24
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # A FIFO would block the open without O_NONBLOCK.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -37,6 +41,23 @@ class Entry:
     def age(self) -> float:
         """Seconds since it was written, or until then: a clock that jumped may date a file in the future."""
         return abs(time.time() - self.modified)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file to write, below the folder `inside`: its chunks, and its path, which is asked for when they are written.
+
+    So it may be named by their hash, and the next file may tell of it.
+    """
+
+    inside: str
+    path: Callable[[], str]
+    chunks: Callable[[], Chunks]
+
+    @classmethod
+    def of(cls, path: str, *chunks: bytes | memoryview) -> "File":
+        """A file of which all is known."""
+        return cls(path.partition("/")[0], lambda: path, lambda: chunks)
 
 
 @contextmanager
@@ -60,7 +81,7 @@ def folder(root: Path, inside: str, *, made: Callable[[int], None] | None = None
         os.close(handle)
 
 
-def read(root: Path, path: str, *, most: int, first: int | None = None) -> bytearray | None:
+def read(root: Path, path: str, *, most: int, first: int | None = None) -> Buffer | None:
     """The file at `path`, whole or its `first` bytes; None where there is none; StoreError where it is no plain file
     of at most `most` bytes.
     """
@@ -82,40 +103,40 @@ def read(root: Path, path: str, *, most: int, first: int | None = None) -> bytea
             os.close(handle)
 
 
-def write(root: Path, files: Mapping[str, Chunks]) -> None:
+def write(root: Path, files: Sequence[File]) -> None:
     """Put each file at its path, whole and in this order, all on the disk when it returns; or StoreError.
 
-    All are written in tmp/ and fsynced together, then renamed, then their folders fsynced together: two waits for the
-    disk, not one per file. Those under objects/ are read-only.
+    All are written in tmp/, fsynced and renamed, then their folders fsynced. While a file is on its way to the disk
+    the next one is written. Those under objects/ are read-only.
     """
-    sizes = {path: sum(memoryview(chunk).nbytes for chunk in chunks) for path, chunks in files.items()}
-    parts = {path: part_name() for path in files}
-    with explained(root / next(iter(files)), "write", sum(sizes.values())), ExitStack() as stack:
+    size = sum(memoryview(chunk).nbytes for chunk in files[0].chunks())
+    parts = [part_name() for _ in files]
+    with explained(root / files[0].inside, "write", size), ExitStack() as stack:
         unsynced = Unsynced(stack)
         tmp = stack.enter_context(folder(root, TMP, made=unsynced.add))
-        _check_room(tmp, sum(sizes.values()))
+        _check_room(tmp, size)
         try:
-            parents = {path: stack.enter_context(folder(root, path.rpartition("/")[0], made=unsynced.add))
-                       for path in files}
-            for path, chunks in files.items():
-                handle = _write_part(tmp, parts[path], chunks, 0o444 if path.startswith("objects/") else 0o600)
-                unsynced.take(handle)
+            for file, part in zip(files, parts, strict=True):
+                unsynced.begin()
+                unsynced.take(_write_part(tmp, part, file.chunks(), 0o444 if file.inside == "objects" else 0o600))
             unsynced.sync()
-            for path, part in parts.items():
-                os.rename(part, path.rpartition("/")[2], src_dir_fd=tmp, dst_dir_fd=parents[path])
-                unsynced.add(parents[path])
+            for file, part in zip(files, parts, strict=True):
+                inside, _, name = file.path().rpartition("/")
+                parent = stack.enter_context(folder(root, inside, made=unsynced.add))
+                os.rename(part, name, src_dir_fd=tmp, dst_dir_fd=parent)
+                unsynced.add(parent)
             unsynced.sync()
         finally:
-            for part in parts.values():
+            for part in parts:
                 with suppress(FileNotFoundError):
                     os.unlink(part, dir_fd=tmp)
 
 
 class Unsynced:
-    """Descriptors that are to be on the disk; those that wait for it together wait once."""
+    """Descriptors that are to be on the disk."""
 
     def __init__(self, stack: ExitStack) -> None:
-        self._stack, self._handles = stack, list[int]()
+        self._stack, self._handles, self._begun = stack, list[int](), list[Aside[None]]()
 
     def add(self, handle: int) -> None:
         """Add a descriptor that someone else closes, perhaps soon."""
@@ -126,15 +147,21 @@ class Unsynced:
         self._stack.callback(os.close, handle)
         self._handles.append(handle)
 
+    def begin(self) -> None:
+        """Begin to wait for those that were added, in other threads."""
+        while self._handles:
+            self._begun.append(Aside(partial(os.fsync, self._handles.pop())))
+            # No descriptor is closed under a thread that waits for it.
+            self._stack.callback(self._begun[-1].end)
+
     def sync(self) -> None:
         """Return when all are on the disk; raises OSError."""
-        handles, self._handles = self._handles, []
-        with ThreadPoolExecutor(max(1, len(handles) - 1)) as pool:
-            # This thread takes the first: where it is the only one, no other is started.
-            others = [pool.submit(os.fsync, handle) for handle in handles[1:]]
-            os.fsync(handles[0])
-            for other in others:
-                other.result()
+        # Of several folders, the first takes the changes of all with it in most file systems.
+        for handle in self._handles:
+            os.fsync(handle)
+        for begun in self._begun:
+            begun.result()
+        self._handles, self._begun = [], []
 
 
 def remove(root: Path, paths: Sequence[str]) -> None:
@@ -226,13 +253,24 @@ def _existing(path: Path) -> Path:
     return next(there for there in (path, *path.parents) if os.path.exists(there))
 
 
-def _read_all(handle: int, size: int) -> bytearray:
-    data = bytearray(size)
+def _read_all(handle: int, size: int) -> Buffer:
+    data = _room(size)
     done, view = 0, memoryview(data)
     while done < size and (count := os.readv(handle, [view[done:]])):
         done += count
     # Shorter than it was a moment ago: whoever asked finds that the hash is wrong.
     return data
+
+
+def _room(size: int) -> Buffer:
+    if size < HUGE:
+        return bytearray(size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # To touch new memory page by page takes longer than to read the file.
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _make_folder(name: str, parent: int) -> bool:

@@ -7,13 +7,16 @@ and dicts as `{"tuple": [...]}` and `{"dict": {...}}`, lists and plain values as
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import cast
 
 import torch
 
+from runner.artifacts.aside import Aside
 from runner.artifacts.document import JSON, Damaged
+from runner.artifacts.durable import Buffer
 from runner.artifacts.header import DTYPES, LONGEST, METADATA, Header, compose, is_name, parse
 from runner.artifacts.spec import MOST_BYTES, Spec
 from stages.errors import BadResult, StoreError
@@ -21,22 +24,23 @@ from stages.state import State, Value
 from stages.strictness import strict_json
 
 SCHEMA = 1
+# With fewer bytes, to wake another thread takes longer than to hash them.
+ASIDE = 2**20
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The bytes of a state, still in the tensors' own memory, and what they hold."""
+    """The bytes of a state, still in the tensors' own memory, and what they hold; many are hashed meanwhile."""
 
     chunks: tuple[bytes | memoryview, ...]
     bytes: int
     tensors: Mapping[str, Spec]
+    hashing: Aside[str] | None
 
+    @cached_property
     def digest(self) -> str:
         """The sha256 of the bytes, in hex."""
-        total = hashlib.sha256()
-        for chunk in self.chunks:
-            total.update(chunk)
-        return total.hexdigest()
+        return _sha256(self.chunks) if self.hashing is None else self.hashing.result()
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,11 @@ def pack(state: State, *, key: str, stage: str) -> Packed:
             f"stage {stage} gave {size:,} bytes under a header of {len(header):,}; an artifact holds at most "
             f"{MOST_BYTES:,} under {LONGEST:,}: ask for a shorter prompt or a smaller result"
         )
-    return Packed(tuple(chunk for chunk in chunks if len(chunk)), size, specs)
+    chunks = [chunk for chunk in chunks if len(chunk)]
+    return Packed(tuple(chunks), size, specs, Aside(partial(_sha256, chunks)) if size >= ASIDE else None)
 
 
-def unpack(data: bytearray, *, finite: bool = True) -> Unpacked:
+def unpack(data: Buffer, *, finite: bool = True) -> Unpacked:
     """The state in `data`; Damaged where it is no artifact, BadResult where `finite` and a tensor is not.
 
     The tensors lie in `data` itself, which is not copied and must not be written to.
@@ -135,11 +140,18 @@ def _check_finite(tensor: torch.Tensor, name: str, stage: str) -> None:
         raise BadResult(f"stage {stage}: {name} holds NaN or infinity; compute it again with --dtype float32")
 
 
+def _sha256(chunks: Sequence[bytes | memoryview]) -> str:
+    total = hashlib.sha256()
+    for chunk in chunks:
+        total.update(chunk)
+    return total.hexdigest()
+
+
 def _raw(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _tensors(data: bytearray, header: Header) -> dict[str, torch.Tensor]:
+def _tensors(data: Buffer, header: Header) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, spec in header.tensors.items():
         count, dtype = math.prod(spec["shape"]), DTYPES[spec["dtype"]]

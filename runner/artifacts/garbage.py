@@ -117,7 +117,7 @@ def _artifacts(store: Store) -> Iterator[tuple[str, Entry, Artifact | None]]:
     entries = [entry for entry in store.entries("stages") if is_key(_key(entry)) and entry.path.endswith(".json")]
     for entry, data in zip(entries, store.fetch_all([entry.path for entry in entries], LONGEST), strict=True):
         try:
-            artifact = None if data is None else read_manifest(data, _key(entry))
+            artifact = None if data is None else read_manifest(bytes(data), _key(entry))
         except Damaged:
             artifact = None
         yield _key(entry), entry, artifact

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def compose(
     return len(text).to_bytes(8, "little") + text, specs
 
 
-def parse(data: bytes | bytearray) -> Header:
+def parse(data: bytes | bytearray | mmap.mmap) -> Header:
     """The header of `data`; ValueError where it is not exactly one that `compose` could have written."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 10 or length > min(LONGEST, len(data) - 8) or length % 8:

@@ -11,6 +11,7 @@ import torch
 
 from runner.artifacts import ArtifactStore, FolderStore, durable, open_store
 from runner.artifacts.document import Damaged
+from runner.artifacts.durable import Buffer
 from runner.artifacts.envelope import unpack
 from runner.artifacts.manifest import Artifact, is_key, is_run
 from runner.artifacts.spec import MOST_BYTES
@@ -72,7 +73,7 @@ def open_artifact(what: str, store: ArtifactStore | None = None) -> tuple[Artifa
     return artifact, store.read(artifact, finite=False)
 
 
-def _opened(where: str, name: str, data: bytearray | None) -> tuple[Artifact, State]:
+def _opened(where: str, name: str, data: Buffer | None) -> tuple[Artifact, State]:
     if data is None:
         raise StoreError(f"there is no file {where}")
     digest = hashlib.sha256(data).hexdigest()

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from runner.artifacts.document import LONGEST, Damaged, read_document, write_document
-from runner.artifacts.durable import TMP, Chunks, Entry
+from runner.artifacts.durable import TMP, Entry, File
 from runner.artifacts.manifest import checked_key
 from runner.artifacts.parts import PART
 from runner.artifacts.store import Store, Warn
@@ -58,11 +58,12 @@ class RemoteStore(Store):
             for path, data in zip(some, found, strict=True):
                 yield self._checked(path, data, most)
 
-    def publish(self, files: Mapping[str, Chunks]) -> None:
+    def publish(self, files: Sequence[File]) -> None:
         """Put each file at its path, whole as far as the backend can, in this order."""
-        for path, chunks in files.items():
+        for file in files:
+            path = file.path()
             with self._explained("write", path):
-                data = b"".join(chunks)
+                data = b"".join(file.chunks())
                 if self._whole:
                     self._files.pipe_file(f"{self._root}/{path}", data)
                 else:
@@ -138,7 +139,7 @@ class RemoteStore(Store):
                 raise StoreError(f"{self.url}/{MARK}: {error}: remove it") from error
         elif not readonly:
             # Also finds out at once whether we may write, and whether there is such a bucket.
-            self.publish({MARK: [write_document({"store": "stagerun"})]})
+            self.publish([File.of(MARK, write_document({"store": "stagerun"}))])
         elif not self.names("runs") and not self.names("stages"):
             raise StoreError(f"there is no artifact store {self.url}")
 

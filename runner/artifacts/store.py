@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from runner.artifacts import manifest
 from runner.artifacts.document import JSON, LONGEST, Damaged, read_document, write_document
-from runner.artifacts.durable import Chunks, Entry
+from runner.artifacts.durable import Buffer, Entry, File
 from runner.artifacts.manifest import Artifact, checked_key, checked_run, is_key, is_run
 from runner.artifacts.spec import MOST_BYTES
 from stages.errors import StoreError
@@ -50,15 +50,15 @@ class Store(ABC):
         self._strict = strict
 
     @abstractmethod
-    def fetch(self, path: str, most: int, *, first: int | None = None) -> bytearray | None:
+    def fetch(self, path: str, most: int, *, first: int | None = None) -> Buffer | None:
         """The bytes at `path`, or `first` of them; None where nothing is; StoreError where they are over `most`."""
 
-    def fetch_all(self, paths: Sequence[str], most: int, *, first: int | None = None) -> Iterator[bytearray | None]:
+    def fetch_all(self, paths: Sequence[str], most: int, *, first: int | None = None) -> Iterator[Buffer | None]:
         """What `fetch` gives for each path."""
         return (self.fetch(path, most, first=first) for path in paths)
 
     @abstractmethod
-    def publish(self, files: Mapping[str, Chunks]) -> None:
+    def publish(self, files: Sequence[File]) -> None:
         """Put each file at its path, whole, in this order."""
 
     @abstractmethod
@@ -116,13 +116,19 @@ class Store(ABC):
         with suppress(Damaged):
             before = self.manifest(key)
         packed = pack(state, key=checked_key(key), stage=stage)
-        artifact = Artifact(key, stage, packed.digest(), packed.bytes, packed.tensors, dict(note))
-        self.publish({object_path(artifact.object): packed.chunks,
-                      manifest_path(key): [manifest.write_manifest(artifact)]})
+
+        def artifact() -> Artifact:
+            return Artifact(key, stage, packed.digest, packed.bytes, packed.tensors, dict(note))
+
+        # The hash is taken while the bytes are written.
+        self.publish([
+            File("objects", lambda: object_path(packed.digest), lambda: packed.chunks),
+            File("stages", lambda: manifest_path(key), lambda: [manifest.write_manifest(artifact())]),
+        ])
         # As in `drop`: no other manifest names the object that was replaced, unless somebody stored it once more.
-        if before is not None and before.object != artifact.object and self.find(key) == artifact:
+        if before is not None and before.object != packed.digest and self.find(key) == artifact():
             self.remove([object_path(before.object)])
-        return artifact
+        return artifact()
 
     def find(self, key: str) -> Artifact | None:
         """The manifest of `key`, without a look at its object."""
@@ -135,7 +141,7 @@ class Store(ABC):
     def manifest(self, key: str) -> Artifact | None:
         """The manifest of `key`; Damaged where it is."""
         data = self.fetch(manifest_path(checked_key(key)), LONGEST)
-        return None if data is None else manifest.read_manifest(data, key)
+        return None if data is None else manifest.read_manifest(bytes(data), key)
 
     def read(self, artifact: Artifact, *, finite: bool = True) -> "State":
         """The state of `artifact`; StoreError where it is missing or damaged, BadResult unless `finite` is waived."""
@@ -191,11 +197,11 @@ class Store(ABC):
         if data is None:
             raise StoreError(f"there is no run {run} here; the last are: {', '.join(self.runs()[-3:]) or 'none'}")
         try:
-            record = read_document(data).get("record")
+            record = read_document(bytes(data)).get("record")
         except Damaged as error:
             raise StoreError(f"the record of run {run} is damaged: {error}; repeat it, its artifacts stay") from error
         assert isinstance(record, dict), "save_run wrote it, and its sha256 is right"
-        return History(run, *_parse_head(data), record)
+        return History(run, *_parse_head(bytes(data[:_HEAD_BYTES])), record)
 
     def drop_run(self, run: str) -> None:
         """Forget a run, if it is there; its artifacts stay."""
@@ -206,26 +212,26 @@ class Store(ABC):
         names = [run for run in self.names("runs") if is_run(run)]
         # A look at the first bytes: the record of a long run has millions.
         heads = self.fetch_all([run_path(run) for run in names], LONGEST, first=_HEAD_BYTES)
-        found = [(_parse_head(data), run) for run, data in zip(names, heads, strict=True) if data is not None]
+        found = [(_parse_head(bytes(data)), run) for run, data in zip(names, heads, strict=True) if data is not None]
         return [run for _, run in sorted(found)]
 
     def _head(self, run: str) -> tuple[int, float] | None:
         data = self.fetch(run_path(run), LONGEST, first=_HEAD_BYTES)
-        return None if data is None else _parse_head(data)
+        return None if data is None else _parse_head(bytes(data))
 
     def _write_run(self, run: str, head: tuple[int, float], record: Mapping[str, object]) -> None:
         body = {"sequence": head[0], "begun": head[1], "record": dict(record)}
-        self.publish({run_path(run): [write_document(body)]})
+        self.publish([File.of(run_path(run), write_document(body))])
 
     def _next_sequence(self) -> int:
         # Counted, not timed: clocks jump. Where there are no locks, two runs that start at once may share a number;
         # their times and names then order them.
         data = self.fetch("runs/.sequence", 64)
-        if data is not None and data.isdigit():
-            last = int(data)
+        if data is not None and bytes(data).isdigit():
+            last = int(bytes(data))
         else:
             last = next((head[0] for run in reversed(self.runs()) if (head := self._head(run)) is not None), 0)
-        self.publish({"runs/.sequence": [str(last + 1).encode()]})
+        self.publish([File.of("runs/.sequence", str(last + 1).encode())])
         return last + 1
 
     def _not_done(self, what: str, error: Damaged) -> None:

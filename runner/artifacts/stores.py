@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from runner.artifacts import durable, locks, root
 from runner.artifacts.document import JSON
-from runner.artifacts.durable import Chunks, Entry
+from runner.artifacts.durable import Buffer, Entry, File
 from runner.artifacts.manifest import Artifact, checked_key, checked_run, key_of
 from runner.artifacts.store import Store, Warn
 from stages.errors import StoreError
@@ -75,10 +75,10 @@ class MemoryStore(Store):
         found = self._files.get(path)
         return None if found is None else bytearray(found[0][:first])
 
-    def publish(self, files: Mapping[str, Chunks]) -> None:
+    def publish(self, files: Sequence[File]) -> None:
         """Put each file at its path, in this order."""
-        for path, chunks in files.items():
-            self._files[path] = b"".join(chunks), time.time()
+        for file in files:
+            self._files[file.path()] = b"".join(file.chunks()), time.time()
 
     def remove(self, paths: Sequence[str]) -> None:
         """Remove files, passing over those that are missing."""
@@ -115,11 +115,11 @@ class FolderStore(Store):
         super().__init__(warn, strict)
         self.path = root.open_root(Path(path), ("objects", "stages", "runs"), readonly=readonly)
 
-    def fetch(self, path: str, most: int, *, first: int | None = None) -> bytearray | None:
+    def fetch(self, path: str, most: int, *, first: int | None = None) -> Buffer | None:
         """The bytes at `path`, or `first` of them; None where nothing is; StoreError where it is no plain file."""
         return durable.read(self.path, path, most=most, first=first)
 
-    def publish(self, files: Mapping[str, Chunks]) -> None:
+    def publish(self, files: Sequence[File]) -> None:
         """Put each file at its path, whole, in this order; all are on the disk when it returns."""
         durable.write(self.path, files)
 
