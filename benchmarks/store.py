@@ -1,11 +1,12 @@
 """What handing a state over costs: python -m benchmarks.store [--folder DIR] [--runs N].
 
 Each state of a FLUX.1 request at 1024x1024 is stored and read by the folder store, beside a plain durable copy of
-the same bytes (write, fsync, rename, fsync of the folder; then read) and torch.save with torch.load. Then a store is
-filled with runs, and looked up in.
+the same bytes (write, fsync, rename, fsync of the folder; then read), that copy with a sha256 of the bytes when they
+are written and when they are read, and torch.save with torch.load. Then a store is filled with runs, and looked up in.
 """
 
 import argparse
+import hashlib
 import os
 import secrets
 import tempfile
@@ -51,12 +52,13 @@ def ours(store: "FolderStore", state: "State") -> Figures:
     return {"write": written - begin, "read": read - written}
 
 
-def copied(folder: Path, state: "State") -> Figures:
-    """Seconds of a copy that is on the disk when it is done, of as many bytes."""
+def copied(folder: Path, state: "State", *, hashed: bool = False) -> Figures:
+    """Seconds of a copy that is on the disk when it is done, of as many bytes; and of their sha256 on either side."""
     import torch
 
     data = b"".join(bytes(tensor.view(-1).view(torch.uint8).numpy()) for tensor in state.tensors().values())
     begin = time.perf_counter()
+    digest = hashlib.sha256(data).digest() if hashed else b""
     with open(folder / "copy.part", "wb") as file:
         file.write(data)
         file.flush()
@@ -66,7 +68,9 @@ def copied(folder: Path, state: "State") -> Figures:
     os.fsync(handle)
     os.close(handle)
     written = time.perf_counter()
-    assert len((folder / "copy").read_bytes()) == len(data)
+    found = (folder / "copy").read_bytes()
+    assert len(found) == len(data)
+    assert not hashed or hashlib.sha256(found).digest() == digest
     return {"write": written - begin, "read": time.perf_counter() - written}
 
 
@@ -82,11 +86,12 @@ def saved(folder: Path, state: "State") -> Figures:
 
 
 def hand_over(folder: Path, state: "State", repeats: int) -> Raw:
-    """The three ways in turns."""
+    """The ways in turns."""
     from runner.artifacts import FolderStore
 
     store = FolderStore(folder / "store", warn=print)
     return in_turns({"store": lambda: ours(store, state), "durable copy": lambda: copied(folder, state),
+                     "copy and sha256": lambda: copied(folder, state, hashed=True),
                      "torch.save": lambda: saved(folder, state)}, repeats)
 
 
