@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from runner.artifacts import FolderStore, aside, durable, envelope
-from runner.artifacts.aside import Aside
-from runner.artifacts.envelope import ASIDE, pack
+from runner.artifacts.aside import ASIDE, Aside
+from runner.artifacts.envelope import pack
 from stages.errors import StoreError
 from stages.state import State
 from tests.test_artifacts import KEY, STATE, object_path, same

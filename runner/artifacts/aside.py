@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 Answer = TypeVar("Answer")
 THREADS = 4
+# With fewer bytes, to wake another thread takes longer than to hash or to write them.
+ASIDE = 2**21
 
 
 class Aside(Generic[Answer]):
