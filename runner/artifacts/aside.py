@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 Answer = TypeVar("Answer")
 THREADS = 4
-# With fewer bytes, to wake another thread takes longer than to hash or to write them.
+# With fewer bytes, to wake another thread takes longer than to hash them.
 ASIDE = 2**21
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from runner.artifacts.aside import ASIDE, Aside
+from runner.artifacts.aside import Aside
 from runner.artifacts.parts import hold, part_name
 from stages.errors import StoreError
 
@@ -117,8 +117,7 @@ def write(root: Path, files: Sequence[File]) -> None:
         _check_room(tmp, size)
         try:
             for file, part in zip(files, parts, strict=True):
-                if size >= ASIDE:
-                    unsynced.begin()
+                unsynced.begin()
                 unsynced.take(_write_part(tmp, part, file.chunks(), 0o444 if file.inside == "objects" else 0o600))
             unsynced.sync()
             for file, part in zip(files, parts, strict=True):
