@@ -92,7 +92,7 @@ class OnPaper(Loaded):
             known = self._costs.setdefault((component.name, place.dtype, place.folded), {})
             repeats = Repeats(self.ledger, self.work[component.name], known)
             for block in filter(None, self._weights[component.name].blocks):
-                repeats.listen(block, model.get_submodule(block))
+                repeats.listen(block, model.get_submodule(block), standing(block, place.placement.at_rest))
             for entrance in _ENTRANCES:
                 if hasattr(model, entrance):
                     setattr(model, entrance, self._border(model, getattr(model, entrance)))

@@ -25,11 +25,10 @@ class Repeats:
     def __init__(self, ledger: Ledger, work: Counter[str], known: dict[Any, "Cost"]) -> None:
         self._ledger, self._work, self._known = ledger, work, known
 
-    def listen(self, name: str, block: nn.Module) -> None:
-        """Count the operations of `block`, and run it only when there was none like it."""
+    def listen(self, name: str, block: nn.Module, resting: str) -> None:
+        """Count the operations of `block`, which rests on a card, and run it only when there was none like it."""
         forward = block.forward
         kind = make(block)
-        resting = frozenset(self._ledger.card_of(weight) for weight in block.parameters())
 
         @wraps(forward)
         def outer(*args: Any, **kwargs: Any) -> Any:
@@ -67,12 +66,12 @@ class Repeats:
                 [_result(leaf, leaves, ledger, here) for leaf in results], form)
         return out
 
-    def _one_card(self, resting: frozenset[str], leaves: list[Any]) -> str | None:
+    def _one_card(self, resting: str, leaves: list[Any]) -> str | None:
         """The card that a block and all its inputs are on, if it is one; its cost would be that of any other."""
-        cards = {*resting, *(self._ledger.card_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))}
+        cards = {resting, *(self._ledger.card_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))}
         return cards.pop() if len(cards) == 1 else None
 
-    def _likeness(self, resting: frozenset[str], leaves: list[Any], here: str | None) -> tuple[Any, ...]:
+    def _likeness(self, resting: str, leaves: list[Any], here: str | None) -> tuple[Any, ...]:
         def alike(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor):
                 return tuple(leaf.shape), leaf.dtype, None if here else self._ledger.card_of(leaf)
