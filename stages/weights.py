@@ -21,7 +21,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from stages.checkpoint import Component
 from stages.errors import LoadError
 from stages.hub import download
+from stages.listing import import_models
 from stages.shards import Entry, header_text, read_header
+
+# Before anything else imports them: a tenth of the time that the libraries take.
+import_models()
 
 
 @dataclass(frozen=True)

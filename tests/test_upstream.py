@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import ModularPipeline
 from diffusers.hooks import tensor_parallel
 from diffusers.modular_pipelines.helios import encoders as helios_encoders
@@ -28,6 +29,7 @@ from diffusers.modular_pipelines.modular_pipeline import (
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 from diffusers.modular_pipelines.wan import encoders as wan_encoders
 from diffusers.pipelines.auto_pipeline import SUPPORTED_TASKS_MAPPINGS, _get_model
+from transformers.utils import import_utils
 
 from runner import Request, make_plan
 from runner.artifacts import FolderStore, MemoryStore, key_of
@@ -348,3 +350,12 @@ def test_the_table_of_pipelines_names_them_as_from_pretrained_does() -> None:
             assert chosen is None or (theirs is not None and chosen == theirs(index)), name
         found += chosen is not None
     assert found > 15 and {_chosen(family.pipeline, {}) for family in FAMILIES.values()} >= {"FluxModularPipeline"}
+
+
+def test_transformers_lists_its_models_twice_and_finds_the_same() -> None:
+    """Once for itself, by their folder, and once for `transformers.models`, by the file in it; we import them with one
+    list. It keeps fewer lists than it has models, so it never finds one of them again."""
+    scan = import_utils.create_import_structure_from_path
+    assert scan.cache_parameters()["maxsize"] == 128
+    folder = Path(str(transformers.__file__)).parent / "models"
+    assert scan(folder) == scan.__wrapped__(str(folder / "__init__.py")) and len(scan(folder)) > 128
