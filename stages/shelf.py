@@ -8,6 +8,7 @@ from torch import nn
 
 from stages.checkpoint import Component
 from stages.errors import PlanError
+from stages.loading import put
 from stages.placement import DISK, Place
 from stages.weights import Stored, outline, sources
 
@@ -17,9 +18,10 @@ class Shelf:
 
     def __init__(self, component: Component, model: nn.Module) -> None:
         self._sources = sources(component, model)
+        # The data of a tensor on the meta device cannot be set, and those of an empty one can.
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_meta:
-                _empty(model, name, tensor)
+                put(model, name, torch.empty(0, dtype=tensor.dtype))
 
     def fetch(self, name: str, data: torch.Tensor) -> torch.Tensor:
         """The weight of this name as the library loads it; `data` is the empty one that stands in its place.
@@ -31,14 +33,6 @@ class Shelf:
         with safe_open(source.path, "pt") as file:
             stored: torch.Tensor = file.get_tensor(source.name)
         return stored.to(data.dtype)
-
-
-def _empty(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put an empty tensor in place of one on the meta device, whose data cannot be set."""
-    parent, _, leaf = name.rpartition(".")
-    empty = torch.empty(0, dtype=tensor.dtype)
-    is_weight = isinstance(tensor, nn.Parameter)
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(empty, requires_grad=False) if is_weight else empty)
 
 
 def reading(component: Component, place: Place) -> int:

@@ -4,23 +4,17 @@ import copy
 import logging
 import traceback
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
-import diffusers
 import torch
-import transformers
-from accelerate.hooks import remove_hook_from_module
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, PipelineState, SequentialPipelineBlocks
 from torch import nn
 
 from stages.checkpoint import Checkpoint, Component
 from stages.errors import BadResult, LoadError
-from stages.folding import folded
-from stages.parallel import TensorParallel, divided
-from stages.placement import DISK, Place, Places, standing, waiting
-from stages.readahead import reading_ahead
+from stages.loading import load
+from stages.placement import DISK, Places, waiting
 from stages.shelf import Shelf
 from stages.state import State, Value
 from stages.steps import Midway
@@ -244,45 +238,6 @@ def guides(inputs: Inputs) -> bool:
     """Whether the inputs ask for guidance away from the negative prompt; a scale of 1 or less does not."""
     scale = inputs.get("guidance_scale")
     return isinstance(scale, int | float) and scale > 1
-
-
-def load(component: Component, place: Place) -> nn.Module:
-    """The component's model at its place; raises LoadError unless every parameter came from the files."""
-    library = {"diffusers": diffusers, "transformers": transformers}[component.library]
-    cls = getattr(library, component.class_name)
-    cls = folded(cls, place.folded) if place.folded else cls
-    cls = divided(cls, place.placement) if isinstance(place.placement, TensorParallel) else cls
-    with without_bars(), reading_ahead(component.files):
-        model, info = cls.from_pretrained(
-            component.folder, dtype=place.dtype, device_map=place.placement.device_map, use_safetensors=True,
-            output_loading_info=True,
-        )
-    # accelerate's hooks send every argument of every block again, and keep what is on the host from the model.
-    remove_hook_from_module(model, recurse=True)
-    at_rest = place.placement.at_rest
-    absent = [n for n, p in model.named_parameters() if p.is_meta and standing(n, at_rest) != DISK]
-    missing = sorted(info["missing_keys"]) + absent
-    if missing:
-        raise LoadError(
-            f"{component.name}: {len(missing)} parameters are not in the files, first {missing[0]}: "
-            f"download {component.folder} again"
-        )
-    assert isinstance(model, nn.Module)
-    return model.eval()
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Keep the libraries' own progress bars off: progress is told through `emit`."""
-    logs = [diffusers.utils.logging, transformers.utils.logging]
-    shown = [log for log in logs if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
 
 
 def detach(error: BaseException) -> None:

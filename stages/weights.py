@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import no_init_weights
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import StrictDataclassError
@@ -87,7 +88,8 @@ class _Inventory:
 def _inventory(component: Component, dtype: torch.dtype, config: str, headers: tuple[bytes, ...]) -> _Inventory:
     """What `weigh` finds, for as long as the files say the same."""
     model = outline(component, dtype)
-    return _Inventory(tuple(sizes(component, model, dtype)), tuple(_blocks(model)), _compare(component, model))
+    extra = compare(component, model, sources(component, model))
+    return _Inventory(tuple(sizes(component, model, dtype)), tuple(_blocks(model)), extra)
 
 
 def outline(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -109,18 +111,7 @@ def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Mod
 
     Raises LoadError when its config does not fit.
     """
-    cls = _class(component)
-    try:
-        with _building(dtype):
-            if component.library == "diffusers":
-                model = cls.from_config(cls.load_config(component.folder))
-            else:
-                model = cls(_config(cls, component, dtype))
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise LoadError(f"{component.folder / 'config.json'} does not fit {component.class_name} ({reason:.200}); "
-                        f"fetch it again: {download(component.folder.parent, (component.name,))}") from error
-    assert isinstance(model, nn.Module)
+    model = _built(component, model_class(component), dtype, torch.device("meta"))
     # Some models make a buffer elsewhere; to move a model that is there already takes as long as to make it.
     if not all(buffer.is_meta for buffer in model.buffers()):
         model = model.to("meta")
@@ -132,7 +123,29 @@ def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Mod
     return model.eval()
 
 
-def _class(component: Component) -> Any:
+def hollow(component: Component, cls: Any, dtype: torch.dtype) -> nn.Module:
+    """A diffusers model before its weights are there: parameters on the meta device, buffers as `cls` makes them."""
+    return _built(component, cls, dtype, init_empty_weights(include_buffers=False))
+
+
+def _built(component: Component, cls: Any, dtype: torch.dtype, where: AbstractContextManager[Any]) -> nn.Module:
+    """The component's module, made anew; LoadError when its config does not fit."""
+    try:
+        with _building(dtype), where:
+            if component.library == "diffusers":
+                model = cls.from_config(cls.load_config(component.folder))
+            else:
+                model = cls(_config(cls, component, dtype))
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise LoadError(f"{component.folder / 'config.json'} does not fit {component.class_name} ({reason:.200}); "
+                        f"fetch it again: {download(component.folder.parent, (component.name,))}") from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def model_class(component: Component) -> Any:
+    """The library's class of the component; LoadError where the library has none of that name."""
     library = {"diffusers": diffusers, "transformers": transformers}[component.library]
     cls = getattr(library, component.class_name, None)
     if isinstance(cls, type) and issubclass(cls, nn.Module):
@@ -143,12 +156,12 @@ def _class(component: Component) -> Any:
 
 @contextmanager
 def _building(dtype: torch.dtype) -> Iterator[None]:
-    """Modules are made on the meta device, as they are for a run at `dtype`, and diffusers' warnings are held back."""
+    """Modules are made as they are for a run at `dtype`, and diffusers' warnings are held back."""
     default, level = torch.get_default_dtype(), diffusers_logging.get_verbosity()
     torch.set_default_dtype(dtype)
     diffusers_logging.set_verbosity_error()
     try:
-        with torch.device("meta"), no_init_weights():
+        with no_init_weights():
             yield
     finally:
         torch.set_default_dtype(default)
@@ -204,10 +217,9 @@ def _prefixes(name: str) -> Iterator[str]:
     return (".".join(parts[:count]) for count in range(len(parts)))
 
 
-def _compare(component: Component, model: nn.Module) -> tuple[str, ...]:
+def compare(component: Component, model: nn.Module, found: Mapping[str, Stored | None]) -> tuple[str, ...]:
     """The names that only the files have; LoadError for what the model has and the files lack or shape otherwise."""
     wanted = model.state_dict(keep_vars=True)
-    found = sources(component, model)
     there = {id(wanted[name]) for name in found if name in wanted}
     optional = _any_of(getattr(model, "_keys_to_ignore_on_load_missing", None))
     missing = [name for name, tensor in wanted.items() if id(tensor) not in there and not optional(name)]

@@ -19,12 +19,12 @@ from stages.checkpoint import Component, find
 from stages.conditioning import program_of
 from stages.families import FAMILIES
 from stages.folding import replays
+from stages.loading import load
 from stages.modulation import Layout, Modulation, computed
 from stages.placement import Place, Placement, Resident, Sharded
 from stages.program import Call, Program
 from stages.recording import Told, conditional
 from stages.split import split
-from stages.stage import load
 from stages.weights import skeleton, weigh
 from tests import sparse, tiny
 from tests.staging import run_staged

@@ -181,7 +181,7 @@ def test_a_missing_tensor_is_not_replaced_by_noise(tmp_path: Path) -> None:
     """transformers loads a T5 with missing weights and a warning; a picture made with it would be wrong."""
     from safetensors.torch import load_file, save_file
 
-    from stages.stage import load
+    from stages.loading import load
     from tests.tiny import flux
 
     model = flux(tmp_path / "flux")
