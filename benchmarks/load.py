@@ -3,6 +3,8 @@
 Without a model, a FLUX transformer of 1.1 GB in bfloat16 is made of random numbers; without a device, it is loaded to
 a simulated card, where every byte is copied as it would be to a real one. For the cold figures the files are dropped
 from the page cache; for the prefetched ones they are then read ahead, as a run does while the stage before computes.
+Each load begins as a stage does, with what was let go before given back to the system, and its time ends when all is
+there: letting go of it does not count.
 """
 
 import argparse
@@ -11,21 +13,24 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.table import Figures, Raw, in_turns, markdown, median, spread, write
 from runner import Request, make_plan
-from stages.placement import Places
+from runner.memory import Meter
 from stages.readahead import reading_ahead
-from stages.stage import Stage
+from stages.staging import READERS
 
 PIECE = 8 * 2**20
-HEAD = ["", "cold s", "cold / dd", "hot s", "hot / into memory", "prefetched s", "prefetched / cold"]
-Load = Callable[[], None]
+HEAD = ["", "cold s", "cold / dd", "hot s", "hot / into memory", "prefetched s", "prefetched / into memory"]
+# Holds in its block what it loaded on the way in.
+Load = Callable[[], AbstractContextManager[object]]
 
 
 def dropped(files: Sequence[Path]) -> None:
@@ -36,57 +41,62 @@ def dropped(files: Sequence[Path]) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def dd(files: Sequence[Path]) -> None:
+@contextmanager
+def dd(files: Sequence[Path]) -> Iterator[None]:
     """The bytes as the system's tool reads them, 8 MiB at a time, always into the same memory."""
     for file in files:
         subprocess.run(["dd", f"if={file}", "of=/dev/null", f"bs={PIECE}"], check=True, capture_output=True)
-
-
-def into_memory(files: Sequence[Path]) -> None:
-    """The bytes read into as much memory of their own, as every loader has to."""
-    for file in files:
-        whole = torch.empty(file.stat().st_size, dtype=torch.uint8).numpy()
-        with file.open("rb", buffering=0) as opened:
-            start = 0
-            while count := opened.readinto(memoryview(whole)[start:start + PIECE]):
-                start += count
-
-
-def stock(folder: Path, dtype: torch.dtype, device: str) -> None:
-    """The denoiser by the library alone, straight to the device."""
-    from diffusers import AutoModel
-
-    AutoModel.from_pretrained(str(folder), torch_dtype=dtype, device_map={"": device})
-
-
-def ours(stage: Stage, places: Places) -> None:
-    """The denoise stage, ready to run."""
-    with stage.loaded(places):
-        pass
-
-
-def measured(files: Sequence[Path], load: Load, patience: float) -> Figures:
-    """Seconds to load cold, then hot, then cold but read ahead of while something else went on."""
-    found: dict[str, float] = {}
-    dropped(files)
-    with timed(found, "cold"):
-        load()
-    with timed(found, "hot"):
-        load()
-    dropped(files)
-    with reading_ahead(files):
-        time.sleep(patience)
-    with timed(found, "prefetched"):
-        load()
-    return found
+    yield
 
 
 @contextmanager
-def timed(found: dict[str, float], name: str) -> Iterator[None]:
-    """Put the seconds of the block into `found[name]`."""
-    begin = time.perf_counter()
-    yield
-    found[name] = time.perf_counter() - begin
+def into_memory(files: Sequence[Path], threads: int = 1) -> Iterator[list[torch.Tensor]]:
+    """The bytes read into as much memory of their own, as every loader has to, each thread its part of a file."""
+    whole = [torch.empty(file.stat().st_size, dtype=torch.uint8) for file in files]
+    with ThreadPoolExecutor(threads) as pool:
+        for file, memory in zip(files, whole, strict=True):
+            share = -(-len(memory) // threads)
+            list(pool.map(partial(filled, file), range(0, len(memory), share), memory.split(share)))
+    yield whole
+
+
+def filled(file: Path, start: int, memory: torch.Tensor) -> None:
+    """Read the file's bytes from `start` on into all of the memory."""
+    left = memory.numpy().data
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(start)
+        while count := opened.readinto(left[:PIECE]):
+            left = left[count:]
+
+
+@contextmanager
+def stock(folder: Path, dtype: torch.dtype, device: str) -> Iterator[Any]:
+    """The denoiser by the library alone, straight to the device."""
+    from diffusers import AutoModel
+
+    yield AutoModel.from_pretrained(str(folder), torch_dtype=dtype, device_map={"": device})
+
+
+def measured(files: Sequence[Path], load: Load, patience: float, meter: Meter) -> Figures:
+    """Seconds to load cold, then hot, then cold but read ahead of while something else went on."""
+    found: dict[str, float] = {}
+    dropped(files)
+    found["cold"] = seconds(load, meter)
+    found["hot"] = seconds(load, meter)
+    dropped(files)
+    with reading_ahead(files):
+        time.sleep(patience)
+    found["prefetched"] = seconds(load, meter)
+    return found
+
+
+def seconds(load: Load, meter: Meter) -> float:
+    """How long it takes until all is loaded."""
+    meter.flush()
+    with ExitStack() as stack:
+        begin = time.perf_counter()
+        stack.enter_context(load())
+        return time.perf_counter() - begin
 
 
 def shown(raw: Raw) -> str:
@@ -96,7 +106,8 @@ def shown(raw: Raw) -> str:
         cold, hot, ahead = (median(raw, way, figure) for figure in ("cold", "hot", "prefetched"))
         rows.append([way, spread(raw, way, "cold", 1.0, 2), f"{cold / median(raw, 'dd', 'cold'):.2f}",
                      spread(raw, way, "hot", 1.0, 2), f"{hot / median(raw, 'into memory', 'hot'):.2f}",
-                     spread(raw, way, "prefetched", 1.0, 2), f"{ahead / cold:.2f}"])
+                     spread(raw, way, "prefetched", 1.0, 2),
+                     f"{ahead / median(raw, 'into memory', 'prefetched'):.2f}"])
     return markdown(HEAD, rows)
 
 
@@ -121,13 +132,15 @@ def main() -> None:
         files = plan.checkpoint.components["transformer"].files
         loads: dict[str, Load] = {
             "dd": partial(dd, files), "into memory": partial(into_memory, files),
+            f"into memory, {READERS} threads": partial(into_memory, files, READERS),
             "from_pretrained": partial(stock, model / "transformer", dtype, device),
-            "ours": partial(ours, plan.stages[1], {"transformer": plan.places["transformer"]}),
+            "ours": partial(plan.stages[1].loaded, {"transformer": plan.places["transformer"]}),
         }
         size = sum(file.stat().st_size for file in files)
-        raw = in_turns({way: partial(measured, files, load, said.patience) for way, load in loads.items()},
-                       said.repeats)
-    print(f"{shown(raw)}\n\n{size / 1e9:.2f} GB to {device}; a stage of {said.patience:.0f} s before.")
+        raw = in_turns({way: partial(measured, files, load, said.patience, Meter([device]))
+                        for way, load in loads.items()}, said.repeats)
+    print(f"{shown(raw)}\n\n{size / 1e9:.2f} GB to {device}; a stage of {said.patience:.0f} s before. To cards ours reads in "
+          f"{READERS} threads.")
     write(said.json, raw, bytes=size, device=device, patience=said.patience)
 
 

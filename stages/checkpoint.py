@@ -34,15 +34,6 @@ class Component:
         return sum(map(file_bytes, self.files))
 
     @property
-    def passing(self) -> int:
-        """Bytes of files that are mapped into host memory at once while the library loads them.
-
-        They are the page cache's, so the system takes them back where memory is short.
-        """
-        sizes = [file_bytes(path) for path in self.files]
-        return max(sizes, default=0) if self.library == "diffusers" else sum(sizes)
-
-    @property
     def absent(self) -> int:
         """Bytes of the safetensors files that are not here."""
         return sum(file_bytes(path) for path in self.files if path.suffix == HEADER)

@@ -1,7 +1,7 @@
 """A component on its way into memory: a model of its class with every weight at its place, or none."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -15,9 +15,10 @@ from stages.checkpoint import Component
 from stages.errors import LoadError
 from stages.folding import folded
 from stages.parallel import TensorParallel, divided
-from stages.placement import DISK, Place, standing
+from stages.placement import DISK, Place, Placement, standing
 from stages.readahead import reading_ahead
-from stages.staging import Wanted, send
+from stages.shards import file_bytes
+from stages.staging import STAGED, Wanted, send
 from stages.weights import compare, float32, hollow, model_class, sources
 
 
@@ -26,7 +27,7 @@ def load(component: Component, place: Place) -> nn.Module:
     cls = model_class(component)
     cls = folded(cls, place.folded) if place.folded else cls
     with reading_ahead(component.files):
-        if component.library == "diffusers" and not isinstance(place.placement, TensorParallel):
+        if _straight(component, place.placement):
             model, missing = _read(component, cls, place), list[str]()
         else:
             model, missing = _by_library(component, cls, place)
@@ -40,33 +41,52 @@ def load(component: Component, place: Place) -> nn.Module:
     return model.eval()
 
 
+def passing(component: Component, placement: Placement) -> int:
+    """Bytes of host memory that loading takes besides those that stay there: of readers, or pages of mapped files.
+
+    Pages are the page cache's, so the system takes them back where memory is short.
+    """
+    sizes = [file_bytes(path) for path in component.files]
+    if component.library != "diffusers":
+        return sum(sizes)
+    through = not _straight(component, placement) or "cpu" in placement.at_rest.values()
+    return max(sizes) if through else STAGED
+
+
+def _straight(component: Component, placement: Placement) -> bool:
+    """Whether weights are read without the library, whose way to a card is through mapped files."""
+    return component.library == "diffusers" and not isinstance(placement, TensorParallel)
+
+
 def _read(component: Component, cls: Any, place: Place) -> nn.Module:
-    """The model with every tensor read straight to its device; a weight that stays as it is on the host is a window
-    on its file."""
+    """The model with every tensor read straight to its device, one file after the other."""
     model = hollow(component, cls, place.dtype)
-    found, kept = sources(component, model), float32(component, model, place.dtype)
+    found, stored = sources(component, model), model.state_dict()
     compare(component, model, found)
-    stored, at_rest = model.state_dict(), place.placement.at_rest
+    there = {name: source for name, source in found.items() if name in stored and source is not None}
+    at_rest, kept = place.placement.at_rest, float32(component, model, place.dtype)
+    for name, buffer in list(model.named_buffers()):
+        if name not in there and standing(name, at_rest) != DISK:
+            put(model, name, buffer.to(standing(name, at_rest)))
     wanted: list[Wanted] = []
-    with ExitStack() as stack:
-        files = {path: stack.enter_context(safe_open(path, "pt")) for path in component.files}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            device, source = standing(name, at_rest), found.get(name) if name in stored else None
-            if source is None:
-                if not tensor.is_meta and device != DISK:
-                    put(model, name, tensor.to(device))
-                continue
-            window = files[source.path].get_tensor(source.name)
-            dtype = _type(window, kept(name), place.dtype)
-            if device == "cpu":
-                put(model, name, window.to(dtype))
-                continue
-            empty = torch.empty(window.shape, dtype=dtype, device="meta" if device == DISK else device)
-            put(model, name, empty)
-            if device != DISK:
-                wanted.append(Wanted(source, window.dtype, empty))
-        send(wanted)
+    for path in component.files:
+        with safe_open(path, "pt") as file:
+            for name, source in there.items():
+                if source.path == path:
+                    window, device = file.get_tensor(source.name), standing(name, at_rest)
+                    data = _room(window, device, _type(window, kept(name), place.dtype))
+                    put(model, name, data)
+                    if device not in ("cpu", DISK):
+                        wanted.append(Wanted(source, window.dtype, data))
+    send(wanted)
     return model
+
+
+def _room(window: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor for the values that a window on a file shows: on the host it has them, and may be the window itself."""
+    if device == "cpu":
+        return window.to(dtype)
+    return torch.empty_like(window, dtype=dtype, device="meta" if device == DISK else device)
 
 
 def _by_library(component: Component, cls: Any, place: Place) -> tuple[nn.Module, list[str]]:

@@ -45,7 +45,7 @@ class Placement(Protocol):
 
     @property
     def device_map(self) -> dict[str, str]:
-        """Module name to device, as `from_pretrained` takes it: every tensor is read straight to its device."""
+        """`at_rest` as `from_pretrained` takes it, for the components that a library loads."""
         ...
 
     @property

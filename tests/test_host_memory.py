@@ -14,6 +14,9 @@ import torch
 from runner import Request, make_plan
 from runner.memory import Meter
 from runner.planning.tables import hosts
+from stages.loading import load, passing
+from stages.staging import STAGED
+from stages.weights import skeleton, sources
 from tests import tiny
 
 Cards = Callable[..., list[str]]
@@ -70,6 +73,33 @@ def test_loading_stays_under_the_plans_figure(large: Path, cards: Cards, sim: Mo
         print(stage.name, figures[stage.name], {name: bytes // MIB for name, bytes in peak.items()}, before // MIB)
         # Threads read and convert the weights, each with some of its own; another whole component would be 188 MiB.
         assert peak["cpu"] - before - peak[devices[0]] < figures[stage.name].loading + 2 * OVERHEAD
+
+
+def test_a_denoiser_is_read_once_through_little_host_memory(large: Path, cards: Cards) -> None:
+    """The layers that the modulation table stands in for are not read at all."""
+    devices = cards(2**30)
+    request = Request("a red circle", 64, 64, 1, 3.5, 1, 32)
+    job = make_plan("flux", [request], model=large, devices=devices, dtype={"": torch.float32})
+    (component,), place = job.stages[1].components, job.places["transformer"]
+    layers = {f"{layer}.{kind}" for layer in place.folded for kind in ("weight", "bias")}
+    stored = {name: source.entry.bytes for name, source in sources(component, skeleton(component)).items() if source}
+    wanted = sum(size for name, size in stored.items() if name not in layers)
+    assert wanted == job.weights["transformer"].total < sum(stored.values()) - 32 * MIB
+    assert passing(component, place.placement) == STAGED < 32 * MIB
+    for _ in range(2):
+        # The first time Python's own files are read, too.
+        Meter(["cpu"]).flush()
+        before, meter, read = resident(), Meter(["cpu", *devices]), read_so_far()
+        model = load(component, place)
+        read, peak = read_so_far() - read, meter.peak()
+        del model
+    assert wanted <= read < wanted + MIB
+    assert peak["cpu"] - before - peak[devices[0]] < STAGED + OVERHEAD
+
+
+def read_so_far() -> int:
+    """Bytes that this process has read from files; pages of mapped ones do not count."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def resident() -> int:

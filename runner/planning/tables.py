@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.events import gib
 from runner.planning import disk
+from stages.loading import passing
 
 if TYPE_CHECKING:
     from runner.planning.plan import Plan
@@ -132,9 +133,9 @@ def hosts(plan: "Plan") -> dict[str, Host]:
     for stage in plan.stages:
         held = loading = 0
         for component in stage.components:
-            share = plan.places[component.name].placement.share(plan.weights[component.name])
-            held += share.get("cpu", 0)
-            loading = max(loading, held + component.passing)
+            placement = plan.places[component.name].placement
+            held += placement.share(plan.weights[component.name]).get("cpu", 0)
+            loading = max(loading, held + passing(component, placement))
         found[stage.name] = Host(held, loading)
     return found
 

@@ -1,0 +1,95 @@
+"""What loading gives is what the library gives, bit for bit, on every device."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from stages import staging
+from stages.checkpoint import Component, find
+from stages.errors import LoadError
+from stages.loading import load
+from stages.placement import DISK, Place, Resident, Sharded, remainder
+from stages.shards import Entry
+from stages.staging import Wanted, send
+from stages.weights import Stored, skeleton, weigh
+from tests.test_weights import loaded, save, tiny_sd3
+
+Cards = Callable[..., list[str]]
+
+
+def wan() -> Any:
+    """A transformer with parts that stay in float32, and with buffers that no file has."""
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )
+
+
+@pytest.fixture
+def parts(tmp_path: Path, flux: Path) -> list[Component]:
+    """Components with everything that a tensor can be: cast or not, a parameter or a buffer, in the files or not."""
+    vae = find(flux).components["vae"]
+    return [save(tmp_path / "wan", wan()), save(tmp_path / "sd3", tiny_sd3()), vae]
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tensor_is_as_the_library_loads_it(
+    parts: list[Component], cards: Cards, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """By pieces that no tensor is a multiple of."""
+    monkeypatch.setattr(staging, "PIECE", 360)
+    for device in ("cpu", *cards(2**30)):
+        for component in parts:
+            theirs, ours = loaded(component, dtype), load(component, Place(Resident(device), dtype))
+            expected, found = tensors(theirs), tensors(ours)
+            assert list(found) == list(expected) and type(ours) is type(theirs) and not ours.training
+            for name, tensor in found.items():
+                assert str(tensor.device) == device and tensor.dtype == expected[name].dtype, name
+                assert torch.equal(tensor.cpu(), expected[name].cpu()), name
+
+
+def test_every_tensor_is_copied_once_to_its_card(flux: Path, cards: Cards, sim: ModuleType) -> None:
+    """The first block on one card, the second on the other, the third on the host, the others on the disk."""
+    component, devices = find(flux).components["transformer"], cards(2**30, 2**30)
+    weights = weigh(component, torch.bfloat16)
+    first, second, third, *others = weights.blocks
+    dealt = {first: devices[0], **dict.fromkeys((second, third, *others), devices[1])}
+    placement = Sharded(devices[0], dealt, remainder(skeleton(component), dealt), frozenset({third}),
+                        shelved=frozenset(others))
+    sim.reset_copied()
+    model = load(component, Place(placement, torch.bfloat16))
+    share = placement.share(weights)
+    assert others and sim.copied() == {("cpu", device): share[device] for device in devices}
+    held = {device: sum(t.nbytes for t in tensors(model).values() if str(t.device) == device)
+            for device in (*devices, "cpu", "meta")}
+    assert {DISK if device == "meta" else device: size for device, size in held.items()} == share
+
+
+def test_a_file_that_ends_too_early_is_told(tmp_path: Path, cards: Cards) -> None:
+    (card,) = cards(2**30)
+    (tmp_path / "short.safetensors").write_bytes(bytes(100))
+    target = torch.empty(64, device=card)
+    source = Stored(tmp_path / "short.safetensors", "part.weight", Entry("F32", (64,), 20, 256))
+    with pytest.raises(LoadError, match=r"short\.safetensors ends within part\.weight; fetch it again"):
+        send([Wanted(source, torch.float32, target)])
+
+
+def test_a_missing_tensor_is_told_by_name(tmp_path: Path, cards: Cards) -> None:
+    from safetensors.torch import load_file, save_file
+
+    component = save(tmp_path / "wan", wan())
+    held = load_file(component.files[0])
+    del held["blocks.1.ffn.net.2.weight"]
+    save_file(held, component.files[0], {"format": "pt"})
+    with pytest.raises(LoadError, match=r"asks for 1 tensors that the files lack: blocks\.1\.ffn\.net\.2\.weight"):
+        load(component, Place(Resident(*cards(2**30)), torch.float32))
