@@ -139,8 +139,8 @@ def main() -> None:
         size = sum(file.stat().st_size for file in files)
         raw = in_turns({way: partial(measured, files, load, said.patience, Meter([device]))
                         for way, load in loads.items()}, said.repeats)
-    print(f"{shown(raw)}\n\n{size / 1e9:.2f} GB to {device}; a stage of {said.patience:.0f} s before. To cards ours reads in "
-          f"{READERS} threads.")
+    print(f"{shown(raw)}\n\n{size / 1e9:.2f} GB to {device}, in {READERS} threads if it is a card; a stage of "
+          f"{said.patience:.0f} s before.")
     write(said.json, raw, bytes=size, device=device, patience=said.patience)
 
 
