@@ -25,7 +25,9 @@ from benchmarks.table import Figures, Raw, in_turns, markdown, median, spread, w
 from runner import Request, make_plan
 from runner.memory import Meter
 from stages.readahead import reading_ahead
-from stages.staging import READERS
+from stages.shards import read_header
+from stages.staging import READERS, Wanted, send
+from stages.weights import Stored
 
 PIECE = 8 * 2**20
 HEAD = ["", "cold s", "cold / dd", "hot s", "hot / into memory", "prefetched s", "prefetched / into memory"]
@@ -67,6 +69,15 @@ def filled(file: Path, start: int, memory: torch.Tensor) -> None:
         opened.seek(start)
         while count := opened.readinto(left[:PIECE]):
             left = left[count:]
+
+
+@contextmanager
+def to_card(files: Sequence[Path], device: str) -> Iterator[list[Wanted]]:
+    """The bytes of every tensor sent to a card as ours sends them, with no model made."""
+    sent = [Wanted(Stored(file, name, entry), torch.uint8, torch.empty(entry.bytes, dtype=torch.uint8, device=device))
+            for file in files for name, entry in read_header(file).items()]
+    send(sent)
+    yield sent
 
 
 @contextmanager
@@ -136,6 +147,8 @@ def main() -> None:
             "from_pretrained": partial(stock, model / "transformer", dtype, device),
             "ours": partial(plan.stages[1].loaded, {"transformer": plan.places["transformer"]}),
         }
+        if device != "cpu":
+            loads["ours, without a model"] = partial(to_card, files, device)
         size = sum(file.stat().st_size for file in files)
         raw = in_turns({way: partial(measured, files, load, said.patience, Meter([device]))
                         for way, load in loads.items()}, said.repeats)
