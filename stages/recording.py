@@ -1,7 +1,6 @@
 """The calls that denoise loops will make of the denoiser, known before it is loaded."""
 
 from collections.abc import Collection, Mapping
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, wraps
 from typing import Any
@@ -119,8 +118,18 @@ def _programs(class_name: str, config: str, dtype: torch.dtype) -> list[Program]
 
 
 def _claimed(skeleton: nn.Module, device: str) -> Any:
-    """The skeleton once more, of the same parts, which says that it is on `device`: pipelines put their tensors there.
-    """
-    kind, model = type(skeleton), copy(skeleton)
+    """A twin of the skeleton which says that it is on `device`: pipelines put their tensors there."""
+    kind, model = type(skeleton), _twin(skeleton)
     model.__class__ = type(kind.__name__, (kind,), {"device": property(lambda self: torch.device(device))})
+    return model
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """The module once more, of the same weights: hooks that a stage puts on it stay with the twin."""
+    model = module.__new__(type(module))
+    model.__dict__ |= {name: value.copy() if "hooks" in name and isinstance(value, dict) else value
+                       for name, value in vars(module).items()}
+    model._modules = {}
+    for name, part in module._modules.items():
+        model._modules[name] = part if part is None else _twin(part)
     return model

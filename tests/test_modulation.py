@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from diffusers import HunyuanVideoTransformer3DModel, ModularPipeline, WanTransformer3DModel
 
 from runner import Plan, Request, make_plan, run_all
 from runner.artifacts import MemoryStore
@@ -23,9 +23,9 @@ from stages.loading import load
 from stages.modulation import Layout, Modulation, computed
 from stages.placement import Place, Placement, Resident, Sharded
 from stages.program import Call, Program
-from stages.recording import Told, conditional
+from stages.recording import Recorder, Told, conditional
 from stages.split import split
-from stages.weights import skeleton, weigh
+from stages.weights import outline, skeleton, weigh
 from tests import sparse, tiny
 from tests.staging import run_staged
 from tests.test_cards import MIB, halved, over
@@ -303,3 +303,21 @@ def test_resuming_and_another_placement_find_the_same_artifacts(flux: Path) -> N
     run_all(job, store=store, stop_after="denoise")
     report = run_all(with_table(job), store=store, stop_after="denoise")
     assert [stage.ran for stage in report.stages] == [0, 0] and "table" not in report.stages[1].seconds
+
+
+def test_what_a_stage_puts_on_its_denoiser_stays_off_the_skeleton_that_all_share(
+    flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    stage = make_plan("flux", [Request("a fox", 64, 48, 2, 3.5, 7, 32)], model=flux, devices=["cpu"]).stages[1]
+    (component,) = stage.components
+    shared = outline(component)
+
+    def prepare(pipe: ModularPipeline) -> None:
+        pipe.transformer.x_embedder.register_forward_hook(lambda *call: seen.append("embedded"))
+
+    monkeypatch.setattr(stage, "prepare", prepare)
+    with Recorder(stage, {component.name: Place(Resident("cpu"), torch.float32)}, []) as recorder:
+        recorder.pipe.transformer.x_embedder(torch.empty(1, shared.x_embedder.in_features, device="meta"))
+    assert seen == ["embedded"] and outline(component) is shared
+    assert not any(module._forward_hooks for module in shared.modules())

@@ -67,6 +67,9 @@ def test_a_cell_that_fails_gives_its_memory_back(
     held: list[weakref.ref[Any]] = []
 
     def fail(module: nn.Module, *call: Any) -> None:
+        # Skeletons, which have no bytes, are gone through before.
+        if any(weights.is_meta for weights in module.parameters()):
+            return
         held.extend(weakref.ref(each) for each in (*module.modules(), *module.parameters()))
         raise kind("in the middle")
 
