@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from runner.events import gib
 from runner.planning import disk
-from stages.loading import passing
 
 if TYPE_CHECKING:
     from runner.planning.plan import Plan
@@ -127,6 +126,8 @@ class Host:
 
 def hosts(plan: "Plan") -> dict[str, Host]:
     """What each stage takes of the host's memory besides its devices; nothing is besides where the host is one."""
+    from stages.loading import passing
+
     found: dict[str, Host] = {}
     if not plan.machine.cards:
         return found
