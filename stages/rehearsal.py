@@ -18,7 +18,8 @@ from stages.repeats import Costs, Repeats
 from stages.stage import Inputs, Loaded, Stage, silent
 from stages.standin import StandIn
 from stages.state import State
-from stages.weights import Weights, float32, skeleton
+from stages.twin import twin
+from stages.weights import Weights, float32, outline
 
 _ENTRANCES = ("forward", "encode", "decode")
 
@@ -79,12 +80,13 @@ class OnPaper(Loaded):
         self.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
         for component in self.stage.components:
             place = self.places[component.name]
-            model = on_host(skeleton(component, place.dtype))
+            model = on_host(twin(outline(component, place.dtype)))
             for layer in place.folded:
                 hollow(model.get_submodule(layer))
             kept = float32(component, model, place.dtype)
+            for name, buffer in model.named_buffers():
+                buffer.data = buffer.data.float() if kept(name) else buffer.data
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                tensor.data = tensor.data.float() if kept(name) else tensor.data
                 self.ledger.hold(tensor, standing(name, place.placement.at_rest), 0)
             place.placement.attach(model, self.ledger.home, self.ledger.move)
             for name, device in place.placement.at_work.items():

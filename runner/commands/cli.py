@@ -202,6 +202,8 @@ def main() -> int:
     # Set whatever the user has: it stops code that a model brings.
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Typer's library looks for plugins in all packages that there are.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     for number in (signal.SIGTERM, signal.SIGHUP):
         # nohup and the like ignore a signal on purpose.
         if signal.getsignal(number) is signal.SIG_DFL:

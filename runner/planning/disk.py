@@ -27,9 +27,10 @@ def read_rate(files: Iterable[Path]) -> float | None:
     descriptor = os.open(largest, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, SAMPLE, os.POSIX_FADV_DONTNEED)
+        chunk = bytearray(CHUNK)
         begin, done = time.perf_counter(), 0
-        while done < SAMPLE and (data := os.pread(descriptor, CHUNK, done)):
-            done += len(data)
+        while done < SAMPLE and (count := os.preadv(descriptor, [chunk], done)):
+            done += count
         seconds = time.perf_counter() - begin
     finally:
         os.close(descriptor)
