@@ -15,6 +15,7 @@ from stages.placement import Place, Places, Resident
 from stages.program import Call, Program
 from stages.stage import Inputs, Loaded, Stage, silent
 from stages.state import State
+from stages.twin import twin
 from stages.weights import outline
 
 
@@ -57,7 +58,8 @@ class Recorder(Loaded):
     def __enter__(self) -> "Recorder":
         (component,) = self.stage.components
         self.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
-        model = _claimed(outline(component, self.places[component.name].dtype), self.home)
+        model = twin(outline(component, self.places[component.name].dtype))
+        _claim(model, self.home)
         model.forward = self._recording(model, model.forward)
         self.pipe.update_components(**{component.name: model})
         self.complete()
@@ -117,19 +119,7 @@ def _programs(class_name: str, config: str, dtype: torch.dtype) -> list[Program]
     return []
 
 
-def _claimed(skeleton: nn.Module, device: str) -> Any:
-    """A twin of the skeleton which says that it is on `device`: pipelines put their tensors there."""
-    kind, model = type(skeleton), _twin(skeleton)
+def _claim(model: nn.Module, device: str) -> None:
+    """Make a skeleton say that it is on `device`: pipelines put their tensors there."""
+    kind = type(model)
     model.__class__ = type(kind.__name__, (kind,), {"device": property(lambda self: torch.device(device))})
-    return model
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """The module once more, of the same weights: hooks that a stage puts on it stay with the twin."""
-    model = module.__new__(type(module))
-    model.__dict__ |= {name: value.copy() if "hooks" in name and isinstance(value, dict) else value
-                       for name, value in vars(module).items()}
-    model._modules = {}
-    for name, part in module._modules.items():
-        model._modules[name] = part if part is None else _twin(part)
-    return model

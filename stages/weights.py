@@ -93,7 +93,10 @@ def _inventory(component: Component, dtype: torch.dtype, config: str, headers: t
 
 
 def outline(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The component's skeleton as all have it who only look at it: it is made once."""
+    """The component's skeleton as all have it who only look at it: made once, and never gone through.
+
+    Models keep what they computed in a pass, which the next one would then not compute: a `twin` is for that.
+    """
     return _outline(component, dtype, _config_text(component))
 
 
