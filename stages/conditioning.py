@@ -37,14 +37,15 @@ def program_of(model: nn.Module, call: Call, layers: Collection[str] | None = No
 
 def _spare(model: nn.Module, call: Call, tracing: Tracing) -> frozenset[str]:
     """The recorded layers, but for inner ones where the model looks at those otherwise than by calling them."""
-    whole = {name: model.get_submodule(name) for name in tracing.layers}
-    fold(model, tracing.layers)
+    last = _last(tracing.steps)
+    whole = {name: model.get_submodule(name) for name in tracing.layers.keys() - last}
+    fold(model, whole)
     for replay in replays(model):
         replay.source = Blank(tracing.layers)
     try:
-        _traced(model, call)
+        _traced(model, call, tracing)
     except (AttributeError, StopIteration):
-        return _last(tracing.steps)
+        return last
     finally:
         for name, layer in whole.items():
             model.set_submodule(name, layer)
@@ -61,10 +62,12 @@ class Blank:
         return torch.empty(self.layers[layer].shape, dtype=self.layers[layer].dtype, device="meta")
 
 
-def _traced(model: nn.Module, call: Call) -> tuple[Tracing, dict[int, int], Any]:
+def _traced(
+    model: nn.Module, call: Call, before: Tracing | None = None
+) -> tuple[Tracing, dict[int, int], Any]:
     """A recorded call: the numbers of its conditioning by leaf, and its result."""
     kwargs, given = call.entered()
-    tracing = Tracing(model, given.values(), call.rows)
+    tracing = Tracing(model, given.values(), call.rows, before)
     replaced: list[Any] = []
     for name, module in model.named_modules():
         if type(module) is nn.Linear:

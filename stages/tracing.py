@@ -39,7 +39,10 @@ class Tracing(TorchDispatchMode):
     Conditioning is real until it meets a weight, and on the meta device from then on, as tokens always are.
     """
 
-    def __init__(self, model: nn.Module, given: Collection[torch.Tensor], rows: int) -> None:
+    def __init__(
+        self, model: nn.Module, given: Collection[torch.Tensor], rows: int, before: "Tracing | None" = None
+    ) -> None:
+        """With one `before`, blocks that it went through are passed over, and their steps are not recorded."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Step] = []
         self.layers: dict[str, Layer] = {}
@@ -49,6 +52,8 @@ class Tracing(TorchDispatchMode):
         self._values: dict[int, tuple[int, torch.Tensor]] = {}
         self._count = 0
         self._alike: dict[Any, Pattern] = {}
+        self._seen: dict[Any, Pattern] = {} if before is None else before._seen
+        self._passing = before is not None
         self._written: dict[int, torch.UntypedStorage] = {}
         for tensor in given:
             self._number(tensor)
@@ -57,6 +62,9 @@ class Tracing(TorchDispatchMode):
         """In place of a linear layer's own forward."""
         once = name not in self.layers
         if not once or x.ndim != 2 or x.shape[0] > self._rows or id(x) not in self._values or not self._known(x):
+            # A product costs a dozen steps on the meta device, and what comes of tokens shows its shape.
+            if x.is_meta and not self._known(x):
+                return x.new_empty((*x.shape[:-1], module.out_features))
             return functional.linear(x, module.weight, module.bias)
         args = self._referred((x, module.weight, module.bias))
         self._recording = False
@@ -74,17 +82,20 @@ class Tracing(TorchDispatchMode):
         @wraps(forward)
         def outer(*args: Any, **kwargs: Any) -> Any:
             leaves, form = tree_flatten((args, kwargs))
-            key = kind, form, tuple(
-                (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.is_meta, self._number_of(leaf))
+            likeness = kind, form, tuple(
+                (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.is_meta, self._number_of(leaf) is None)
                 if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
             )
+            key = likeness, tuple(self._number_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
+            if self._passing and likeness in self._seen:
+                return self._results(self._seen[likeness], leaves, self._count)
             if key in self._alike:
                 return self._again(self._alike[key], name, leaves)
             start, first, written = len(self.steps), self._count, len(self._written)
             out = forward(*args, **kwargs)
             pattern = self._pattern(name, first, self.steps[start:], leaves, out)
             if pattern is not None and len(self._written) == written:
-                self._alike[key] = pattern
+                self._alike[key] = self._seen[likeness] = pattern
             return out
 
         return outer
@@ -121,7 +132,13 @@ class Tracing(TorchDispatchMode):
             args, kwargs = tree_map(moved, (step.args, dict(step.kwargs)))
             self.steps.append(replace(step, args=args, kwargs=kwargs, out=out, layer=layer))
         self._count += like.end - like.first
-        results = []
+        return self._results(like, leaves, shift)
+
+    def _results(self, like: "Pattern", leaves: list[Any], shift: int) -> Any:
+        """What a block like the pattern's gives for the inputs `leaves`: its numbers are higher by `shift`."""
+        results, before = [], self._recording
+        # To make them is no step of the model's.
+        self._recording = False
         for at, result, number in like.results:
             made = leaves[at] if at is not None else result
             if at is None and isinstance(result, torch.Tensor):
@@ -131,6 +148,7 @@ class Tracing(TorchDispatchMode):
                 else:
                     self._values.pop(id(made), None)
             results.append(made)
+        self._recording = before
         return tree_unflatten(results, like.form)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
