@@ -26,7 +26,7 @@ REFUSED = 4
 PLAN = "runner plan flux --machine "
 # Packages, and parts of them that only some of the code needs.
 MODULES = ("torch", "torch._dynamo", "torch._meta_registrations", "transformers", "accelerate", "diffusers",
-           "diffusers.pipelines.auto_pipeline", "runner.planning.remedy")
+           "runner.planning.remedy")
 
 
 def process(*words: str) -> Figures:
