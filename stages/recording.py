@@ -86,8 +86,8 @@ class Recorder(Loaded):
                 del model.forward
                 found = program_of(model, call, self._layers)
                 model.forward = recorded
-                twin = next((known.kind for known in self.programs if known.essence() == found.essence()), None)
-                found = replace(found, like=twin)
+                like = next((known.kind for known in self.programs if known.essence() == found.essence()), None)
+                found = replace(found, like=like)
                 self.programs.append(found)
             self.calls.append(Told.of(found, call, self._step))
             # Not by zeros: some guiders divide by the norm of what they combine.
