@@ -1,5 +1,7 @@
 """What the simulated cards do wrong or slowly on demand, and that threads can share them."""
 
+import subprocess
+import sys
 import threading
 import time
 from types import ModuleType
@@ -169,3 +171,27 @@ def test_copies_in_opposite_directions_do_not_wait_for_each_other(cards: Cards, 
         thread.join(timeout=60)
     assert not any(thread.is_alive() for thread in threads)
     assert sim.copied() == {(first, second): 5000, (second, first): 5000}
+
+
+def test_a_tensor_dropped_at_work_does_not_wait_for_a_thread_that_waits_for_the_card() -> None:
+    """Python's lock is taken to drop it, and a thread may come to the card with that lock.
+
+    In a process of its own, as nothing could end a deadlock in this one.
+    """
+    code = """
+import threading, torch
+from tests import sim
+sim.configure([2**20])
+sim.delay(per_kernel_seconds=0.0005)
+kept, there = torch.ones(4), torch.ones(4, device="sim:0")
+def repeat(work):
+    for _ in range(50):
+        work()
+works = (lambda: kept.to("sim:0"), lambda: there.untyped_storage().clone())
+threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
