@@ -20,11 +20,13 @@ def chain(plan: Plan) -> dict[str, tuple[str, ...]]:
         types = {c.name: str(plan.places[c.name].dtype) for c in stage.components}
         # A picture decoded in tiles is another picture.
         tile = {"tile": plan.tile} if stage.name == "decode" and plan.tile is not None else {}
+        loras = [[lora.digest, lora.scale] for c in stage.components for lora in c.loras]
+        added = {"loras": loras} if loras else {}
         # Of ten thousand requests all ask for the same names, and the pipeline blocks answer slowly.
         names = stage.inputs
         versions = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
         before = keys[stage.name] = tuple(
-            key_of({"before": key, "stage": stage.name, "versions": versions, "dtype": types, **tile,
+            key_of({"before": key, "stage": stage.name, "versions": versions, "dtype": types, **tile, **added,
                     "inputs": {n: v for n, v in inputs_of(request).items() if n in names}})
             for key, request in zip(before, plan.requests, strict=True)
         )

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from runner.request import Request, shown
 from stages.families import FAMILIES
+from stages.lora import Wanted
 
 SCHEMA = 1
 PACKAGES = ("stagerun", "diffusers", "torch", "transformers")
@@ -35,6 +36,7 @@ class Like:
     model: str
     identity: str
     dtype: Mapping[str, str]
+    loras: tuple[Wanted, ...] = ()
 
     @property
     def revision(self) -> str | None:
@@ -77,6 +79,7 @@ def parameters(card: Mapping[str, Any]) -> str:
         "Seed": card["seed"],
         "Size": f"{card['width']}x{card['height']}",
         "Model": Path(str(card["model"])).name,
+        "LoRA": ", ".join(f"{Path(each['source']).stem}:{each['scale']:g}" for each in card.get("loras", ())) or None,
         "Version": " ".join(("stagerun", card["versions"].get("stagerun", ""))).strip(),
     }
     told = (f"{name}: {_quoted(str(value))}" for name, value in fields.items() if value is not None)
@@ -114,7 +117,7 @@ def like(path: str | Path) -> Like:
         card = _card(Path(path))
         request = Request(**{name: card[name] for name in REQUEST})
         family, model, identity = (_text(card, name) for name in ("family", "model", "identity"))
-        said = Like(request, family, model, identity, _dtype(card))
+        said = Like(request, family, model, identity, _dtype(card), _loras(card))
         if said.family not in FAMILIES:
             raise ValueError(f"family {shown(said.family)} is unknown here")
     except KeyError as error:
@@ -182,6 +185,20 @@ def _dtype(card: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
         raise ValueError("dtype in its metadata is not a name per component")
     return value
+
+
+def _loras(card: Mapping[str, Any]) -> tuple[Wanted, ...]:
+    value = card.get("loras", [])
+    if not isinstance(value, list):
+        raise ValueError("loras in its metadata are no list")
+    return tuple(_lora(each) for each in value)
+
+
+def _lora(value: Any) -> Wanted:
+    match value:
+        case {"source": str(), "sha256": str(digest), "scale": float(scale)} if re.fullmatch("[0-9a-f]{64}", digest):
+            return Wanted(_text(value, "source"), scale, digest)
+    raise ValueError("a LoRA in its metadata lacks its source, sha256 or scale")
 
 
 def _no_constant(name: str) -> Any:

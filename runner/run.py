@@ -15,6 +15,7 @@ from runner.artifacts import ArtifactStore, MemoryStore, key_of, open_store
 from runner.interrupts import Halt, Interrupted
 from runner.keys import STAGES, chain, midway_key, missing, starts
 from runner.lanes import one_at_a_time
+from runner.planning import tables
 from runner.planning.plan import Plan
 from runner.ranks.company import Company
 from runner.relief import relieved
@@ -303,6 +304,7 @@ def facts_of(plan: Plan, changes: Sequence[str]) -> dict[str, Any]:
         "model": plan.checkpoint.source, "identity": plan.checkpoint.identity, "family": plan.family.name,
         "dtype": {name: str(place.dtype).removeprefix("torch.") for name, place in plan.places.items()},
         "devices": list(plan.devices),
+        **({"loras": tables.loras(plan)} if plan.checkpoint.loras else {}),
         **({} if plan.tile is None else {"tile": plan.tile}),
         **({} if not changes else {"changes": list(changes)}),
     }

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stages import headers, hub
@@ -11,22 +11,28 @@ from stages.errors import LoadError
 from stages.families import FAMILIES, Family
 from stages.files import SMALL, Incomplete, head, read_json, size_of
 from stages.index import INDEX, MODULAR, Index, read_index
+from stages.lora import Lora
 from stages.shards import HEADER, file_bytes, read_header, weight_files
 
 WHOLE = 64 * 2**20
+TRANSFORMER = "transformer"
 _WEIGHTLESS = re.compile(r"(Tokenizer|TokenizerFast|Processor|ProcessorFast|FeatureExtractor|Scheduler)$")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tekken.json",))
 
 
 @dataclass(frozen=True)
 class Component:
-    """One part of a model: its folder, the class that reads it, and its safetensors files if it has weights."""
+    """One part of a model: its folder, the class that reads it, and its safetensors files if it has weights.
+
+    What `loras` add is merged into the weights when they are read.
+    """
 
     name: str
     library: str
     class_name: str
     folder: Path
     files: tuple[Path, ...]
+    loras: tuple[Lora, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -53,6 +59,18 @@ class Checkpoint:
     def absent(self) -> int:
         """Bytes of the weights that are not here: to be downloaded before anything is loaded."""
         return sum(component.absent for component in self.components.values())
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs that are merged into its transformer."""
+        return self.components[TRANSFORMER].loras if TRANSFORMER in self.components else ()
+
+    def adapted(self, loras: tuple[Lora, ...]) -> "Checkpoint":
+        """The same checkpoint with these LoRAs; LoadError where it has no transformer."""
+        if TRANSFORMER not in self.components:
+            raise LoadError(f"{self.source} has no {TRANSFORMER}, which LoRAs are merged into -> leave --lora out")
+        changed = replace(self.components[TRANSFORMER], loras=loras)
+        return replace(self, components={**self.components, TRANSFORMER: changed})
 
 
 def find(

@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub.constants as settings
@@ -137,6 +137,31 @@ def _fetch(model: str, root: Path, paths: list[str]) -> None:
     if wanted:
         with _explained(model, root.name):
             snapshot_download(model, revision=root.name, allow_patterns=wanted)
+
+
+def files(model: str) -> list[str]:
+    """The names of the files of a model, or where the hub cannot be asked, of those in its cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError):
+        if settings.HF_HUB_OFFLINE:
+            root = Path(snapshot_download(model, local_files_only=True))
+            return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    with _explained(model, None):
+        return list(HfApi().list_repo_files(model))
+
+
+def fetch_file(model: str, name: str) -> Path:
+    """One file of a model, downloaded unless it is in the cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with _explained(model, None):
+        try:
+            return Path(hf_hub_download(model, name))
+        except RemoteEntryNotFoundError as error:
+            raise LoadError(f"{model} has no file {name}; its files: {', '.join(files(model)[:9])}") from error
 
 
 def refuse_offline(model: str, revision: str | None, missing: Incomplete) -> None:

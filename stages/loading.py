@@ -14,6 +14,7 @@ from torch import nn
 from stages.checkpoint import Component
 from stages.errors import LoadError
 from stages.folding import folded
+from stages.merging import Merger
 from stages.parallel import TensorParallel, divided
 from stages.placement import DISK, Place, Placement, standing
 from stages.readahead import reading_ahead
@@ -30,6 +31,7 @@ def load(component: Component, place: Place) -> nn.Module:
         if _straight(component, place.placement):
             model, missing = _read(component, cls, place), list[str]()
         else:
+            assert not component.loras, f"{component.name} has LoRAs, and the library would leave them out"
             model, missing = _by_library(component, cls, place)
     at_rest = place.placement.at_rest
     missing += [n for n, p in model.named_parameters() if p.is_meta and standing(n, at_rest) != DISK]
@@ -42,15 +44,16 @@ def load(component: Component, place: Place) -> nn.Module:
 
 
 def passing(component: Component, placement: Placement) -> int:
-    """Bytes of host memory that loading takes besides those that stay there: of readers, or pages of mapped files.
+    """Bytes of host memory that loading takes besides those that stay there: of readers, LoRAs, pages of mapped files.
 
     Pages are the page cache's, so the system takes them back where memory is short.
     """
     sizes = [file_bytes(path) for path in component.files]
     if component.library != "diffusers":
         return sum(sizes)
+    added = sum(file_bytes(lora.path) for lora in component.loras)
     through = not _straight(component, placement) or "cpu" in placement.at_rest.values()
-    return max(sizes) if through else STAGED
+    return added + (max(sizes) if through else STAGED)
 
 
 def _straight(component: Component, placement: Placement) -> bool:
@@ -79,6 +82,10 @@ def _read(component: Component, cls: Any, place: Place) -> nn.Module:
                     if device not in ("cpu", DISK):
                         wanted.append(Wanted(source, window.dtype, data))
     send(wanted)
+    merger = Merger(component)
+    for name, weight in list(model.named_parameters()):
+        if name in merger and not weight.is_meta:
+            put(model, name, merger.merged(name, weight))
     return model
 
 

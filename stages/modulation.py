@@ -18,6 +18,7 @@ from torch import nn
 from stages.checkpoint import Component
 from stages.errors import Unfoldable
 from stages.folding import replays
+from stages.merging import Merger
 from stages.placement import Place, Places, standing
 from stages.program import Call, Layer, Program, Step
 from stages.recording import Recorder, Told
@@ -216,7 +217,7 @@ class Reader:
     def __init__(self, component: Component, place: Place) -> None:
         self._files = {name: path for path in component.files for name in read_header(path)}
         self._types = {name: weight.dtype for name, weight in outline(component, place.dtype).named_parameters()}
-        self._place = place
+        self._place, self._merger = place, Merger(component)
 
     def read(self, step: Step) -> tuple[dict[str, torch.Tensor], str | None]:
         """The weights that a step needs, and the device that it computes on if it is a layer."""
@@ -228,5 +229,6 @@ class Reader:
                 raise Unfoldable(f"{name} is not in the files under this name: run with --no-modulation-table")
             with safe_open(self._files[name], "pt") as file:
                 stored = file.get_tensor(name)
-            weights[name] = stored.to(self._types[name]).to(device or standing(name, placement.at_work))
+            weight = stored.to(self._types[name]).to(device or standing(name, placement.at_work))
+            weights[name] = self._merger.merged(name, weight)
         return weights, device

@@ -9,6 +9,7 @@ from torch import nn
 from stages.checkpoint import Component
 from stages.errors import PlanError
 from stages.loading import put
+from stages.merging import Merger
 from stages.placement import DISK, Place
 from stages.weights import Stored, outline, sources
 
@@ -17,7 +18,7 @@ class Shelf:
     """The files of a loaded component, as `fetch` for the blocks of it that wait on the disk."""
 
     def __init__(self, component: Component, model: nn.Module) -> None:
-        self._sources = sources(component, model)
+        self._sources, self._merger = sources(component, model), Merger(component)
         # The data of a tensor on the meta device cannot be set, and those of an empty one can.
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_meta:
@@ -32,7 +33,7 @@ class Shelf:
         assert source is not None, f"{name} was planned to be read from a file that does not hold it as one tensor"
         with safe_open(source.path, "pt") as file:
             stored: torch.Tensor = file.get_tensor(source.name)
-        return stored.to(data.dtype)
+        return self._merger.merged(name, stored.to(data.dtype))
 
 
 def reading(component: Component, place: Place) -> int:

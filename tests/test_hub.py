@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests import sparse
+from tests import sparse, tiny
 
 COMMIT = "a" * 40
 TOKEN = "hf_SentinelSentinelSentinelSentinel"
@@ -321,3 +321,32 @@ def test_a_run_plans_first_and_downloads_then(hub: Hub, home: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert out.is_file() and "to download" in done.stderr
     assert sum(file.endswith(".safetensors") for file in hub.fetched) == 4
+
+
+LORA = """
+import sys
+from stages.errors import LoadError
+from stages.lora import Wanted, found
+try:
+    print(found(Wanted(sys.argv[1]), "FluxPipeline").path.name)
+except LoadError as error:
+    print(error)
+"""
+
+
+def test_a_lora_is_downloaded_alone_and_found_again_without_the_hub(hub: Hub, home: Path, flux: Path) -> None:
+    def named(name: str, there: Hub | None, offline: bool = False) -> str:
+        return started(["-c", LORA, name], there, home, offline=offline).stdout.strip()
+
+    (hub.folder / "styles").mkdir()
+    tiny.lora(hub.folder / "styles" / "one.safetensors", flux)
+    assert named("org/open/styles/one.safetensors", hub) == "one.safetensors"
+    assert hub.fetched == ["styles/one.safetensors"]
+    assert named("org/open/styles/one.safetensors", None, offline=True) == "one.safetensors"
+    # What is in the cache is all that can be known of it then.
+    assert named("org/open", None, offline=True) == "one.safetensors"
+    several = r"org/open has \d safetensors files: .* -> name the one to use, such as org/open/"
+    assert re.search(several, named("org/open", hub))
+    assert "org/open has no file two.safetensors; its files:" in named("org/open/two.safetensors", hub)
+    assert "org/gated is gated" in named("org/gated/one.safetensors", hub)
+    assert "is not in the cache" in named("org/other", None, offline=True)

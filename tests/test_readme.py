@@ -17,6 +17,7 @@ from runner import make_plan, run_all
 from runner.commands.cli import answer
 from runner.request import ask
 from stages.families import FAMILIES
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,6 +68,7 @@ def test_the_first_command_ends_with_a_picture(tmp_path: Path) -> None:
 def test_every_other_command_runs(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "prompts.txt").write_text("a fox\n# nobody\na lighthouse\n")
+    tiny.lora(tmp_path / "style.safetensors", flux)
     small = ("--model", str(flux), "--size", "64x48", "--device", "cpu")
     for line in RUNS:
         if "--model demo" in line:

@@ -6,12 +6,13 @@ embedding that FLUX.1-dev has and the demo checkpoint lacks.
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -28,6 +29,13 @@ SENTENCES = (
     "a photo of a dog with a cat-like look",
     "two small green squares",
     "the quick brown fox jumps over the lazy dog",
+)
+# Of every kind: blocks, what a table is made of, and what is neither.
+LORA_LAYERS = (
+    "x_embedder", "time_text_embed.timestep_embedder.linear_1", "norm_out.linear", "transformer_blocks.0.norm1.linear",
+    "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.add_k_proj", "transformer_blocks.1.ff.net.0.proj",
+    "single_transformer_blocks.0.norm.linear", "single_transformer_blocks.0.proj_mlp",
+    "single_transformer_blocks.3.proj_out",
 )
 
 
@@ -113,3 +121,21 @@ def flux(
         transformer=flux_transformer(doubles, singles, heads, guidance, text),
     ).save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+def lora(
+    path: Path, model: Path, *, rank: int = 4, layers: Sequence[str] = LORA_LAYERS, seed: int = 0,
+    alpha: float | None = None,
+) -> Path:
+    """A LoRA of a checkpoint's transformer, strong enough to show; with `alpha` it says one for each layer."""
+    torch.manual_seed(seed)
+    weights = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        out, into = weights[f"{layer}.weight"].shape
+        tensors[f"transformer.{layer}.lora_A.weight"] = torch.randn(rank, into) / 8
+        tensors[f"transformer.{layer}.lora_B.weight"] = torch.randn(out, rank) / 8
+        if alpha is not None:
+            tensors[f"transformer.{layer}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path)
+    return path

@@ -39,6 +39,9 @@ class Options:
     ] = None
     model: Annotated[str | None, typer.Option(metavar="ID|FOLDER|demo", help="Another checkpoint.")] = None
     revision: Annotated[str | None, typer.Option(metavar="REV", help="A commit, tag or branch of the model.")] = None
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE|ID[=SCALE]", help="Merge a LoRA into the model; repeatable.")
+    ] = None
     steps: Annotated[str | None, typer.Option(metavar="N", help="Denoise steps, 1 to 1000.")] = None
     guidance: Annotated[str | None, typer.Option(metavar="X", help="Guidance scale, 0 to 30.")] = None
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels.")] = None

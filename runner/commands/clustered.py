@@ -9,6 +9,7 @@ from typing import Any
 from runner.commands.make import advised, complain, hush, logged, opened, planned, tell, timed, untracked
 from runner.commands.order import Order
 from runner.commands.results import Results, Writer
+from runner.commands.resumption import absolute as there
 from runner.commands.resumption import record_of, resumable
 from runner.ranks.task import Task
 from runner.reports.progress import Progress
@@ -44,4 +45,5 @@ def absolute(asked: Order) -> Order:
     """The order as processes in other folders understand it."""
     model = asked.model
     return replace(asked, store=asked.store if "://" in asked.store else os.path.abspath(asked.store),
-                   model=os.path.abspath(model) if model is not None and os.path.isdir(model) else model)
+                   model=None if model is None else there(model),
+                   loras=tuple(replace(lora, source=there(lora.source)) for lora in asked.loras))

@@ -30,6 +30,7 @@ from runner.reports.report import lines
 from runner.request import read_whole, shown
 from stages.errors import LoadError, StageOutOfMemory
 from stages.families import FAMILIES
+from stages.lora import Wanted
 
 if TYPE_CHECKING:
     from runner.artifacts import Store
@@ -168,7 +169,12 @@ def planned(
             f"{asked.origin.what} was made by {asked.origin.identity}, but {asked.model or job.family.repo} is now "
             f"{job.checkpoint.identity} -> {asked.origin.advice}"
         )
-    return job, asked.without(lost)
+    return job, replace(asked.without(lost), loras=known(job))
+
+
+def known(job: "Plan") -> tuple[Wanted, ...]:
+    """The LoRAs of a plan, so that whoever goes on with it takes the same files."""
+    return tuple(Wanted(lora.source, lora.scale, lora.digest) for lora in job.checkpoint.loras)
 
 
 def options_of(asked: Order, said: Any) -> dict[str, Any]:
@@ -185,6 +191,7 @@ def options_of(asked: Order, said: Any) -> dict[str, Any]:
         "allow_offload": said.allow_offload,
         "modulation_table": not said.no_modulation_table,
         "peer_copies": not said.no_p2p,
+        "loras": asked.loras,
         "lanes": None if said.lanes is None else read_whole("lanes", said.lanes, 1, LANES),
     }
 

@@ -18,6 +18,7 @@ from runner.picture import Like
 from runner.ranks.group import launched
 from runner.request import COUNT, PROMPT_BYTES, SEED, STEPS, Request, read_guidance, read_size, read_whole, shown
 from stages.families import FAMILIES
+from stages.lora import NONE, Wanted, read_wanted
 
 DTYPES = ("float32", "bfloat16", "float16")
 STAGES = ("encode", "denoise", "decode")
@@ -56,6 +57,7 @@ class Order:
     step_every: float = STEP_EVERY
     origin: Origin | None = None
     resumed: bool = False
+    loras: tuple[Wanted, ...] = ()
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -103,6 +105,7 @@ def order(family: str, said: Any) -> Order:
         step_every=read_every(said.step_every),
         origin=None if like is None or said.model is not None else Origin(
             "the picture", like.identity, "name a model with --model to repeat it with other pixels"),
+        loras=read_loras(said.lora or (), like.loras if like is not None else ()),
     )
 
 
@@ -127,6 +130,15 @@ def read_dtypes(texts: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--dtype is said twice for {shown(component) if component else 'all components'}")
         found[component] = dtype
     return found
+
+
+def read_loras(texts: Sequence[str], before: tuple[Wanted, ...]) -> tuple[Wanted, ...]:
+    """The LoRAs that are asked for: those of a picture `before` unless some are named, or `none`."""
+    if NONE in texts:
+        if len(texts) > 1:
+            raise ValueError(f"--lora {NONE} and other LoRAs contradict each other -> leave one of them out")
+        return ()
+    return read_wanted(texts) or before
 
 
 def read_preview(text: str | None) -> int:

@@ -15,6 +15,7 @@ from runner.picture import commit
 from runner.request import Request
 from stages.errors import StoreError
 from stages.families import FAMILIES
+from stages.lora import Wanted
 
 if TYPE_CHECKING:
     from runner.planning.plan import Plan
@@ -32,8 +33,9 @@ def record_of(asked: Order, said: Any, job: "Plan") -> dict[str, Any]:
         "requests": [vars(request) for request in job.requests],
         "order": {
             "version": VERSION, "family": asked.family, "identity": job.checkpoint.identity,
-            "model": os.path.abspath(model) if model is not None and os.path.isdir(model) else model,
+            "model": None if model is None else absolute(model),
             "dtype": {name: str(place.dtype).removeprefix("torch.") for name, place in job.places.items()},
+            "loras": [[absolute(lora.source), lora.scale, lora.digest] for lora in asked.loras],
             "items": [[item.line, item.id] for item in asked.items],
             "paths": [os.path.abspath(path) for path in asked.paths],
             "refused": [[line.line, line.text] for line in asked.refused],
@@ -119,6 +121,8 @@ def _order(run: str, record: Mapping[str, Any], said: Mapping[str, Any], store: 
         store=store,
         origin=Origin(f"run {run}", identity, "bring that model back, or give the order anew"),
         resumed=True,
+        loras=tuple(Wanted(_near(_text(source)), float(scale), _text(digest))
+                    for source, scale, digest in said.get("loras", ())),
     )
 
 
@@ -142,6 +146,11 @@ def _whole(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{str(value)[:60]!r} instead of a count")
     return value
+
+
+def absolute(name: str) -> str:
+    """A model or a LoRA as processes in other folders understand it: the path of what is here, or its hub name."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def _near(path: str) -> str:

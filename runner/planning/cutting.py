@@ -30,6 +30,9 @@ def cut(placer: "Placer", task: "Task", count: int) -> tuple[dict[str, Place], R
                         f"leave denoise=tensor_parallel out")
     component = task.stage.components[0]
     name = component.name
+    if component.loras:
+        raise PlanError("denoise=tensor_parallel reads parts of weights, and LoRA is merged into whole ones -> "
+                        "--place denoise=sharded, or leave --lora out", {"--place": "denoise=sharded"})
     part = part_of(component, task.types[name], task.folded.get(name, frozenset()), len(cards))
     found = placer.rehearsed(task, task.places({name: Resident(cards[0])}))
     taken = found.peak[cards[0]]

@@ -15,9 +15,11 @@ from runner.planning.saving import Saving
 from runner.planning.wishes import read_wishes
 from runner.reports import display
 from runner.request import Request, check_tokens, nearest
-from stages.checkpoint import Checkpoint, check, find
+from stages import merging
+from stages.checkpoint import TRANSFORMER, Checkpoint, check, find
 from stages.copies import rerouted
 from stages.families import FAMILIES, Family
+from stages.lora import Wanted, found, read_wanted
 from stages.machine import Machine, probe
 from stages.parallel import TensorParallel
 from stages.placement import Place, Resident
@@ -97,6 +99,7 @@ def make_plan(
     lanes: int | None = None,
     modulation_table: bool = True,
     peer_copies: bool = True,
+    loras: Sequence[str | Wanted] = (),
     weights: bool = True,
     lost: dict[int, str] | None = None,
     known: Known | None = None,
@@ -108,9 +111,10 @@ def make_plan(
     at once, by default one for each card that the denoiser is dealt over; without `modulation_table` all of the
     denoiser is loaded, and without `peer_copies` cards send each other everything through host memory. Weights that
     are not here are downloaded when all of them are placed; without `weights`, or for a machine that is not here,
-    they stay where they are. With `lost`, requests of a size that the model does not make are left out, and go there
-    by index with the reason. What other plans of the same model found is `known`. Raises LoadError, PlanError or
-    ValueError.
+    they stay where they are. `loras` are merged into the transformer: files, folders or hub names, each with its scale
+    behind an `=` unless it is 1. With `lost`, requests of a size that the model does not make are left out, and go
+    there by index with the reason. What other plans of the same model found is `known`. Raises LoadError, PlanError
+    or ValueError.
     """
     chosen = family_of(family, model)
     for request in requests:
@@ -123,6 +127,8 @@ def make_plan(
     source = CHECKPOINT if chosen.repo == "demo" and model in (None, "demo") else model or chosen.repo
     check(find(source, revision=revision, components=()), family=chosen)
     checkpoint = find(source, revision=revision, weights=False)
+    if loras:
+        checkpoint = adapted(checkpoint, loras)
     if source == CHECKPOINT:
         checkpoint = replace(checkpoint, source="demo")
     stages = split(checkpoint, inputs_of(requests[0]))
@@ -144,7 +150,17 @@ def fetched(plan: Plan) -> Plan:
         return plan
     # Of the commit that was planned for, whatever has become of its branch.
     checkpoint = find(plan.checkpoint.source, revision=plan.checkpoint.path.name)
+    if plan.checkpoint.loras:
+        checkpoint = checkpoint.adapted(plan.checkpoint.loras)
     return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, inputs_of(plan.requests[0])))
+
+
+def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Wanted]) -> Checkpoint:
+    """The checkpoint with these LoRAs; LoadError for one that is not there, or not made for it."""
+    loras = [each for text in wanted for each in (read_wanted([text]) if isinstance(text, str) else [text])]
+    with_them = checkpoint.adapted(tuple(found(each, checkpoint.pipeline) for each in loras))
+    merging.check(with_them.components[TRANSFORMER])
+    return with_them
 
 
 def largest(requests: Sequence[Request]) -> Request:

@@ -27,6 +27,7 @@ def document(plan: "Plan") -> dict[str, Any]:
         "host": {"total": plan.machine.host_total, "free": plan.machine.host_free, "room": plan.machine.host_room,
                  "stages": {stage: asdict(need) for stage, need in hosts(plan).items()}},
         "limits": dict(plan.machine.limits),
+        "loras": loras(plan),
         "disk": {"free": found.free, "download": found.download, "rate": found.rate,
                  "stages": {stage: {"bytes": size, "seconds": found.seconds(size), "every_pass": plan.reads[stage]}
                             for stage, size in found.stored.items()}},
@@ -51,6 +52,11 @@ def document(plan: "Plan") -> dict[str, Any]:
     }
 
 
+def loras(plan: "Plan") -> list[dict[str, Any]]:
+    """The LoRAs of a plan as JSON: where each is, its sha256 and its scale."""
+    return [{"source": lora.source, "sha256": lora.digest, "scale": lora.scale} for lora in plan.checkpoint.loras]
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines, each column as wide as its widest cell, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -73,6 +79,8 @@ def choices(plan: "Plan") -> Iterator[str]:
         dtype, reason = str(place.dtype).removeprefix("torch."), plan.reasons.get(name, "")
         why = f" ({reason})" if reason else ""
         yield f"{name}: {gib(plan.weights[name].total)} in {dtype}{why}, {place.placement}"
+    for lora in plan.checkpoint.loras:
+        yield f"LoRA {lora.source} x {lora.scale:g}: merged into the transformer where its weights are read"
     yield from map(str, plan.savings.values())
     if plan.tile is not None:
         yield f"decoded in tiles of {plan.tile} pixels, because the whole picture does not fit"

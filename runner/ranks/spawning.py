@@ -22,6 +22,7 @@ from runner.ranks.watch import TIMEOUT
 from runner.ranks.worker import REFUSALS
 from runner.request import Request
 from runner.run import Report
+from stages.lora import read_wanted
 from stages.stage import Emit, silent
 
 
@@ -42,6 +43,7 @@ def spawn(
     allow_offload: Literal["cpu", "disk"] | None = None,
     modulation_table: bool = True,
     stop_after: str | None = None,
+    loras: Sequence[str] = (),
 ) -> Report:
     """Make pictures with several processes, each with its own cards; the report of all of it.
 
@@ -54,10 +56,10 @@ def spawn(
         with Crew(ranks, timeout=timeout) as crew:
             return spawn(family, requests, ranks=crew, store=store, emit=emit, model=model, revision=revision,
                          dtype=dtype, devices=devices, max_memory=max_memory, place=place, stop_after=stop_after,
-                         allow_offload=allow_offload, modulation_table=modulation_table)
+                         allow_offload=allow_offload, modulation_table=modulation_table, loras=loras)
     task = called(family, requests, store=store, model=model, revision=revision, dtype=dtype, devices=devices,
                   max_memory=max_memory, place=place, allow_offload=allow_offload, stop_after=stop_after,
-                  modulation_table=modulation_table)
+                  modulation_table=modulation_table, loras=loras)
     answer = ranks.work(task.document(), emit)
     if "refused" in answer:
         raise _refusal(answer["refused"])
@@ -81,6 +83,7 @@ def run_on_ray(
     allow_offload: Literal["cpu", "disk"] | None = None,
     modulation_table: bool = True,
     stop_after: str | None = None,
+    loras: Sequence[str] = (),
 ) -> Report:
     """Make pictures with workers of a Ray cluster, or of a Ray of this machine's own; the report of all of it.
 
@@ -89,7 +92,7 @@ def run_on_ray(
     """
     task = called(family, requests, store=store, model=model, revision=revision, dtype=dtype, devices=devices,
                   max_memory=max_memory, place=place, allow_offload=allow_offload, stop_after=stop_after,
-                  modulation_table=modulation_table)
+                  modulation_table=modulation_table, loras=loras)
     task = replace(task, order=absolute(task.order))
     there = opened(task.order, task.said, emit)
     with cluster.connected() as ray:
@@ -101,7 +104,7 @@ def called(
     family: str, requests: Sequence[Request], *, store: str | Path | None, model: str | Path | None,
     revision: str | None, dtype: Mapping[str, torch.dtype] | None, devices: Sequence[str], max_memory: str | None,
     place: Sequence[str], allow_offload: Literal["cpu", "disk"] | None, modulation_table: bool,
-    stop_after: str | None,
+    stop_after: str | None, loras: Sequence[str],
 ) -> Task:
     """What a call asks for, as a command line would have said it."""
     said = Options(
@@ -112,6 +115,7 @@ def called(
     order = Order(
         family=family, model=None if model is None else str(model), revision=revision, refused=(),
         items=tuple(Item(request) for request in requests), run=new_run(), paths=(), devices=tuple(devices),
+        loras=read_wanted(loras),
         dtype={name: str(type_).removeprefix("torch.") for name, type_ in (dtype or {}).items()},
         store=str(store) if "://" in str(store) else str(Path(store or default_store()).absolute()),
     )

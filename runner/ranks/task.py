@@ -8,6 +8,7 @@ from typing import Any
 from runner.commands.batch import Item, Refused
 from runner.commands.order import Order
 from runner.request import Request
+from stages.lora import Wanted
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Task:
         order = {field.name: getattr(self.order, field.name) for field in fields(Order)}
         order |= {"items": [{**vars(item), "request": vars(item.request)} for item in self.order.items],
                   "refused": [vars(line) for line in self.order.refused],
-                  "paths": [str(path) for path in self.order.paths], "dtype": dict(self.order.dtype), "origin": None}
+                  "paths": [str(path) for path in self.order.paths], "dtype": dict(self.order.dtype), "origin": None,
+                  "loras": [vars(lora) for lora in self.order.loras]}
         return {"order": order, "said": {name: value for name, value in vars(self.said).items() if name != "ctx"}}
 
 
@@ -32,7 +34,7 @@ def read_task(document: Mapping[str, Any]) -> Task:
     order |= {name: tuple(value) for name, value in order.items() if isinstance(value, list)}
     items = (Item(**{**item, "request": Request(**item["request"])}) for item in order["items"])
     order |= {"items": tuple(items), "refused": tuple(Refused(**line) for line in order["refused"]),
-              "paths": tuple(map(Path, order["paths"]))}
+              "paths": tuple(map(Path, order["paths"])), "loras": tuple(Wanted(**lora) for lora in order["loras"])}
     return Task(Order(**order), read_options(document["said"]))
 
 

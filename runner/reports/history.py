@@ -89,6 +89,7 @@ def described(facts: Row, found: History, sizes: Mapping[str, int | None]) -> li
     record = found.record
     begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.begun)) if facts.begun else "at an unknown time"
     lines = [f"{facts.run}: {facts.status}, begun {begun} ({age(facts.begun)} ago)", f"model {clean(facts.model)}"]
+    lines += [f"LoRA {_text(lora)}" for lora in loras(record)]
     for name, keys in stages_of(record).items():
         done, of = facts.stages[name]
         size = gib(sum(sizes[key] or 0 for key in dict.fromkeys(keys)))
@@ -103,6 +104,13 @@ def described(facts: Row, found: History, sizes: Mapping[str, int | None]) -> li
         for each in told[:SHOWN] if isinstance(told, list) else ():
             lines.append(f"{name.removesuffix('s')}: {_text(each)}")
     return lines + ([f"error: {_text(record['error'])}"] if "error" in record else [])
+
+
+def loras(record: Mapping[str, Any]) -> list[str]:
+    """The LoRAs of a run with their scales, as its plan says."""
+    plan = record.get("plan")
+    told = plan.get("loras", []) if isinstance(plan, dict) else []
+    return [f"{lora['source']} x {lora['scale']}" for lora in told if isinstance(lora, dict)]
 
 
 def age(begun: float) -> str:

@@ -9,6 +9,7 @@ from runner.reports.charts.drawing import Drawing
 from runner.reports.charts.gantt import gantt
 from runner.reports.charts.style import STYLE
 from runner.reports.charts.timeline import memory
+from runner.reports.history import loras
 from runner.reports.markup import image, said
 from runner.reports.previews import strips
 from runner.reports.progress import pictures
@@ -66,6 +67,7 @@ def _top(run: str, record: Mapping[str, Any]) -> str:
     status, seconds = str(record.get("status", "unknown")), (record.get("timeline") or {}).get("seconds")
     plan = record.get("plan") or {}
     facts = [pictures(len(record["requests"])), str(plan.get("model", record["model"])),
+             *(f"LoRA {lora}" for lora in loras(record)),
              *([f"family {plan['family']}"] if plan else []), *([f"{seconds:.1f} s"] if seconds is not None else [])]
     state = "state" if status == "done" else "state bad"
     return (f'<h1>Run {said(run)}</h1><p class="faint"><span class="{state}">{said(status)}</span> '

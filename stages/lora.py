@@ -1,0 +1,98 @@
+"""LoRA files: which are asked for, and where they are. No torch, and no tensor is read."""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.errors import LoadError
+from stages.shards import PICKLES, read_header
+
+MOST = 10.0
+NONE = "none"
+_SCALE = re.compile(r"[+-]?([0-9]{1,3}(\.[0-9]{0,9})?|\.[0-9]{1,9})")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A LoRA that is asked for: a file, a folder with one, or one of the hub, and what it is multiplied by.
+
+    `digest` is the sha256 that its file must have, where it was used before.
+    """
+
+    source: str
+    scale: float = 1.0
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("--lora names no file -> such as style.safetensors, or style.safetensors=0.8")
+        if not (math.isfinite(self.scale) and 0 < abs(self.scale) <= MOST):
+            raise ValueError(f"--lora {self.source}: the scale must be from -{MOST:g} to {MOST:g} and not 0, got "
+                             f"{self.scale:g}")
+
+    def __str__(self) -> str:
+        return f"{self.source} x {self.scale:g}"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file of low-rank additions that is here: its sha256, its `scale`, and the class of diffusers that reads it."""
+
+    path: Path
+    digest: str
+    scale: float
+    source: str
+    pipeline: str
+
+
+def read_wanted(texts: Iterable[str]) -> tuple[Wanted, ...]:
+    """The LoRAs that `style.safetensors` and `user/repo=0.8` spell; ValueError for a scale that cannot be.
+
+    What follows the last `=` is the scale if it is a number, and part of the name if not.
+    """
+    found = []
+    for text in texts:
+        source, sign, scale = text.rpartition("=")
+        found.append(Wanted(source, float(scale)) if sign and _SCALE.fullmatch(scale) else Wanted(text))
+    return tuple(found)
+
+
+def found(wanted: Wanted, pipeline: str) -> Lora:
+    """The file of a LoRA, downloaded where it is one of the hub; LoadError where there is none or it is another."""
+    path = _path(wanted.source)
+    read_header(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if wanted.digest not in (None, digest):
+        raise LoadError(f"{path} has the sha256 {digest[:12]}, and {str(wanted.digest)[:12]} was used then -> bring "
+                        f"that file back, or name the LoRAs with --lora to make another picture")
+    return Lora(path, digest, wanted.scale, wanted.source, pipeline)
+
+
+def _path(source: str) -> Path:
+    from stages import hub
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path / _only(source, [file.name for file in path.iterdir()])
+    if path.exists():
+        if path.suffix in PICKLES:
+            raise LoadError(f"{source}: pickle refused, it can run code; give a LoRA as safetensors")
+        return path.absolute()
+    repo, name = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
+    if not hub.is_id(repo) or source.startswith((".", "~")) or (source.endswith(".safetensors") and not name):
+        raise LoadError(f"no LoRA at {source} -> give a .safetensors file, a folder with one, or one of the hub such "
+                        f"as user/repo or user/repo/file.safetensors")
+    return hub.fetch_file(repo, name or _only(source, hub.files(repo)))
+
+
+def _only(source: str, names: Iterable[str]) -> str:
+    there = sorted(name for name in names if name.endswith(".safetensors"))
+    if len(there) != 1:
+        what = f"{len(there)} safetensors files: {', '.join(there[:5])}" if there else "no safetensors file"
+        raise LoadError(f"{source} has {what} -> name the one to use, such as {source}/"
+                        f"{there[0] if there else 'file.safetensors'}")
+    return there[0]
