@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stages import headers, hub
@@ -15,7 +15,6 @@ from stages.lora import Lora
 from stages.shards import HEADER, file_bytes, read_header, weight_files
 
 WHOLE = 64 * 2**20
-TRANSFORMER = "transformer"
 _WEIGHTLESS = re.compile(r"(Tokenizer|TokenizerFast|Processor|ProcessorFast|FeatureExtractor|Scheduler)$")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tekken.json",))
 
@@ -47,30 +46,30 @@ class Component:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that was checked; `identity` names its content and goes into artifact keys."""
+    """A model folder that was checked; `identity` names its content and goes into artifact keys.
+
+    `loras` are merged into it, each into the components named.
+    """
 
     path: Path
     source: str
     identity: str
     pipeline: str
     components: Mapping[str, Component]
+    loras: Mapping[Lora, Collection[str]] = field(default_factory=dict)
 
     @property
     def absent(self) -> int:
         """Bytes of the weights that are not here: to be downloaded before anything is loaded."""
         return sum(component.absent for component in self.components.values())
 
-    @property
-    def loras(self) -> tuple[Lora, ...]:
-        """The LoRAs that are merged into its transformer."""
-        return self.components[TRANSFORMER].loras if TRANSFORMER in self.components else ()
+    def adapted(self, loras: Mapping[Lora, Collection[str]]) -> "Checkpoint":
+        """The same checkpoint with LoRAs, each for the components that it adds to."""
+        def own(name: str) -> tuple[Lora, ...]:
+            return tuple(lora for lora, names in loras.items() if name in names)
 
-    def adapted(self, loras: tuple[Lora, ...]) -> "Checkpoint":
-        """The same checkpoint with these LoRAs; LoadError where it has no transformer."""
-        if TRANSFORMER not in self.components:
-            raise LoadError(f"{self.source} has no {TRANSFORMER}, which LoRAs are merged into -> leave --lora out")
-        changed = replace(self.components[TRANSFORMER], loras=loras)
-        return replace(self, components={**self.components, TRANSFORMER: changed})
+        components = {name: replace(part, loras=own(name)) for name, part in self.components.items()}
+        return replace(self, components=components, loras=loras)
 
 
 def find(

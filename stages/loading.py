@@ -31,8 +31,8 @@ def load(component: Component, place: Place) -> nn.Module:
         if _straight(component, place.placement):
             model, missing = _read(component, cls, place), list[str]()
         else:
-            assert not component.loras, f"{component.name} has LoRAs, and the library would leave them out"
             model, missing = _by_library(component, cls, place)
+    merge(component, model)
     at_rest = place.placement.at_rest
     missing += [n for n, p in model.named_parameters() if p.is_meta and standing(n, at_rest) != DISK]
     if missing:
@@ -82,10 +82,6 @@ def _read(component: Component, cls: Any, place: Place) -> nn.Module:
                     if device not in ("cpu", DISK):
                         wanted.append(Wanted(source, window.dtype, data))
     send(wanted)
-    merger = Merger(component)
-    for name, weight in list(model.named_parameters()):
-        if name in merger and not weight.is_meta:
-            put(model, name, merger.merged(name, weight))
     return model
 
 
@@ -94,6 +90,14 @@ def _room(window: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor
     if device == "cpu":
         return window.to(dtype)
     return torch.empty_like(window, dtype=dtype, device="meta" if device == DISK else device)
+
+
+def merge(component: Component, model: nn.Module) -> None:
+    """Merge the component's LoRAs into all weights that are there; others wait on the disk, or are not loaded."""
+    merger = Merger(component)
+    for name, weight in list(model.named_parameters()):
+        if name in merger and not weight.is_meta:
+            put(model, name, merger.merged(name, weight))
 
 
 def _by_library(component: Component, cls: Any, place: Place) -> tuple[nn.Module, list[str]]:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from stages.errors import LoadError
@@ -64,12 +65,19 @@ def found(wanted: Wanted, pipeline: str) -> Lora:
     """The file of a LoRA, downloaded where it is one of the hub; LoadError where there is none or it is another."""
     path = _path(wanted.source)
     read_header(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = path.stat()
+    digest = _digest(path, facts.st_size, facts.st_mtime_ns)
     if wanted.digest not in (None, digest):
         raise LoadError(f"{path} has the sha256 {digest[:12]}, and {str(wanted.digest)[:12]} was used then -> bring "
                         f"that file back, or name the LoRAs with --lora to make another picture")
     return Lora(path, digest, wanted.scale, wanted.source, pipeline)
+
+
+@lru_cache(maxsize=32)
+def _digest(path: Path, size: int, modified: int) -> str:
+    """The sha256 of a file, for as long as it is as old and as large: several plans ask for the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _path(source: str) -> Path:

@@ -9,17 +9,22 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from safetensors import SafetensorError
 from torch import nn
 
-from stages.checkpoint import Component
+from stages.checkpoint import Checkpoint, Component
 from stages.errors import LoadError
 from stages.lora import Lora
 from stages.weights import outline
@@ -51,7 +56,7 @@ class Merger:
     def __init__(self, component: Component) -> None:
         self._additions: dict[str, list[Addition]] = {}
         for lora in component.loras:
-            for name, addition in read(lora, component.name).items():
+            for name, addition in read(lora, component).items():
                 self._additions.setdefault(name, []).append(addition)
 
     def __contains__(self, name: str) -> bool:
@@ -82,12 +87,16 @@ def add(weight: torch.Tensor, additions: Sequence[Addition]) -> None:
         weight[rows] = total
 
 
+@lru_cache(maxsize=32)
 def check(component: Component) -> None:
-    """Raise LoadError for a LoRA that is not made for the component, or adds to more than its linear layers."""
+    """Raise LoadError for a LoRA that is not made for the component, or adds to more than its linear layers.
+
+    What is well once is not looked at again: a LoRA is named by the hash of its file.
+    """
     model = outline(component)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for lora in component.loras:
-        for name, addition in read(lora, component.name).items():
+        for name, addition in read(lora, component).items():
             layer = layers.get(name.removesuffix(".weight"))
             if layer is None:
                 raise LoadError(f"{lora.source} adds to {name}, which is no linear layer of this model's "
@@ -98,61 +107,118 @@ def check(component: Component) -> None:
                                 f"model -> use a LoRA that was made for this model")
 
 
-def read(lora: Lora, component: str) -> dict[str, Addition]:
-    """What a LoRA adds, by the name of the weight; LoadError for a file that is none of its pipeline.
+def reaches(lora: Lora, checkpoint: Checkpoint) -> list[str]:
+    """The components that a LoRA adds to; LoadError for one that is not in the checkpoint, or adds to nothing."""
+    known = set(_pipeline(lora)._lora_loadable_modules) & checkpoint.components.keys()
+    found = dict.fromkeys(name.partition(".")[0] for name in _converted(lora).tensors)
+    if foreign := [name for name in found if name not in known]:
+        raise LoadError(f"{lora.source} adds to {foreign[0]!r}, and diffusers {diffusers.__version__} knows LoRA for "
+                        f"{' and '.join(sorted(known))} of this model -> use one for those alone")
+    if not found:
+        raise LoadError(f"{lora.source} holds nothing -> use another LoRA")
+    return list(found)
+
+
+def read(lora: Lora, component: Component) -> dict[str, Addition]:
+    """What a LoRA adds to the component, by the name of the weight; LoadError for more than pairs of matrices.
 
     diffusers knows the formats of the trainers, and what it would pass over is refused.
     """
-    tensors, alphas, metadata = _converted(lora)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
-    foreign = [name for name in tensors if not name.startswith(f"{component}.")]
-    if foreign:
-        raise LoadError(f"{lora.source} adds to {foreign[0]} too, and LoRA is merged into the {component} alone -> "
-                        f"use one that was trained on the {component} alone")
-    mine = {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
-    if mine and not any(".lora_A." in name for name in mine):
-        mine = convert_unet_state_dict_to_peft(mine)
-    config = {name.removeprefix(f"{component}."): value for name, value in (metadata or {}).items()}
-    layers = dict.fromkeys(name.rpartition(".lora_")[0] for name in mine)
-    names = {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
-    odd = sorted(mine.keys() ^ names)
-    if odd or config.get("use_dora"):
+    part = _converted(lora).of(component.name)
+    tensors = _named_as_in(lora, component, part.tensors)
+    layers = dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors)
+    odd = sorted(tensors.keys() ^ {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"})
+    if odd or part.config.get("use_dora"):
         raise LoadError(f"{lora.source} is not made of pairs of matrices alone ({odd[0] if odd else 'DoRA'}) -> use a "
                         f"plain LoRA")
-    if not layers:
-        raise LoadError(f"{lora.source} holds nothing -> use another LoRA")
     found = {}
     for layer in layers:
-        down, up = mine[f"{layer}.lora_A.weight"], mine[f"{layer}.lora_B.weight"]
-        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+        down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
+        if down.ndim != 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0:
             raise LoadError(f"{lora.source} has {list(up.shape)} by {list(down.shape)} for {layer} -> use a LoRA of "
                             f"linear layers")
-        strength = _strength(lora, f"{component}.{layer}", layer, down.shape[0], alphas, config)
-        found[f"{layer}.weight"] = Addition(down, up, strength * lora.scale)
+        found[f"{layer}.weight"] = Addition(down, up, _strength(lora, layer, down.shape[0], part) * lora.scale)
     return found
 
 
-def _strength(
-    lora: Lora, full: str, layer: str, rank: int, alphas: Mapping[str, Any], config: Mapping[str, Any]
-) -> float:
+@dataclass(frozen=True)
+class _Converted:
+    """The tensors of a file under diffusers' names, the alphas that stand beside them, and the trainer's config."""
+
+    tensors: Mapping[str, torch.Tensor]
+    alphas: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    def of(self, component: str) -> "_Converted":
+        """What concerns a component, under its own names."""
+        inside = f"{component}."
+        return _Converted(*({name.removeprefix(inside): value for name, value in table.items()
+                             if name.startswith(inside)} for table in (self.tensors, self.alphas, self.config)))
+
+
+def _named_as_in(lora: Lora, component: Component, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors with the names that the component's class gives its layers, and PEFT the two matrices of each."""
+    named = dict(tensors)
+    if component.library == "diffusers":
+        plain = all(".lora_A." in name or ".lora_B." in name for name in named)
+        return named if plain else dict(convert_unet_state_dict_to_peft(named))
+    try:
+        named = convert_state_dict_to_peft(convert_state_dict_to_diffusers(named))
+    except (ValueError, LookupError) as error:
+        raise LoadError(f"{lora.source} has names for the {component.class_name} that diffusers does not know "
+                        f"({error}) -> use a LoRA that was made for this model") from error
+    # transformers has done without this level since CLIP's encoder is a model of its own.
+    level = "" if hasattr(outline(component), "text_model") else "text_model."
+    return {name.removeprefix(level): tensor for name, tensor in named.items()}
+
+
+def _strength(lora: Lora, layer: str, rank: int, part: _Converted) -> float:
     """Alpha over rank, from where the file says it; 1 where it says nothing, as its trainer then means."""
-    if "lora_alpha" in config:
-        patterns: Mapping[str, Any] = config.get("alpha_pattern") or {}
-        own = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern.lstrip('^')})", layer))
-        return float(next(own, config["lora_alpha"])) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if not alphas:
+    if "lora_alpha" in part.config:
+        patterns = part.config.get("alpha_pattern") or {}
+        own = (alpha for pattern, alpha in patterns.items() if _names(lora, pattern, layer))
+        root = math.sqrt(rank) if part.config.get("use_rslora") else rank
+        return _number(lora, next(own, part.config["lora_alpha"])) / root
+    if not part.alphas:
         return 1.0
-    if f"{full}.alpha" not in alphas:
+    if f"{layer}.alpha" not in part.alphas:
         raise LoadError(f"{lora.source} has an alpha for other layers and none for {layer} -> use a whole LoRA")
-    return float(alphas[f"{full}.alpha"]) / rank
+    return _number(lora, part.alphas[f"{layer}.alpha"]) / rank
 
 
-def _converted(lora: Lora) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any] | None]:
-    """The tensors under diffusers' names, the alphas that stand beside them, and the trainer's config."""
-    reader = getattr(getattr(diffusers, lora.pipeline), "lora_state_dict", None)
-    if reader is None:
+def _names(lora: Lora, pattern: str, layer: str) -> bool:
+    """Whether a name of PEFT's `alpha_pattern` means the layer: the whole of it behind a `^`, or else its end.
+
+    To PEFT it is a regular expression, and one from a file could run for ever.
+    """
+    if not re.fullmatch(r"\^?[\w.]+", pattern):
+        raise LoadError(f"{lora.source} has an alpha for layers like {pattern[:60]!r}, and only names of layers are "
+                        f"read -> use a LoRA that names them")
+    return layer == pattern.removeprefix("^") or (pattern[0] != "^" and layer.endswith(f".{pattern}"))
+
+
+def _number(lora: Lora, alpha: Any) -> float:
+    with suppress(TypeError, ValueError, RuntimeError):
+        if math.isfinite(value := float(alpha)):
+            return value
+    raise LoadError(f"{lora.source} has the alpha {str(alpha)[:60]!r} -> use another LoRA")
+
+
+def _patterns(config: Mapping[str, Any]) -> list[str]:
+    return [name for name in config if name.endswith("alpha_pattern")]
+
+
+def _pipeline(lora: Lora) -> Any:
+    """The pipeline class that reads a LoRA; LoadError for one that reads none."""
+    found = getattr(diffusers, lora.pipeline)
+    if not hasattr(found, "lora_state_dict"):
         raise LoadError(f"diffusers {diffusers.__version__} reads no LoRA for a {lora.pipeline} -> leave --lora out")
-    alphas: dict[str, Any] = {}
+    return found
+
+
+def _converted(lora: Lora) -> _Converted:
+    """The file as diffusers reads it; LoadError for one that it cannot read, or reads in part."""
+    reader = _pipeline(lora).lora_state_dict
     wants = {"return_alphas": True} if "return_alphas" in inspect.signature(reader).parameters else {}
     try:
         with _strictly() as warned:
@@ -164,11 +230,12 @@ def _converted(lora: Lora) -> tuple[dict[str, torch.Tensor], dict[str, Any], dic
                         f"{lora.pipeline} ({reason:.200}) -> use one that was made for this model") from error
     if warned:
         raise LoadError(f"{lora.source} holds what is not run ({warned[0]:.200}) -> use a plain LoRA")
-    metadata = more.pop()
-    if more:
-        alphas = more.pop() or {}
-    alphas |= {name: tensor for name, tensor in tensors.items() if name.endswith(".alpha")}
-    return tensors, alphas, metadata
+    config = more.pop() or {}
+    if not isinstance(config, dict) or not all(isinstance(config.get(name) or {}, dict) for name in _patterns(config)):
+        raise LoadError(f"{lora.source} has a trainer's config that is no table -> use another LoRA")
+    alphas = {name: tensor for name, tensor in tensors.items() if name.endswith(".alpha")}
+    alphas |= more.pop() or {} if more else {}
+    return _Converted({name: tensor for name, tensor in tensors.items() if name not in alphas}, alphas, config)
 
 
 @contextmanager

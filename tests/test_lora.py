@@ -20,7 +20,7 @@ from runner.artifacts import FolderStore, MemoryStore
 from runner.commands.cli import answer
 from runner.keys import chain
 from runner.planning.plan import adapted
-from stages.checkpoint import find
+from stages.checkpoint import Component, find
 from stages.errors import LoadError, PlanError
 from stages.loading import load
 from stages.lora import Lora, Wanted, found, read_wanted
@@ -54,7 +54,7 @@ def fused(model: Path, loras: Mapping[Path, float]) -> Pixels:
     for path in loras:
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=path.stem)
     pipe.set_adapters([path.stem for path in loras], list(loras.values()))
-    pipe.fuse_lora()
+    pipe.fuse_lora(components=["transformer", "text_encoder"])
     (request,) = REQUEST
     images = pipe(request.prompt, width=request.width, height=request.height, num_inference_steps=request.steps,
                   guidance_scale=request.guidance, max_sequence_length=request.text_tokens,
@@ -87,11 +87,15 @@ def test_two_at_once_are_added_one_after_the_other(flux: Path, style: Path, tmp_
 def test_alphas_beside_the_matrices_count(flux: Path, tmp_path: Path) -> None:
     path = tiny.lora(tmp_path / "alphas.safetensors", flux, rank=4, alpha=2.0)
     assert gap(plan(flux, str(path)), fused(flux, {path: 1.0})) == 0
-    assert {addition.scale for addition in read(lora(path), "transformer").values()} == {0.5}
+    assert {addition.scale for addition in read(lora(path), transformer(flux)).values()} == {0.5}
 
 
 def lora(path: Path, scale: float = 1.0) -> Lora:
     return found(Wanted(str(path), scale), "FluxPipeline")
+
+
+def transformer(model: Path) -> Component:
+    return find(model).components["transformer"]
 
 
 def test_a_trainers_config_counts(flux: Path, tmp_path: Path) -> None:
@@ -103,27 +107,61 @@ def test_a_trainers_config_counts(flux: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.safetensors"
     save_file(load_file(plain), path, metadata={"lora_adapter_metadata": json.dumps(told), "format": "pt"})
     assert gap(plan(flux, str(path)), fused(flux, {path: 1.0})) == 0
-    scales = {name: addition.scale for name, addition in read(lora(path), "transformer").items()}
+    scales = {name: addition.scale for name, addition in read(lora(path), transformer(flux)).items()}
     assert scales.pop("transformer_blocks.0.attn.to_q.weight") == 0.5 and set(scales.values()) == {2.0}
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    ({"lora_alpha": "much"}, "the alpha 'much'"), ({"lora_alpha": None}, "the alpha 'None'"),
+    ({"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 2}}, r"layers like '\(a\+\)\+\$'"),
+    ({"lora_alpha": 1, "use_dora": True}, "DoRA"), ([1], "a trainer's config that is no table"),
+    ({"lora_alpha": 1, "alpha_pattern": [1]}, "a trainer's config that is no table"),
+])
+def test_an_odd_config_is_refused(flux: Path, style: Path, tmp_path: Path, config: Any, said: str) -> None:
+    told = {f"transformer.{name}": value for name, value in config.items()} if isinstance(config, dict) else config
+    path = tmp_path / "odd.safetensors"
+    save_file(load_file(style), path, metadata={"lora_adapter_metadata": json.dumps(told)})
+    with pytest.raises(LoadError, match=said):
+        plan(flux, str(path))
 
 
 def test_the_names_of_other_trainers_are_known(flux: Path, tmp_path: Path) -> None:
     """A file of sd-scripts: its names, and alphas that its reader has taken in already."""
     layer, rank = "transformer_blocks.0.attn.to_out.0", 4
-    model = find(flux).components["transformer"]
-    weight = load_file(model.files[0])[f"{layer}.weight"]
+    weight = load_file(transformer(flux).files[0])[f"{layer}.weight"]
     torch.manual_seed(0)
     up, down = torch.randn(weight.shape[0], rank), torch.randn(rank, weight.shape[1])
     path = tmp_path / "kohya.safetensors"
     name = "lora_unet_double_blocks_0_img_attn_proj"
     save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(2.0)},
               path)
-    ((named, addition),) = read(lora(path), "transformer").items()
+    ((named, addition),) = read(lora(path), transformer(flux)).items()
     assert named == f"{layer}.weight"
     merged = weight.clone()
     add(merged, [addition])
     torch.testing.assert_close(merged, weight + up @ down * (2.0 / rank))
     assert gap(plan(flux, str(path)), fused(flux, {path: 1.0})) == 0
+
+
+@pytest.mark.parametrize("level", ["", "text_model."])
+def test_it_is_merged_into_clip_too(flux: Path, tmp_path: Path, level: str) -> None:
+    """With names as CLIP's layers have now, and as they had when most LoRAs were trained."""
+    path = tiny.lora(tmp_path / "both.safetensors", flux)
+    tensors = load_file(path)
+    weights = load_file(find(flux).components["text_encoder"].files[0])
+    for name in (name for name in weights if name.endswith(("0.self_attn.q_proj.weight", "1.mlp.fc1.weight"))):
+        layer = f"text_encoder.{level}{name.removeprefix('text_model.').removesuffix('.weight')}"
+        out, into = weights[name].shape
+        tensors |= {f"{layer}.lora_A.weight": torch.randn(4, into), f"{layer}.lora_B.weight": torch.randn(out, 4)}
+    save_file(tensors, path)
+    assert len(tensors) == 2 * len(tiny.LORA_LAYERS) + 4
+    job = plan(flux, f"{path}=0.8")
+    assert [sorted(names) for names in job.checkpoint.loras.values()] == [["text_encoder", "transformer"]]
+    expected = fused(flux, {path: 0.8})
+    assert gap(job, expected) == 0
+    # Both parts show, and the embeddings are others than without it.
+    assert gap(plan(flux, f"{tiny.lora(tmp_path / 'one.safetensors', flux)}=0.8"), expected) > 0
+    assert chain(job)["encode"] != chain(plan(flux))["encode"]
 
 
 @pytest.mark.parametrize("build", [tiny_families.flux2, tiny_families.klein, tiny_families.qwen_image,
@@ -166,6 +204,16 @@ def test_it_is_merged_wherever_the_weights_are(flux: Path, style: Path, cards: C
     plain = found.pop(("one card", False))
     assert {key: (made - plain).abs().max().item() for key, made in found.items()} == dict.fromkeys(found, 0.0)
     assert not torch.equal(latents(plan(flux))[0], plain)
+
+
+def test_it_takes_no_memory_of_a_card_once_it_is_merged(flux: Path, style: Path, cards: Cards) -> None:
+    (card,) = cards(40 * MIB)
+    peaks = {}
+    for loras in ([], [str(style)]):
+        job = plan(flux, *loras, devices=[card])
+        (denoise,) = (stage for stage in run_all(job).stages if stage.stage == "denoise")
+        peaks[len(loras)] = denoise.peak[card], job.needs["denoise"][card].total
+    assert peaks[0] == peaks[1] and peaks[0][0] <= peaks[0][1]
 
 
 def test_a_weight_is_rounded_once() -> None:
@@ -254,7 +302,7 @@ def test_a_run_is_resumed_with_it(flux: Path, style: Path, capsys: pytest.Captur
     assert np.array_equal(pixels("styled.png"), before)
     capsys.readouterr()
     assert answer(["plan", "flux", "--model", str(flux), "--device", "cpu", "--lora", str(style)]) == 0
-    assert f"LoRA {style} x 1: merged into the transformer" in capsys.readouterr().out
+    assert f"LoRA {style} x 1: merged into transformer where" in capsys.readouterr().out
 
 
 def test_ranks_merge_it_too(flux: Path, style: Path, tmp_path: Path) -> None:
@@ -308,7 +356,8 @@ Q = "transformer.transformer_blocks.0.attn.to_q"
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    (lambda t: rename(t, "transformer.", "text_encoder."), "adds to text_encoder.* and LoRA is merged into the trans"),
+    (lambda t: rename(t, "transformer.", "text_encoder_2."), "adds to 'text_encoder_2', and .* for text_encoder and"),
+    (lambda t: rename(t, "transformer.", "text_encoder."), "names for the CLIPTextModel that diffusers does not know"),
     (lambda t: rename(t, "attn.to_q", "attn.to_x"), r"to_x.weight, which is no linear layer of this model's Flux"),
     (lambda t: rename(t, "attn.to_q", "norm1"), "norm1.weight, which is no linear layer"),
     (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(7, 4)}), r"adds \[7, \d+\] to .* which is \["),
@@ -319,7 +368,7 @@ Q = "transformer.transformer_blocks.0.attn.to_q"
     (lambda t: t.update({f"{Q}.dora_scale": torch.zeros(32)}), "DoRA"),
     (lambda t: t.update({f"{Q}.alpha": torch.tensor(2.0)}), "an alpha for other layers"),
     (lambda t: rename(t, "lora_A", "lokr_w1"), "pairs of matrices alone|no LoRA that"),
-    (lambda t: (t.clear(), t.update({"weight": torch.zeros(3)})), "no LoRA that|adds to weight"),
+    (lambda t: (t.clear(), t.update({"weight": torch.zeros(3)})), "no LoRA that|adds to .weight"),
 ])
 def test_what_would_be_passed_over_is_refused(
     flux: Path, style: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], said: str
@@ -342,7 +391,7 @@ def test_a_file_that_is_none_is_refused(flux: Path, tmp_path: Path) -> None:
 
 def test_a_folder_with_one_file_is_enough(flux: Path, style: Path, tmp_path: Path) -> None:
     one = tiny.lora(tmp_path / "one.safetensors", flux)
-    assert plan(flux, str(tmp_path)).checkpoint.loras[0].path == one
+    assert [lora.path for lora in plan(flux, str(tmp_path)).checkpoint.loras] == [one]
     tiny.lora(tmp_path / "two.safetensors", flux)
     with pytest.raises(LoadError, match=r"2 safetensors files: one.safetensors, two.safetensors -> name the one"):
         plan(flux, str(tmp_path))
@@ -351,6 +400,11 @@ def test_a_folder_with_one_file_is_enough(flux: Path, style: Path, tmp_path: Pat
 def test_a_file_that_changed_is_refused_where_it_was_used(flux: Path, style: Path) -> None:
     with pytest.raises(LoadError, match="was used then -> bring that file back"):
         make_plan("flux", REQUEST, model=flux, loras=[Wanted(str(style), 1.0, "0" * 64)])
+
+
+def test_one_that_is_named_twice_is_refused(flux: Path, style: Path) -> None:
+    with pytest.raises(ValueError, match="is named twice -> name it once, with the sum of its scales"):
+        plan(flux, str(style), str(style))
 
 
 def test_a_denoiser_cut_over_cards_takes_none(flux: Path, style: Path, cards: Cards) -> None:

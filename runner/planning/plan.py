@@ -16,7 +16,7 @@ from runner.planning.wishes import read_wishes
 from runner.reports import display
 from runner.request import Request, check_tokens, nearest
 from stages import merging
-from stages.checkpoint import TRANSFORMER, Checkpoint, check, find
+from stages.checkpoint import Checkpoint, check, find
 from stages.copies import rerouted
 from stages.families import FAMILIES, Family
 from stages.lora import Wanted, found, read_wanted
@@ -111,7 +111,7 @@ def make_plan(
     at once, by default one for each card that the denoiser is dealt over; without `modulation_table` all of the
     denoiser is loaded, and without `peer_copies` cards send each other everything through host memory. Weights that
     are not here are downloaded when all of them are placed; without `weights`, or for a machine that is not here,
-    they stay where they are. `loras` are merged into the transformer: files, folders or hub names, each with its scale
+    they stay where they are. `loras` are merged into the weights: files, folders or hub names, each with its scale
     behind an `=` unless it is 1. With `lost`, requests of a size that the model does not make are left out, and go
     there by index with the reason. What other plans of the same model found is `known`. Raises LoadError, PlanError
     or ValueError.
@@ -157,9 +157,14 @@ def fetched(plan: Plan) -> Plan:
 
 def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Wanted]) -> Checkpoint:
     """The checkpoint with these LoRAs; LoadError for one that is not there, or not made for it."""
-    loras = [each for text in wanted for each in (read_wanted([text]) if isinstance(text, str) else [text])]
-    with_them = checkpoint.adapted(tuple(found(each, checkpoint.pipeline) for each in loras))
-    merging.check(with_them.components[TRANSFORMER])
+    asked = [each for text in wanted for each in (read_wanted([text]) if isinstance(text, str) else [text])]
+    loras = [found(each, checkpoint.pipeline) for each in asked]
+    if twice := [lora.source for lora in loras if loras.count(lora) > 1]:
+        raise ValueError(f"--lora {twice[0]} is named twice -> name it once, with the sum of its scales")
+    with_them = checkpoint.adapted({lora: merging.reaches(lora, checkpoint) for lora in loras})
+    for component in with_them.components.values():
+        if component.loras:
+            merging.check(component)
     return with_them
 
 

@@ -79,8 +79,8 @@ def choices(plan: "Plan") -> Iterator[str]:
         dtype, reason = str(place.dtype).removeprefix("torch."), plan.reasons.get(name, "")
         why = f" ({reason})" if reason else ""
         yield f"{name}: {gib(plan.weights[name].total)} in {dtype}{why}, {place.placement}"
-    for lora in plan.checkpoint.loras:
-        yield f"LoRA {lora.source} x {lora.scale:g}: merged into the transformer where its weights are read"
+    for lora, names in plan.checkpoint.loras.items():
+        yield f"LoRA {lora.source} x {lora.scale:g}: merged into {' and '.join(names)} where weights are read"
     yield from map(str, plan.savings.values())
     if plan.tile is not None:
         yield f"decoded in tiles of {plan.tile} pixels, because the whole picture does not fit"
