@@ -67,11 +67,13 @@ def png(pixels: Any, card: Mapping[str, Any] | None) -> bytes:
 def card_of(request: Request, facts: Mapping[str, Any]) -> dict[str, Any]:
     """All that is needed to make the picture again, as JSON; `facts` are the run's."""
     asked = {name: getattr(request, name) for name in (*REQUEST, "index")}
+    if request.negative_prompt is not None:
+        asked["negative_prompt"] = request.negative_prompt
     return {"schema": SCHEMA, **asked, **facts, "versions": versions()}
 
 
 def parameters(card: Mapping[str, Any]) -> str:
-    """The text that other programs read: the prompt, and one last line of `Name: value` fields."""
+    """The text that other programs read: the prompt, the negative one, and a last line of `Name: value` fields."""
     fields = {
         "Steps": card["steps"],
         "Sampler": card.get("sampler"),
@@ -83,7 +85,8 @@ def parameters(card: Mapping[str, Any]) -> str:
         "Version": " ".join(("stagerun", card["versions"].get("stagerun", ""))).strip(),
     }
     told = (f"{name}: {_quoted(str(value))}" for name, value in fields.items() if value is not None)
-    return f"{card['prompt']}\n{', '.join(told)}"
+    negative = f"\nNegative prompt: {card['negative_prompt']}" if "negative_prompt" in card else ""
+    return f"{card['prompt']}{negative}\n{', '.join(told)}"
 
 
 @cache
@@ -115,7 +118,7 @@ def like(path: str | Path) -> Like:
     """What the picture at `path` says; ValueError where it says nothing, or nothing that could be true."""
     try:
         card = _card(Path(path))
-        request = Request(**{name: card[name] for name in REQUEST})
+        request = Request(**{name: card[name] for name in REQUEST}, negative_prompt=card.get("negative_prompt"))
         family, model, identity = (_text(card, name) for name in ("family", "model", "identity"))
         said = Like(request, family, model, identity, _dtype(card), _loras(card))
         if said.family not in FAMILIES:

@@ -26,6 +26,8 @@ SEED_BITS = 32
 class Request:
     """One picture: a prompt, a size in pixels, a seed. `index` counts the pictures of a run.
 
+    Guidance over 1 leads away from the `negative_prompt`, in families that read one.
+
     Raises ValueError, with the limit and the value, for whatever no model could make.
     """
 
@@ -37,6 +39,7 @@ class Request:
     seed: int
     text_tokens: int
     index: int = 0
+    negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -46,6 +49,9 @@ class Request:
         _check_whole("seed", self.seed, 0, SEED)
         _check_whole("text_tokens", self.text_tokens, 1, TOKENS)
         _check_whole("index", self.index, 0, SEED)
+        if self.negative_prompt is not None:
+            _check_prompt(self.negative_prompt, "negative prompt")
+            _check_guided(self.guidance)
 
 
 def ask(
@@ -59,6 +65,7 @@ def ask(
     count: int = 1,
     text_tokens: int | None = None,
     index: int = 0,
+    negative_prompt: str | None = None,
 ) -> list[Request]:
     """`count` requests, numbered from `index`; what is not said comes from the family, and seeds count up from `seed`.
 
@@ -66,6 +73,10 @@ def ask(
     """
     if guidance is not None and family.guidance is None:
         raise ValueError(f"{family.name} takes no guidance -> leave --guidance out")
+    negative = None if negative_prompt == "" else negative_prompt
+    if negative is not None and not family.negative:
+        raise ValueError(f"{family.name} reads no negative prompt -> leave --negative-prompt out, and say in the "
+                         f"prompt what there should be")
     _check_whole("count", count, 1, COUNT)
     _check_whole("seed", seed, -1, SEED)
     first = secrets.randbelow(2**SEED_BITS - count + 1) if seed == -1 else seed
@@ -76,7 +87,8 @@ def ask(
     scale = family.guidance if guidance is None else guidance
     tokens = family.text_tokens if text_tokens is None else text_tokens
     check_tokens(family, tokens)
-    return [Request(prompt, width, height, loops, scale, first + i, tokens, index + i) for i in range(count)]
+    return [Request(prompt, width, height, loops, scale, first + i, tokens, index + i, negative)
+            for i in range(count)]
 
 
 def check_tokens(family: Family, tokens: int) -> None:
@@ -140,22 +152,22 @@ def _around(side: int, multiple: int) -> list[int]:
     return [near for near in (below - multiple, below, below + multiple, below + 2 * multiple) if near > 0]
 
 
-def _check_prompt(prompt: Any) -> None:
+def _check_prompt(prompt: Any, what: str = "prompt") -> None:
     if not isinstance(prompt, str):
-        raise ValueError(f"the prompt must be text, got {type(prompt).__name__}")
+        raise ValueError(f"the {what} must be text, got {type(prompt).__name__}")
     try:
         size = len(prompt.encode())
     except UnicodeEncodeError as error:
         at = len(prompt[: error.start].encode())
-        raise ValueError(f"the prompt is not valid UTF-8 at byte {at} -> write it again in UTF-8") from None
+        raise ValueError(f"the {what} is not valid UTF-8 at byte {at} -> write it again in UTF-8") from None
     if size > PROMPT_BYTES:
-        raise ValueError(f"the prompt has {size:,} bytes; the limit is {PROMPT_BYTES:,} -> shorten it")
+        raise ValueError(f"the {what} has {size:,} bytes; the limit is {PROMPT_BYTES:,} -> shorten it")
     if not prompt.strip():
-        raise ValueError('empty prompt -> say what to draw, such as --prompt "a red circle"')
+        raise ValueError(f'empty {what} -> say what to draw, such as --prompt "a red circle"')
     for at, character in enumerate(prompt):
         if unicodedata.category(character) == "Cc" and character not in "\n\t":
             point = f"U+{ord(character):04X}"
-            raise ValueError(f"the prompt has the control character {point} at position {at} -> take it out")
+            raise ValueError(f"the {what} has the control character {point} at position {at} -> take it out")
 
 
 def _check_size(width: Any, height: Any) -> None:
@@ -170,6 +182,12 @@ def _check_size(width: Any, height: Any) -> None:
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def _check_guided(guidance: float | None) -> None:
+    if guidance is None or guidance <= 1:
+        raise ValueError(f"a negative prompt says what guidance leads away from, and guidance is {guidance} -> "
+                         f"--guidance over 1, or leave --negative-prompt out")
 
 
 def _check_guidance(value: Any) -> None:

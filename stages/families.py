@@ -9,8 +9,9 @@ class Family:
 
     `guidance` is None where the model takes no guidance; `text_tokens` is the longest prompt in tokens, and
     `most_tokens` the most that may be asked for; `size` is (width, height) in pixels; `patch` is what the transformer
-    packs of the latents along an edge. `requires` names modules that upstream imports only when they are installed
-    but calls all the same, so they are checked before anything is downloaded.
+    packs of the latents along an edge; `negative` says whether the model reads a negative prompt. `requires` names
+    modules that upstream imports only when they are installed but calls all the same, so they are checked before
+    anything is downloaded.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Family:
     requires: tuple[str, ...] = ()
     patch: int = 2
     most_tokens: int = 512
+    negative: bool = False
 
 
 MEGAPIXEL = (1024, 1024)
@@ -41,10 +43,14 @@ FAMILIES = {
         ),
         # Steps, guidance and tokens are the defaults of QwenImagePipeline; 1328 is the square that it was trained on.
         Family(
-            "qwen-image", "Qwen/Qwen-Image", "QwenImagePipeline", 50, 4.0, 512, (1328, 1328), most_tokens=1024
+            "qwen-image", "Qwen/Qwen-Image", "QwenImagePipeline", 50, 4.0, 512, (1328, 1328), most_tokens=1024,
+            negative=True,
         ),
         # Steps and tokens are the defaults of StableDiffusion3Pipeline; 3.5 is the guidance of this model's card.
-        Family("sd3", "stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline", 28, 3.5, 256, MEGAPIXEL),
+        Family(
+            "sd3", "stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline", 28, 3.5, 256, MEGAPIXEL,
+            negative=True,
+        ),
         # Distilled to 8 steps without guidance, as in the example of ZImagePipeline.
         Family("z-image", "Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline", 8, None, 512, MEGAPIXEL),
         Family("demo", "demo", "FluxPipeline", 16, None, 20, (128, 128)),

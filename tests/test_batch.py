@@ -68,7 +68,8 @@ def test_an_object_a_line_says_what_the_command_line_can_say() -> None:
 BAD = [
     ('{"prompt": ""}', "empty prompt"), ('{"size": "64x64"}', "there is no prompt"), ("{}", "there is no prompt"),
     ('{"promt": "x"}', "unknown key 'promt' -> did you mean prompt?"),
-    ('{"prompt": "x", "model": "y"}', "unknown key 'model' -> a line may say prompt, id, size"),
+    ('{"prompt": "x", "model": "y"}', "unknown key 'model' -> a line may say prompt, negative_prompt, id"),
+    ('{"prompt": "x", "negative_prompt": "y"}', "flux reads no negative prompt"),
     ('{"prompt": "x", "prompt": "y"}', "a key appears twice"), ("[1]", "it is a JSON list"),
     ('"x"', "it is a JSON str"), ("a red circle", "it is no JSON object"), ('{"prompt": "x"', "it is no JSON object"),
     ('{"prompt": "x"} {"prompt": "y"}', "Extra data"),

@@ -66,6 +66,10 @@ BAD = [
     (["--prompt", "x", "--from-stage", "decode", "--artifacts", "memory"], "needs artifacts"),
     (["--prompt", "x", "-qv"], "contradict"),
     (["--like", "gone.png"], "cannot read gone.png"),
+    (["--prompt", "x", "--negative-prompt", "y"], "reads no negative prompt"),
+    (["--prompt", "x", "--lora", ""], "--lora names no file"),
+    (["--prompt", "x", "--lora", "a.safetensors=0"], "must be from -10 to 10 and not 0"),
+    (["--prompt", "x", "--lora", "none", "--lora", "a.safetensors"], "contradict"),
     (["--prompt", "x", "--log", "gone/log"], "--log 'gone/log': No such file"),
     (["x"], "unexpected extra argument"),
 ]

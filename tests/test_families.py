@@ -13,6 +13,9 @@ from diffusers.modular_pipelines.modular_pipeline import (
     LoopSequentialPipelineBlocks,
 )
 
+from runner import make_plan, run_all
+from runner.artifacts import MemoryStore
+from runner.request import ask
 from stages.checkpoint import Checkpoint, check, find
 from stages.errors import LoadError
 from stages.families import FAMILIES
@@ -90,6 +93,34 @@ def test_the_prompt_and_the_guidance_reach_the_latents(staged: Staged) -> None:
     assert len(latents) == (2 if staged.case.guidance is None else 3)
     for index, one in enumerate(latents):
         assert not any(torch.equal(one, other) for other in latents[:index])
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.negative])
+def test_a_negative_prompt_leads_away_as_in_the_unsplit_pipeline(family: str, tmp_path: Path) -> None:
+    """Through requests: as the plan, the keys and the stages see it."""
+    case = CASES[family]
+    model = case.build(tmp_path / "model")
+    requests = [request for negative in ("", "two small green squares") for request in ask(
+        "a red circle", FAMILIES[family], size=(64, 48), steps=2, guidance=case.guidance, seed=7,
+        text_tokens=case.tokens, negative_prompt=negative, index=bool(negative))]
+    job = make_plan(family, requests, model=model, dtype={"": torch.float32}, devices=["cpu"])
+    store = MemoryStore(warn=print)
+    report = run_all(job, store=store)
+    pixels, kept = run_whole(model, case.inputs(negative_prompt="two small green squares"))
+    assert torch.equal(torch.from_numpy(report.pictures[1].pixels), pixels)
+    plain, away = (state.tensors()["latents"] for key in report.keys["denoise"] if (state := store.get(key)))
+    assert torch.equal(away, kept["denoise"].values["latents"]) and not torch.equal(plain, away)
+    # The table of the denoiser is told what it will be told.
+    loaded = make_plan(family, requests, model=model, dtype={"": torch.float32}, devices=["cpu"],
+                       modulation_table=False)
+    assert torch.equal(torch.from_numpy(run_all(loaded).pictures[1].pixels), pixels)
+
+
+def test_a_family_says_whether_it_reads_a_negative_prompt(staged: Staged) -> None:
+    encode, *_ = split(find(staged.model), list(staged.case.inputs()))
+    # Z-Image Turbo reads one, and is distilled to go without guidance.
+    reads = "negative_prompt" in encode.blocks.input_names and staged.case.family != "z-image"
+    assert FAMILIES[staged.case.family].negative is reads
 
 
 def test_guidance_is_an_input_of_every_stage_that_it_changes(staged: Staged) -> None:

@@ -311,19 +311,6 @@ def test_ranks_merge_it_too(flux: Path, style: Path, tmp_path: Path) -> None:
     assert int(abs(report.pictures[0].pixels.astype(int) - fused(flux, {style: 0.8})).max()) == 0
 
 
-@pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize(("words", "says"), [
-    (["--lora", "none", "--lora", "a.safetensors"], "contradict each other"), (["--lora", ""], "names no file"),
-    (["--lora", "a.safetensors=0"], "not 0"),
-])
-def test_a_bad_word_is_refused_in_one_line(
-    flux: Path, words: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert answer(command(flux, *words)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and says in line
-
-
 @pytest.mark.parametrize(("text", "source", "scale"), [
     ("style.safetensors", "style.safetensors", 1.0), ("style.safetensors=0.8", "style.safetensors", 0.8),
     ("user/repo=-1", "user/repo", -1.0), ("a=b.safetensors", "a=b.safetensors", 1.0), ("a=b=.5", "a=b", 0.5),

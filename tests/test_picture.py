@@ -59,6 +59,14 @@ def test_a_picture_says_what_made_it_whatever_the_prompt(tmp_path: Path, prompt:
         assert json.loads(image.info["runner"])["versions"]["diffusers"]
 
 
+def test_a_picture_says_what_it_was_led_away_from(tmp_path: Path) -> None:
+    [request] = ask("a red circle", FAMILIES["sd3"], size=(32, 16), seed=42, negative_prompt="a blue one")
+    card = card_of(request, {**FACTS, "family": "sd3"})
+    (tmp_path / "p.png").write_bytes(png(pixels(), card))
+    assert like(tmp_path / "p.png").request == request
+    assert parameters(card).startswith("a red circle\nNegative prompt: a blue one\nSteps: 28, ")
+
+
 def test_parameters_are_what_other_programs_read() -> None:
     [request] = asked(TRAP)
     card = card_of(request, {**FACTS, "sampler": "FlowMatchEuler"})

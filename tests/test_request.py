@@ -144,3 +144,20 @@ def test_no_more_text_tokens_than_the_encoder_takes(name: str, most: int) -> Non
     assert request.text_tokens == most
     with pytest.raises(ValueError, match=f"{most + 1} text tokens: .* {name} takes at most {most}"):
         ask("a red circle", FAMILIES[name], seed=1, text_tokens=most + 1)
+
+
+def test_a_negative_prompt_is_for_families_that_read_one_and_for_guidance_over_1() -> None:
+    sd3 = FAMILIES["sd3"]
+    assert [one.negative_prompt for one in ask("x", sd3, negative_prompt="blurry", count=2)] == ["blurry", "blurry"]
+    assert ask("x", sd3, seed=1, negative_prompt="") == ask("x", sd3, seed=1)
+    for family in ("flux", "flux2-klein-base", "z-image"):
+        with pytest.raises(ValueError, match=f"{family} reads no negative prompt -> leave --negative-prompt out"):
+            ask("x", FAMILIES[family], negative_prompt="blurry")
+        assert ask("x", FAMILIES[family], negative_prompt="")[0].negative_prompt is None
+    for guidance in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"guidance is {guidance} -> --guidance over 1"):
+            ask("x", sd3, negative_prompt="blurry", guidance=guidance)
+    for negative, says in ((5, "the negative prompt must be text"), (" ", "empty negative prompt"), ([], "text"),
+                           ("a\x07", "the negative prompt has the control character U\\+0007")):
+        with pytest.raises(ValueError, match=says):
+            ask("x", sd3, negative_prompt=negative)  # type: ignore[arg-type]

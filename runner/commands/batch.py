@@ -79,7 +79,7 @@ def batch(entries: Sequence[Entry], family: Family, defaults: Defaults) -> Batch
                 raise
             refused.append(Refused(entry.line, str(error)[:400]))
         index += pictures(entry, defaults)
-    size = sum(len(item.request.prompt.encode()) for item in items)
+    size = sum(len(f"{item.request.prompt}{item.request.negative_prompt or ''}".encode()) for item in items)
     if size > PROMPT_BYTES:
         raise ValueError(f"the prompts of {len(items):,} pictures have {size:,} bytes; the limit is {PROMPT_BYTES:,} "
                          f"-> split the file")

@@ -34,6 +34,9 @@ class Options:
 
     ctx: typer.Context
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to draw; - reads standard input.")] = None
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What guidance leads away from; for qwen-image and sd3.")
+    ] = None
     prompt_file: Annotated[
         str | None, typer.Option(metavar="FILE|-", help="Prompts: .txt, one a line, or .jsonl, an object a line.")
     ] = None

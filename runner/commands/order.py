@@ -174,7 +174,7 @@ def _entries(said: Any, like: Like | None) -> list[Entry]:
 def _defaults(said: Any, before: Request | None) -> Defaults:
     options: dict[str, Any] = {}
     if before is not None:
-        options = {name: getattr(before, name) for name in ("steps", "guidance", "text_tokens")}
+        options = {name: getattr(before, name) for name in ("steps", "guidance", "text_tokens", "negative_prompt")}
         options["size"] = before.width, before.height
     told = ((name, getattr(said, name), read) for name, read in READERS.items())
     options |= {name: read(text) for name, text, read in told if text is not None}
@@ -276,4 +276,5 @@ READERS: dict[str, Callable[[str], Any]] = {
     "size": read_size,
     "steps": lambda text: read_whole("steps", text, 1, STEPS),
     "guidance": read_guidance,
+    "negative_prompt": str,
 }

@@ -15,7 +15,7 @@ from stages.strictness import strict_json
 FILE_BYTES = 10 * 2**20
 LINE_BYTES = 128 * 2**10
 LINES = 10_000
-KEYS = ("prompt", "id", "size", "steps", "guidance", "seed", "count", "out")
+KEYS = ("prompt", "negative_prompt", "id", "size", "steps", "guidance", "seed", "count", "out")
 
 
 @dataclass(frozen=True)

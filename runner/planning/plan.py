@@ -131,7 +131,7 @@ def make_plan(
         checkpoint = adapted(checkpoint, loras)
     if source == CHECKPOINT:
         checkpoint = replace(checkpoint, source="demo")
-    stages = split(checkpoint, inputs_of(requests[0]))
+    stages = split(checkpoint, inputs_of(largest(requests)))
     multiple = stages[1].scale_factor * chosen.patch
     requests = fitting(requests, multiple, lost)
     most = largest(requests)
@@ -152,7 +152,7 @@ def fetched(plan: Plan) -> Plan:
     checkpoint = find(plan.checkpoint.source, revision=plan.checkpoint.path.name)
     if plan.checkpoint.loras:
         checkpoint = checkpoint.adapted(plan.checkpoint.loras)
-    return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, inputs_of(plan.requests[0])))
+    return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, inputs_of(largest(plan.requests))))
 
 
 def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Wanted]) -> Checkpoint:
@@ -169,12 +169,16 @@ def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Wanted]) -> Checkpoin
 
 
 def largest(requests: Sequence[Request]) -> Request:
-    """A request that takes at least as much memory as any of these: the most pixels, tokens and words of all."""
+    """A request that takes at least as much memory as any of these: the most pixels, tokens, words and guidance."""
     widest = max(requests, key=lambda request: request.width * request.height)
     longest = max((request.prompt for request in requests), key=lambda prompt: len(prompt.encode()))
+    negative = max((request.negative_prompt or "" for request in requests), key=lambda prompt: len(prompt.encode()))
+    guidance = max((request.guidance for request in requests if request.guidance is not None), default=None)
+    tokens = max(request.text_tokens for request in requests)
     # A second step finds what the first one left; later ones find the same.
-    return replace(widest, prompt=longest, text_tokens=max(request.text_tokens for request in requests),
-                   steps=min(2, max(request.steps for request in requests)))
+    steps = min(2, max(request.steps for request in requests))
+    return replace(widest, prompt=longest, negative_prompt=negative or None, guidance=guidance, text_tokens=tokens,
+                   steps=steps)
 
 
 def smaller(request: Request, multiple: int) -> dict[str, float]:
@@ -202,6 +206,8 @@ def inputs_of(request: Request) -> dict[str, Value]:
         "num_inference_steps": request.steps,
         "seed": request.seed,
     }
+    if request.negative_prompt is not None:
+        inputs["negative_prompt"] = request.negative_prompt
     return inputs if request.guidance is None else inputs | {"guidance_scale": request.guidance}
 
 

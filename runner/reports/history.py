@@ -126,8 +126,9 @@ def age(begun: float) -> str:
 def _request(request: object) -> str:
     if not isinstance(request, dict):
         return _text(request)
-    size, others = f"{request.get('width')}x{request.get('height')}", ("steps", "guidance", "seed")
-    told = ", ".join(f"{name} {_text(request[name])}" for name in others if request.get(name) is not None)
+    size, others = f"{request.get('width')}x{request.get('height')}", ("steps", "guidance", "seed", "negative_prompt")
+    there = {name.replace("_", " "): request[name] for name in others if request.get(name) is not None}
+    told = ", ".join(f"{name} {_text(value)}" for name, value in there.items())
     return f"{shown(str(request.get('prompt')))}, {size}, {told}"
 
 

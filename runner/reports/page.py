@@ -92,13 +92,18 @@ def _shot(store: "ArtifactStore", key: str, request: Mapping[str, Any]) -> str:
 
 
 def _requests(record: Mapping[str, Any], store: "ArtifactStore") -> str:
-    rows = [(said(r["prompt"]), f"{r['width']}x{r['height']}", str(r["steps"]),
+    rows = [(said(_whole_prompt(r)), f"{r['width']}x{r['height']}", str(r["steps"]),
              "-" if r["guidance"] is None else f"{r['guidance']:g}", str(r["seed"]))
             for r in record["requests"][:MOST_REQUESTS]]
     left = len(record["requests"]) - len(rows)
     more = f'<p class="faint">and {left} more</p>' if left else ""
     return _part("Asked for", _table((("prompt", "prose"), ("size", ""), ("steps", ""), ("guidance", ""),
                                       ("seed", "")), rows) + more)
+
+
+def _whole_prompt(request: Mapping[str, Any]) -> str:
+    negative = request.get("negative_prompt")
+    return str(request["prompt"]) if negative is None else f"{request['prompt']} (away from: {negative})"
 
 
 def _blocks(record: Mapping[str, Any], store: "ArtifactStore") -> str:
