@@ -94,7 +94,7 @@ def piped(way: Way, job: Job, notes: Notes) -> None:
     """diffusers' own pipeline, put somewhere in one of its ways."""
     from diffusers import FluxPipeline
 
-    from stages.loading import without_bars
+    from stages.loading.load import without_bars
 
     cap(way, job)
     begin = time.perf_counter()

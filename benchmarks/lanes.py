@@ -24,8 +24,8 @@ def accelerated(job: "Plan") -> "Plan":
     """The plan with the transformer split by accelerate, half of it on each card."""
     from accelerate import dispatch_model, infer_auto_device_map
 
-    from stages.placement import Sharded
-    from stages.weights import skeleton
+    from stages.models.weights import skeleton
+    from stages.placements.placement import Sharded
 
     class Accelerated(Sharded):
         def attach(self, model: Any, *given: Any, **more: Any) -> None:

@@ -24,10 +24,10 @@ import torch
 from benchmarks.table import Figures, Raw, in_turns, markdown, median, spread, write
 from runner import Request, make_plan
 from runner.memory import Meter
-from stages.readahead import reading_ahead
-from stages.shards import read_header
-from stages.staging import READERS, Wanted, send
-from stages.weights import Stored
+from stages.loading.readahead import reading_ahead
+from stages.loading.staging import READERS, Wanted, send
+from stages.models.shards import read_header
+from stages.models.weights import Stored
 
 PIECE = 8 * 2**20
 HEAD = ["", "cold s", "cold / dd", "hot s", "hot / into memory", "prefetched s", "prefetched / into memory"]

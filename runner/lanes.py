@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 
 from runner.events import Emit
+from stages.placements.turns import Turns, taking
 from stages.stage import Loaded, detach
-from stages.turns import Turns, taking
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from runner.request import Request, shown
 from stages.families import FAMILIES
-from stages.lora import Wanted
+from stages.models.lora import Wanted
 
 SCHEMA = 1
 PACKAGES = ("stagerun", "diffusers", "torch", "transformers")

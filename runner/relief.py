@@ -6,7 +6,7 @@ from runner.events import gib
 from runner.planning.ladder import NoRung
 from runner.planning.placing import TILES
 from runner.planning.plan import Plan
-from stages.placement import Resident
+from stages.placements.placement import Resident
 
 MORE = 10
 

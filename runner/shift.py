@@ -18,11 +18,11 @@ from runner.midway import Keeper, Left, midway_of
 from runner.planning.plan import Plan, inputs_of
 from runner.ranks.company import Company
 from runner.reports import display
-from stages.copies import sound
 from stages.errors import BadResult, StageOutOfMemory, StoreError
-from stages.modulation import Modulation
-from stages.placement import Places
-from stages.readahead import reading_ahead
+from stages.loading.readahead import reading_ahead
+from stages.modulation.table import Modulation
+from stages.placements.copies import sound
+from stages.placements.placement import Places
 from stages.stage import Emit, Inputs, Loaded, Stage
 from stages.state import State
 from stages.steps import Midway

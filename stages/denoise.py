@@ -8,11 +8,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks, ModularPipeline
 
-from stages.checkpoint import Checkpoint
 from stages.errors import BadResult
+from stages.models.checkpoint import Checkpoint
+from stages.models.weights import outline
 from stages.stage import Emit, Inputs, Stage
 from stages.steps import Midway, Turn, hear, unheard
-from stages.weights import outline
 
 
 class Denoise(Stage):

@@ -15,13 +15,13 @@ from diffusers.modular_pipelines.modular_pipeline import (
     SequentialPipelineBlocks,
 )
 
-from stages.checkpoint import Checkpoint
 from stages.decode import Decode
 from stages.denoise import Denoise
 from stages.encode import Encode
 from stages.errors import LoadError
-from stages.files import read_json
-from stages.index import INDEX, MODULAR
+from stages.models.checkpoint import Checkpoint
+from stages.models.files import read_json
+from stages.models.index import INDEX, MODULAR
 from stages.stage import Stage
 
 

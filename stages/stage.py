@@ -11,11 +11,11 @@ import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, PipelineState, SequentialPipelineBlocks
 from torch import nn
 
-from stages.checkpoint import Checkpoint, Component
 from stages.errors import BadResult, LoadError
-from stages.loading import load
-from stages.placement import DISK, Places, waiting
-from stages.shelf import Shelf
+from stages.loading.load import load
+from stages.loading.shelf import Shelf
+from stages.models.checkpoint import Checkpoint, Component
+from stages.placements.placement import DISK, Places, waiting
 from stages.state import State, Value
 from stages.steps import Midway
 

@@ -9,8 +9,8 @@ from diffusers import ModularPipeline
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 
 from runner.artifacts import MemoryStore, key_of
-from stages.checkpoint import find
-from stages.placement import Place, Places, Resident
+from stages.models.checkpoint import find
+from stages.placements.placement import Place, Places, Resident
 from stages.split import split
 from stages.stage import Stage
 from stages.state import State, Value

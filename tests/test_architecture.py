@@ -23,9 +23,15 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "stages").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "stages").rglob("*.py")), ids=lambda path: path.name)
 def test_stages_know_nothing_of_runs(path: Path) -> None:
     assert not {name for name in imported(path) if name.split(".")[0] == "runner"}
+
+
+def test_a_model_on_disk_knows_nothing_of_where_it_will_be() -> None:
+    known = ("stages.models", "stages.errors", "stages.families", "stages.machine", "stages.strictness")
+    for path in (ROOT / "stages" / "models").glob("*.py"):
+        assert not [name for name in imported(path) if name.startswith("stages") and not name.startswith(known)], path
 
 
 def test_modular_diffusers_stands_behind_one_seam() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from stages.checkpoint import Checkpoint, check, find
 from stages.errors import LoadError
 from stages.families import FAMILIES
-from stages.files import Incomplete
-from stages.shards import read_header
+from stages.models.checkpoint import Checkpoint, check, find
+from stages.models.files import Incomplete
+from stages.models.shards import read_header
 from tests.sparse import hollow
 from tests.tiny import flux as make_flux
 
@@ -79,7 +79,7 @@ def test_only_what_is_asked_for_has_to_be_there(model: Path) -> None:
 def test_finding_imports_nothing_heavy(flux: Path) -> None:
     """Neither torch nor diffusers nor the hub's client, and no network: HF_HUB_OFFLINE makes no difference."""
     script = (
-        "import sys; from stages.checkpoint import find; find(sys.argv[1]);"
+        "import sys; from stages.models.checkpoint import find; find(sys.argv[1]);"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'huggingface_hub.file_download')"
         " if m in sys.modules])"
     )

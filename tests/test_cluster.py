@@ -24,7 +24,7 @@ from runner.keys import chain
 from runner.request import Request, ask
 from stages.errors import PlanError
 from stages.families import FAMILIES
-from stages.placement import Sharded
+from stages.placements.placement import Sharded
 from tests import sparse
 from tests.test_readme import BY_RAY, answered
 

@@ -13,12 +13,12 @@ from torch import nn
 
 from runner import Plan, Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
-from stages.copies import garbled, sound
-from stages.crossing import Crossing, by_host, direct
 from stages.errors import PlanError
 from stages.machine import MIB
-from stages.placement import Place, Sharded
-from stages.rehearsal import rehearse
+from stages.placements.copies import garbled, sound
+from stages.placements.crossing import Crossing, by_host, direct
+from stages.placements.placement import Place, Sharded
+from stages.rehearsals.rehearsal import rehearse
 from stages.state import State
 
 Cards = Callable[..., list[str]]

@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from runner import Plan, Request, make_plan, run_all
 from runner.memory import Meter
 from runner.planning import tables
-from stages.placement import standing
+from stages.placements.placement import standing
 from tests import tiny
 
 Cards = Callable[..., list[str]]

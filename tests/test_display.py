@@ -16,7 +16,7 @@ from runner.reports.markup import image, said, table
 from runner.reports.measured import Measured, measured
 from runner.run import Picture, Report
 from runner.shift import StageReport
-from stages.placement import Resident, Sharded
+from stages.placements.placement import Resident, Sharded
 from stages.state import State
 from tests.records import HOSTILE, record
 

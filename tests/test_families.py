@@ -16,9 +16,9 @@ from diffusers.modular_pipelines.modular_pipeline import (
 from runner import make_plan, run_all
 from runner.artifacts import MemoryStore
 from runner.request import ask
-from stages.checkpoint import Checkpoint, check, find
 from stages.errors import LoadError
 from stages.families import FAMILIES
+from stages.models.checkpoint import Checkpoint, check, find
 from stages.split import _groups, split
 from stages.state import State, Value
 from tests import tiny_families as tiny

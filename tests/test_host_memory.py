@@ -14,9 +14,9 @@ import torch
 from runner import Request, make_plan
 from runner.memory import Meter
 from runner.planning.tables import hosts
-from stages.loading import load, passing
-from stages.staging import STAGED
-from stages.weights import skeleton, sources
+from stages.loading.load import load, passing
+from stages.loading.staging import STAGED
+from stages.models.weights import skeleton, sources
 from tests import tiny
 
 Cards = Callable[..., list[str]]

@@ -21,7 +21,7 @@ COMMIT = "a" * 40
 TOKEN = "hf_SentinelSentinelSentinelSentinel"
 CALL = """
 import json, sys
-from stages.checkpoint import find
+from stages.models.checkpoint import find
 from stages.errors import LoadError
 try:
     found = find(sys.argv[1], **json.loads(sys.argv[2]))
@@ -326,7 +326,7 @@ def test_a_run_plans_first_and_downloads_then(hub: Hub, home: Path, tmp_path: Pa
 LORA = """
 import sys
 from stages.errors import LoadError
-from stages.lora import Wanted, found
+from stages.models.lora import Wanted, found
 try:
     print(found(Wanted(sys.argv[1]), "FluxPipeline").path.name)
 except LoadError as error:

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.planning.ladder import Ask, NoRung, climb
-from stages.deal import Hand, deal, runs
 from stages.machine import Device, Machine
-from stages.placement import Resident, Sharded
-from stages.weights import Weights
+from stages.models.weights import Weights
+from stages.placements.deal import Hand, deal, runs
+from stages.placements.placement import Resident, Sharded
 
 GB = 10**9
 # FLUX.1-dev in bfloat16: 19 double and 38 single blocks, with the same operations in each.

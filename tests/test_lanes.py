@@ -22,8 +22,8 @@ from runner.interrupts import Interrupted
 from runner.keys import chain, midway_key
 from runner.planning.tables import document, lines, pace
 from stages.errors import StageOutOfMemory
-from stages.placement import Sharded
-from stages.turns import Turns, enter, taking
+from stages.placements.placement import Sharded
+from stages.placements.turns import Turns, enter, taking
 from tests import tiny
 
 Cards = Callable[..., list[str]]

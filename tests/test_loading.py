@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from stages import staging
-from stages.checkpoint import Component, find
 from stages.errors import LoadError
-from stages.loading import load
-from stages.placement import DISK, Place, Resident, Sharded, remainder
-from stages.shards import Entry
-from stages.staging import Wanted, send
-from stages.weights import Stored, skeleton, weigh
+from stages.loading import staging
+from stages.loading.load import load
+from stages.loading.staging import Wanted, send
+from stages.models.checkpoint import Component, find
+from stages.models.shards import Entry
+from stages.models.weights import Stored, skeleton, weigh
+from stages.placements.placement import DISK, Place, Resident, Sharded, remainder
 from tests.test_weights import loaded, save, tiny_sd3
 
 Cards = Callable[..., list[str]]

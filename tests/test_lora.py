@@ -20,13 +20,13 @@ from runner.artifacts import FolderStore, MemoryStore
 from runner.commands.cli import answer
 from runner.keys import chain
 from runner.planning.plan import adapted
-from stages.checkpoint import Component, find
 from stages.errors import LoadError, PlanError
-from stages.loading import load
-from stages.lora import Lora, Wanted, found, read_wanted
-from stages.merging import Addition, add, read
-from stages.placement import Place, Placement, Resident, Sharded
-from stages.weights import model_class, outline
+from stages.loading.load import load
+from stages.loading.merging import Addition, add, read
+from stages.models.checkpoint import Component, find
+from stages.models.lora import Lora, Wanted, found, read_wanted
+from stages.models.weights import model_class, outline
+from stages.placements.placement import Place, Placement, Resident, Sharded
 from tests import tiny, tiny_families
 from tests.test_cards import MIB, halved
 from tests.test_modulation import asked, latents

@@ -14,8 +14,8 @@ from runner import Request, make_plan, run_all, run_stage
 from runner.artifacts import FolderStore, MemoryStore
 from runner.interrupts import Halt, Interrupted
 from runner.keys import chain, midway_key
-from stages.checkpoint import find
 from stages.errors import BadResult
+from stages.models.checkpoint import find
 from stages.split import split
 from stages.state import State
 from stages.steps import Midway

@@ -15,17 +15,17 @@ from runner import Plan, Request, make_plan, run_all
 from runner.artifacts import MemoryStore
 from runner.planning.plan import inputs_of
 from runner.planning.saving import Saving
-from stages.checkpoint import Component, find
-from stages.conditioning import program_of
 from stages.families import FAMILIES
-from stages.folding import replays
-from stages.loading import load
-from stages.modulation import Layout, Modulation, computed
-from stages.placement import Place, Placement, Resident, Sharded
-from stages.program import Call, Program
-from stages.recording import Recorder, Told, conditional
+from stages.loading.load import load
+from stages.models.checkpoint import Component, find
+from stages.models.weights import outline, skeleton, weigh
+from stages.modulation.conditioning import program_of
+from stages.modulation.folding import replays
+from stages.modulation.program import Call, Program
+from stages.modulation.recording import Recorder, Told, conditional
+from stages.modulation.table import Layout, Modulation, computed
+from stages.placements.placement import Place, Placement, Resident, Sharded
 from stages.split import split
-from stages.weights import outline, skeleton, weigh
 from tests import sparse, tiny
 from tests.staging import run_staged
 from tests.test_cards import MIB, halved, over

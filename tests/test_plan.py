@@ -20,7 +20,7 @@ from runner.planning.plan import largest
 from stages.families import FAMILIES
 from stages.machine import MIB, Machine
 from stages.machine import imagined as imagined_machine
-from stages.placement import Resident, Sharded
+from stages.placements.placement import Resident, Sharded
 from tests import sparse, tiny
 from tests import tiny_families as families
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from runner import Request, make_plan, run_all
-from stages import readahead
-from stages.readahead import reading_ahead
+from stages.loading import readahead
+from stages.loading.readahead import reading_ahead
 
 MIB = 2**20
 

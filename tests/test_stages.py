@@ -13,7 +13,7 @@ from diffusers import FluxPipeline, ModularPipeline
 from runner import Request, make_plan, run_all, run_stage
 from runner.artifacts import FolderStore, MemoryStore
 from stages.errors import BadResult, LoadError
-from stages.placement import Place, Resident
+from stages.placements.placement import Place, Resident
 from stages.split import split
 from stages.state import State
 
@@ -181,7 +181,7 @@ def test_a_missing_tensor_is_not_replaced_by_noise(tmp_path: Path) -> None:
     """transformers loads a T5 with missing weights and a warning; a picture made with it would be wrong."""
     from safetensors.torch import load_file, save_file
 
-    from stages.loading import load
+    from stages.loading.load import load
     from tests.tiny import flux
 
     model = flux(tmp_path / "flux")

@@ -34,10 +34,10 @@ from transformers.utils import import_utils
 from runner import Request, make_plan
 from runner.artifacts import FolderStore, MemoryStore, key_of
 from runner.keys import chain
-from stages.checkpoint import find
 from stages.errors import BadResult, LoadError
 from stages.families import FAMILIES
-from stages.placement import Place, Resident
+from stages.models.checkpoint import find
+from stages.placements.placement import Place, Resident
 from stages.split import _chosen, _groups, require, split
 from stages.stage import Stage
 from stages.state import State, Value

@@ -14,9 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stages.checkpoint import Checkpoint, Component, find
 from stages.errors import LoadError
-from stages.weights import Weights, skeleton, weigh
+from stages.models.checkpoint import Checkpoint, Component, find
+from stages.models.weights import Weights, skeleton, weigh
 from tests import sparse
 
 MAKERS = {"flux": sparse.flux_dev, "sd35": sparse.sd35_large, "flux2": sparse.flux2_dev, "qwen": sparse.qwen_image}

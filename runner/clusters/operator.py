@@ -14,7 +14,7 @@ from stages.errors import StoreError
 
 if TYPE_CHECKING:
     from runner.planning.plan import Plan
-    from stages.placement import Place
+    from stages.placements.placement import Place
     from stages.stage import Loaded, Stage
 
 TROUBLES: tuple[type[Exception], ...] = (*REFUSALS, MemoryError)
@@ -68,7 +68,7 @@ class Operator:
         from runner.keys import STAGES, chain
         from runner.ranks.ensemble import machine_of
         from runner.ranks.task import read_task
-        from stages.copies import sound
+        from stages.placements.copies import sound
         from stages.stage import silent
 
         hush(verbose=False)
@@ -168,7 +168,7 @@ def alone(plan: "Plan", name: str) -> "Plan":
 
 def moved(place: "Place", names: Mapping[str, str]) -> "Place":
     """The place with its cards renamed."""
-    from stages.placement import Resident, Sharded
+    from stages.placements.placement import Resident, Sharded
 
     placement = place.placement
     if isinstance(placement, Resident):

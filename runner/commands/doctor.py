@@ -13,8 +13,8 @@ import torch
 from runner.commands.order import default_store
 from runner.events import gib
 from stages import machine
-from stages.copies import garbled
 from stages.machine import Device, Machine, probe
+from stages.placements.copies import garbled
 
 PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors")
 LEAST_DISK = 40 * 10**9
@@ -137,7 +137,7 @@ def _copies(here: Machine) -> Check:
 def _disks() -> Iterator[Check]:
     from huggingface_hub import constants
 
-    from stages.hub import cached_ids
+    from stages.models.hub import cached_ids
 
     models = cached_ids()
     held = f"{len(models)} models: {', '.join(models[:5])}" if models else "no model"

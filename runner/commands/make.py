@@ -30,7 +30,7 @@ from runner.reports.report import lines
 from runner.request import read_whole, shown
 from stages.errors import LoadError, StageOutOfMemory
 from stages.families import FAMILIES
-from stages.lora import Wanted
+from stages.models.lora import Wanted
 
 if TYPE_CHECKING:
     from runner.artifacts import Store

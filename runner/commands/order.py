@@ -18,7 +18,7 @@ from runner.picture import Like
 from runner.ranks.group import launched
 from runner.request import COUNT, PROMPT_BYTES, SEED, STEPS, Request, read_guidance, read_size, read_whole, shown
 from stages.families import FAMILIES
-from stages.lora import NONE, Wanted, read_wanted
+from stages.models.lora import NONE, Wanted, read_wanted
 
 DTYPES = ("float32", "bfloat16", "float16")
 STAGES = ("encode", "denoise", "decode")

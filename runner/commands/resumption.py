@@ -15,7 +15,7 @@ from runner.picture import commit
 from runner.request import Request
 from stages.errors import StoreError
 from stages.families import FAMILIES
-from stages.lora import Wanted
+from stages.models.lora import Wanted
 
 if TYPE_CHECKING:
     from runner.planning.plan import Plan

@@ -8,9 +8,9 @@ from runner.events import gib
 from runner.planning.ladder import NoRung, Rung
 from runner.planning.parallel import spread
 from stages.errors import PlanError
-from stages.parallel import TensorParallel, part_of
-from stages.placement import Place, Resident
-from stages.rehearsal import Rehearsal
+from stages.placements.parallel import TensorParallel, part_of
+from stages.placements.placement import Place, Resident
+from stages.rehearsals.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from runner.planning.placing import Placer, Task

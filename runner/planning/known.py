@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from runner.planning.saving import Saving
-from stages.rehearsal import Rehearsal
-from stages.repeats import Costs
+from stages.rehearsals.rehearsal import Rehearsal
+from stages.rehearsals.repeats import Costs
 from stages.state import State
 
 Found = TypeVar("Found")

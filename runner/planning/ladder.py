@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from runner.events import gib
-from stages.deal import Hand, deal
 from stages.errors import PlanError
 from stages.machine import Device, Machine
-from stages.placement import DISK, Placement, Resident, Sharded
-from stages.weights import Weights
+from stages.models.weights import Weights
+from stages.placements.deal import Hand, deal
+from stages.placements.placement import DISK, Placement, Resident, Sharded
 
 Rooms = dict[str, int]
 Placements = dict[str, Placement]

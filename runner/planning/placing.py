@@ -13,15 +13,15 @@ from runner.planning.ladder import LADDER, Ask, NoRung, Rung, climb
 from runner.planning.parallel import processes
 from runner.planning.saving import Saving, saving
 from runner.planning.wishes import Wish, granted
-from stages.dtypes import choose
-from stages.ledger import Met
+from stages.loading.shelf import reading
 from stages.machine import Machine
-from stages.placement import DISK, Place, Placement, Resident, Sharded, remainder
-from stages.rehearsal import Rehearsal, one_thread, rehearse
-from stages.shelf import reading
+from stages.models.dtypes import choose
+from stages.models.weights import Weights, outline, weigh
+from stages.placements.placement import DISK, Place, Placement, Resident, Sharded, remainder
+from stages.rehearsals.ledger import Met
+from stages.rehearsals.rehearsal import Rehearsal, one_thread, rehearse
 from stages.stage import Inputs, Stage
 from stages.state import State
-from stages.weights import Weights, outline, weigh
 
 TILES = (1024, 512, 256)
 TRIES = 4

@@ -15,18 +15,18 @@ from runner.planning.saving import Saving
 from runner.planning.wishes import read_wishes
 from runner.reports import display
 from runner.request import Request, check_tokens, nearest
-from stages import merging
-from stages.checkpoint import Checkpoint, check, find
-from stages.copies import rerouted
 from stages.families import FAMILIES, Family
-from stages.lora import Wanted, found, read_wanted
+from stages.loading import merging
 from stages.machine import Machine, probe
-from stages.parallel import TensorParallel
-from stages.placement import Place, Resident
+from stages.models.checkpoint import Checkpoint, check, find
+from stages.models.lora import Wanted, found, read_wanted
+from stages.models.weights import Weights
+from stages.placements.copies import rerouted
+from stages.placements.parallel import TensorParallel
+from stages.placements.placement import Place, Resident
 from stages.split import require, split
 from stages.stage import Stage
 from stages.state import Value
-from stages.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 
 from runner.events import gib
 from stages.errors import Unfoldable
-from stages.recording import conditional
+from stages.models.weights import weigh
+from stages.modulation.recording import conditional
 from stages.stage import Inputs, Stage
 from stages.state import State
-from stages.weights import weigh
 
 LEAST = 0.02
 

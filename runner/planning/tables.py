@@ -134,7 +134,7 @@ class Host:
 
 def hosts(plan: "Plan") -> dict[str, Host]:
     """What each stage takes of the host's memory besides its devices; nothing is besides where the host is one."""
-    from stages.loading import passing
+    from stages.loading.load import passing
 
     found: dict[str, Host] = {}
     if not plan.machine.cards:

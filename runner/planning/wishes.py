@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from runner.planning.ladder import LADDER
 from runner.planning.parallel import processes
 from stages.machine import Machine
-from stages.placement import Placement, Resident, Sharded
+from stages.models.weights import Weights
+from stages.placements.placement import Placement, Resident, Sharded
 from stages.stage import Stage
-from stages.weights import Weights
 
 _RUNS = re.compile(r"[\w:]+:[0-9]+(,[\w:]+:[0-9]+)*")
 

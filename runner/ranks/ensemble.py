@@ -21,7 +21,7 @@ from runner.run import Report
 from runner.shift import Shift, StageReport
 from stages.errors import BadResult
 from stages.machine import Device, Machine
-from stages.parallel import TensorParallel
+from stages.placements.parallel import TensorParallel
 from stages.state import State
 
 

@@ -22,7 +22,7 @@ from runner.ranks.watch import TIMEOUT
 from runner.ranks.worker import REFUSALS
 from runner.request import Request
 from runner.run import Report
-from stages.lora import read_wanted
+from stages.models.lora import read_wanted
 from stages.stage import Emit, silent
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from runner.commands.batch import Item, Refused
 from runner.commands.order import Order
 from runner.request import Request
-from stages.lora import Wanted
+from stages.models.lora import Wanted
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from stages.alike import make
-from stages.ledger import tensors
-from stages.program import HERE, Layer, Ref, Step, Weight, leading_to
+from stages.modulation.program import HERE, Layer, Ref, Step, Weight, leading_to
+from stages.rehearsals.alike import make
+from stages.rehearsals.ledger import tensors
 
 _LOOK = torch.ops.aten._local_scalar_dense.default
 

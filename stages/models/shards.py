@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from stages.errors import LoadError
-from stages.files import Incomplete, head, parse_json, read_json, refetch, size_of
+from stages.models.files import Incomplete, head, parse_json, read_json, refetch, size_of
 
 HEADER_CAP = 100 * 10**6
 # Behind the name of a file that holds the header alone, in place of weights that are not here.

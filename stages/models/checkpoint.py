@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stages import headers, hub
 from stages.errors import LoadError
 from stages.families import FAMILIES, Family
-from stages.files import SMALL, Incomplete, head, read_json, size_of
-from stages.index import INDEX, MODULAR, Index, read_index
-from stages.lora import Lora
-from stages.shards import HEADER, file_bytes, read_header, weight_files
+from stages.models import headers, hub
+from stages.models.files import SMALL, Incomplete, head, read_json, size_of
+from stages.models.index import INDEX, MODULAR, Index, read_index
+from stages.models.lora import Lora
+from stages.models.shards import HEADER, file_bytes, read_header, weight_files
 
 WHOLE = 64 * 2**20
 _WEIGHTLESS = re.compile(r"(Tokenizer|TokenizerFast|Processor|ProcessorFast|FeatureExtractor|Scheduler)$")

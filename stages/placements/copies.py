@@ -10,8 +10,8 @@ from itertools import permutations
 
 import torch
 
-from stages.crossing import direct
-from stages.placement import Place, Places, Resident, Sharded
+from stages.placements.crossing import direct
+from stages.placements.placement import Place, Places, Resident, Sharded
 from stages.stage import Emit
 
 SIZE = 2**20

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from stages.errors import LoadError
-from stages.shards import HEADER
+from stages.models.shards import HEADER
 
 CONNECTIONS = 8
 

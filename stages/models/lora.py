@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from stages.errors import LoadError
-from stages.shards import PICKLES, read_header
+from stages.models.shards import PICKLES, read_header
 
 MOST = 10.0
 NONE = "none"
@@ -81,7 +81,7 @@ def _digest(path: Path, size: int, modified: int) -> str:
 
 
 def _path(source: str) -> Path:
-    from stages import hub
+    from stages.models import hub
 
     path = Path(source).expanduser()
     if path.is_dir():

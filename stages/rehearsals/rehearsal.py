@@ -12,14 +12,14 @@ from accelerate.utils import recursively_apply
 from torch import nn
 
 from stages.errors import LoadError
-from stages.ledger import FusedAttention, Ledger
-from stages.placement import Places, standing
-from stages.repeats import Costs, Repeats
+from stages.models.weights import Weights, float32, outline
+from stages.placements.placement import Places, standing
+from stages.rehearsals.ledger import FusedAttention, Ledger
+from stages.rehearsals.repeats import Costs, Repeats
+from stages.rehearsals.standin import StandIn
+from stages.rehearsals.twin import twin
 from stages.stage import Inputs, Loaded, Stage, silent
-from stages.standin import StandIn
 from stages.state import State
-from stages.twin import twin
-from stages.weights import Weights, float32, outline
 
 _ENTRANCES = ("forward", "encode", "decode")
 

@@ -19,11 +19,11 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from stages.checkpoint import Component
 from stages.errors import LoadError
-from stages.hub import download
-from stages.listing import import_models
-from stages.shards import Entry, header_text, read_header
+from stages.models.checkpoint import Component
+from stages.models.hub import download
+from stages.models.listing import import_models
+from stages.models.shards import Entry, header_text, read_header
 
 # Before anything else imports them: a tenth of the time that the libraries take.
 import_models()

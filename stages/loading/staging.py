@@ -8,8 +8,8 @@ from queue import SimpleQueue
 import torch
 
 from stages.errors import LoadError
-from stages.files import refetch
-from stages.weights import Stored
+from stages.models.files import refetch
+from stages.models.weights import Stored
 
 READERS = 2
 # Large enough for a link to be busy, small enough to stay in a processor's cache until it is copied.

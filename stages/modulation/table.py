@@ -15,17 +15,17 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from stages.checkpoint import Component
 from stages.errors import Unfoldable
-from stages.folding import replays
-from stages.merging import Merger
-from stages.placement import Place, Places, standing
-from stages.program import Call, Layer, Program, Step
-from stages.recording import Recorder, Told
-from stages.shards import read_header
+from stages.loading.merging import Merger
+from stages.models.checkpoint import Component
+from stages.models.shards import read_header
+from stages.models.weights import outline
+from stages.modulation.folding import replays
+from stages.modulation.program import Call, Layer, Program, Step
+from stages.modulation.recording import Recorder, Told
+from stages.placements.placement import Place, Places, standing
 from stages.stage import Inputs, Loaded, Stage
 from stages.state import State
-from stages.weights import outline
 
 # FLUX.1 takes 2.1 MB for a step and a prompt in bfloat16, so this is about 36 prompts of 28 steps.
 LIMIT = 2 * 2**30

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from stages.crossing import Crossing, Move, by_host, direct
 from stages.errors import PlanError
-from stages.weights import Weights
+from stages.models.weights import Weights
+from stages.placements.crossing import Crossing, Move, by_host, direct
 
 DISK = "disk"
 # Gives the weight of this name as it waits, from what stands in its place meanwhile.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from stages.crossing import Move, direct
+from stages.placements.crossing import Move, direct
 
 HERE = object()
 

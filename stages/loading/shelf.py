@@ -6,12 +6,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from stages.checkpoint import Component
 from stages.errors import PlanError
-from stages.loading import put
-from stages.merging import Merger
-from stages.placement import DISK, Place
-from stages.weights import Stored, outline, sources
+from stages.loading.load import put
+from stages.loading.merging import Merger
+from stages.models.checkpoint import Component
+from stages.models.weights import Stored, outline, sources
+from stages.placements.placement import DISK, Place
 
 
 class Shelf:

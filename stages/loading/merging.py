@@ -24,10 +24,10 @@ from diffusers.utils import (
 from safetensors import SafetensorError
 from torch import nn
 
-from stages.checkpoint import Checkpoint, Component
 from stages.errors import LoadError
-from stages.lora import Lora
-from stages.weights import outline
+from stages.models.checkpoint import Checkpoint, Component
+from stages.models.lora import Lora
+from stages.models.weights import outline
 
 # Elements of a weight that are added to at once: merging takes three times their bytes in float32 on its device.
 PART = 2**20

@@ -11,16 +11,16 @@ from accelerate.hooks import remove_hook_from_module
 from safetensors import safe_open
 from torch import nn
 
-from stages.checkpoint import Component
 from stages.errors import LoadError
-from stages.folding import folded
-from stages.merging import Merger
-from stages.parallel import TensorParallel, divided
-from stages.placement import DISK, Place, Placement, standing
-from stages.readahead import reading_ahead
-from stages.shards import file_bytes
-from stages.staging import STAGED, Wanted, send
-from stages.weights import compare, float32, hollow, model_class, sources
+from stages.loading.merging import Merger
+from stages.loading.readahead import reading_ahead
+from stages.loading.staging import STAGED, Wanted, send
+from stages.models.checkpoint import Component
+from stages.models.shards import file_bytes
+from stages.models.weights import compare, float32, hollow, model_class, sources
+from stages.modulation.folding import folded
+from stages.placements.parallel import TensorParallel, divided
+from stages.placements.placement import DISK, Place, Placement, standing
 
 
 def load(component: Component, place: Place) -> nn.Module:

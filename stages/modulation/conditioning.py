@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from stages.errors import Unfoldable
-from stages.folding import fold, replays
-from stages.program import Call, Layer, Program, Step, leading_to
-from stages.tracing import Tracing
+from stages.modulation.folding import fold, replays
+from stages.modulation.program import Call, Layer, Program, Step, leading_to
+from stages.modulation.tracing import Tracing
 
 
 def program_of(model: nn.Module, call: Call, layers: Collection[str] | None = None) -> Program:

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from stages.conditioning import program_of
 from stages.errors import Unfoldable
-from stages.placement import Place, Places, Resident
-from stages.program import Call, Program
+from stages.models.weights import outline
+from stages.modulation.conditioning import program_of
+from stages.modulation.program import Call, Program
+from stages.placements.placement import Place, Places, Resident
+from stages.rehearsals.twin import twin
 from stages.stage import Inputs, Loaded, Stage, silent
 from stages.state import State
-from stages.twin import twin
-from stages.weights import outline
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import huggingface_hub.constants as settings
 
-from stages import headers
 from stages.errors import LoadError
-from stages.files import SMALL, Incomplete, hub_id
-from stages.index import INDEX, MODULAR
-from stages.shards import entrance, weight_files
+from stages.models import headers
+from stages.models.files import SMALL, Incomplete, hub_id
+from stages.models.index import INDEX, MODULAR
+from stages.models.shards import entrance, weight_files
 
 SIZES = {"black-forest-labs/FLUX.1-dev": 33_740_000_000, "black-forest-labs/FLUX.1-schnell": 33_730_000_000}
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

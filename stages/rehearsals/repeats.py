@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from stages.alike import make
-from stages.ledger import Ledger
+from stages.rehearsals.alike import make
+from stages.rehearsals.ledger import Ledger
 
 Costs = dict[Any, dict[Any, "Cost"]]
 

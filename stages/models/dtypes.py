@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from stages.checkpoint import Component
 from stages.machine import Device
+from stages.models.checkpoint import Component
 
 # Their blocks clip activations to what float16 holds; others overflow to infinity, and the picture turns black.
 GUARDED = frozenset({"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel",

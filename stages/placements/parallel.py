@@ -19,11 +19,11 @@ from diffusers.hooks import tensor_parallel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from stages.checkpoint import Component
-from stages.crossing import Move, direct
 from stages.errors import PlanError
-from stages.placement import Fetch, waiting
-from stages.weights import Weights, outline, sizes
+from stages.models.checkpoint import Component
+from stages.models.weights import Weights, outline, sizes
+from stages.placements.crossing import Move, direct
+from stages.placements.placement import Fetch, waiting
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import nn
 
-from stages import turns
+from stages.placements import turns
 
 Move = Callable[[torch.Tensor, str], torch.Tensor]
 

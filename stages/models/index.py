@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.errors import LoadError
-from stages.files import Incomplete, read_json
+from stages.models.files import Incomplete, read_json
 
 INDEX, MODULAR = "model_index.json", "modular_model_index.json"
 LIBRARIES = ("diffusers", "transformers")

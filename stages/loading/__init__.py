@@ -1,0 +1,1 @@
+"""Weights on their way from files to where they live, and what is merged into them there."""

@@ -1,0 +1,1 @@
+"""The modulation table: what sees only conditioning is found, computed ahead, and replayed."""

@@ -1,0 +1,1 @@
+"""Where weights live, and how tensors get from card to card."""

@@ -1,0 +1,1 @@
+"""Stages gone through without weights, to know what they will take."""
