@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from stages.containers import limits
+
 MIB = 2**20
 # What a kind of device needs besides tensors: workspaces of its libraries, and what its allocator cannot use up.
 _SPARE = {"cuda": 512 * MIB, "xpu": 512 * MIB, "cpu": 256 * MIB}
@@ -213,12 +215,8 @@ def host_memory() -> tuple[int, int]:
     facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines()) if _linux() else {}
     total = _kibibytes(facts.get("MemTotal")) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = _kibibytes(facts.get("MemAvailable")) or total
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes",
-                                                           "memory/memory.usage_in_bytes")):
-        root = Path("/sys/fs/cgroup")
-        if (root / limit).is_file() and (text := (root / limit).read_text().strip()) != "max":
-            total = min(total, int(text))
-            free = min(free, max(0, int(text) - int((root / used).read_text())))
+    for limit, left in limits():
+        total, free = min(total, limit), min(free, left)
     return total, free
 
 
