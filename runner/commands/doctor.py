@@ -13,6 +13,7 @@ import torch
 from runner.commands.order import default_store
 from runner.events import gib
 from stages import machine
+from stages.ability import ADVICE, computes, unbuilt
 from stages.machine import Device, Machine, probe
 from stages.placements.copies import garbled
 
@@ -93,19 +94,13 @@ def _architecture(card: Device) -> Check:
     own, built = machine.architecture(card.name), machine.build().get("architectures", "")
     if not own or not built:
         return Check(f"{card.name} architecture", True, "nothing to compare")
-    fits = machine.covers(built.split(), own)
-    return Check(
-        f"{card.name} architecture", fits, f"{own}; this torch is built for {built}",
-        "" if fits else "install a torch with kernels for it: its builds for CUDA 12.6 still have the old ones (on "
-                        "Kaggle choose the accelerator GPU T4 x2)",
-    )
+    return Check(f"{card.name} architecture", not unbuilt(card), f"{own}; this torch is built for {built}",
+                 ADVICE if unbuilt(card) else "")
 
 
 def _kernel(card: Device) -> Check:
-    """A matrix product of whole numbers, which has one right result."""
-    numbers = torch.arange(64 * 64, dtype=torch.float32).remainder(7).reshape(64, 64)
-    return _tried(f"{card.name} kernel", "a matrix product is right", lambda: torch.equal(
-        (numbers.to(card.name) @ numbers.to(card.name)).cpu(), numbers @ numbers), "the matrix product is wrong")
+    return _tried(f"{card.name} kernel", "a matrix product is right", lambda: computes(card.name),
+                  "the matrix product is wrong")
 
 
 def _bfloat16(card: Device) -> Check:

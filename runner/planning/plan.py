@@ -15,6 +15,7 @@ from runner.planning.saving import Saving
 from runner.planning.wishes import read_wishes
 from runner.reports import display
 from runner.request import Request, check_tokens, nearest
+from stages.ability import able
 from stages.families import FAMILIES, Family
 from stages.loading import merging
 from stages.machine import Machine, probe
@@ -119,7 +120,7 @@ def make_plan(
     chosen = family_of(family, model)
     for request in requests:
         check_tokens(chosen, request.text_tokens)
-    there = read_machine(machine) if isinstance(machine, str) else machine or probe(devices)
+    there = read_machine(machine) if isinstance(machine, str) else machine or able(probe(devices))
     if max_memory is not None:
         there = limited(there, max_memory)
     if there.here:

@@ -161,10 +161,11 @@ class Member:
 
 
 def probed(task: Task) -> "Machine":
-    """This host, as far as the task may use it."""
+    """This host, as far as the task may use it; ValueError for a card that cannot compute."""
+    from stages.ability import able
     from stages.machine import probe
 
-    return probe(task.order.devices)
+    return able(probe(task.order.devices))
 
 
 def whole_of(task: Task, job: "Plan") -> dict[str, Any]:
