@@ -22,6 +22,7 @@ from stages.errors import LoadError
 from stages.models.checkpoint import Checkpoint
 from stages.models.files import read_json
 from stages.models.index import INDEX, MODULAR
+from stages.models.weights import class_of
 from stages.stage import Stage
 
 
@@ -30,9 +31,11 @@ def split(checkpoint: Checkpoint, inputs: Collection[str]) -> tuple[Encode, Deno
 
     Inputs have diffusers' names, such as "prompt"; "seed" stands for a generator.
 
-    Raises LoadError where diffusers has no pipeline blocks for the model or they make no images, and ValueError
-    where an input is read by no stage.
+    Raises LoadError where diffusers has no pipeline blocks for the model, or they make no images, or a component is of
+    a class that there is not, and ValueError where an input is read by no stage.
     """
+    for component in checkpoint.components.values():
+        class_of(component)
     groups = _groups(_blocks(checkpoint), inputs)
     decode = Decode(checkpoint, groups["decode"], reads=frozenset(), tags=frozenset())
     if "images" not in decode.blocks.output_names:

@@ -17,6 +17,7 @@ from torch import nn
 from stages.errors import LoadError
 from stages.models.checkpoint import Checkpoint, Component, find
 from stages.models.weights import Weights, skeleton, weigh
+from stages.split import split
 from tests import sparse
 
 MAKERS = {"flux": sparse.flux_dev, "sd35": sparse.sd35_large, "flux2": sparse.flux2_dev, "qwen": sparse.qwen_image}
@@ -321,5 +322,14 @@ def test_config_that_no_model_can_have(model: Path, component: str, changes: dic
 @pytest.mark.parametrize("name", ["NoSuchModel", "FluxPipeline", "logging"])
 def test_class_that_is_no_model(model: Path, name: str) -> None:
     rewrite(model / "model_index.json", transformer=["diffusers", name])
-    with pytest.raises(LoadError, match=rf"diffusers [\d.]+ has no model class {name}, which transformer needs"):
+    with pytest.raises(LoadError, match=rf"diffusers [\d.]+ has no (model )?class {name}, which transformer needs"):
         one(model, "transformer")
+
+
+@pytest.mark.parametrize(("part", "name"), [("transformer", "NoSuchModel"), ("scheduler", "NoSuchScheduler")])
+def test_class_that_the_library_lacks_is_refused_before_diffusers_looks_for_it(
+    model: Path, part: str, name: str
+) -> None:
+    rewrite(model / "model_index.json", **{part: ["diffusers", name]})
+    with pytest.raises(LoadError, match=rf"diffusers [\d.]+ has no class {name}, which {part} needs"):
+        split(find(model), ["prompt"])

@@ -28,6 +28,8 @@ from stages.models.shards import Entry, header_text, read_header
 # Before anything else imports them: a tenth of the time that the libraries take.
 import_models()
 
+LIBRARIES: Mapping[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -148,13 +150,24 @@ def _built(component: Component, cls: Any, dtype: torch.dtype, where: AbstractCo
 
 
 def model_class(component: Component) -> Any:
-    """The library's class of the component; LoadError where the library has none of that name."""
-    library = {"diffusers": diffusers, "transformers": transformers}[component.library]
-    cls = getattr(library, component.class_name, None)
-    if isinstance(cls, type) and issubclass(cls, nn.Module):
+    """The library's class of the component; LoadError where the library has no model class of that name."""
+    cls = class_of(component)
+    if issubclass(cls, nn.Module):
         return cls
-    raise LoadError(f"{component.library} {library.__version__} has no model class {component.class_name}, which "
-                    f"{component.name} needs; use a model made for this version")
+    raise _foreign(component, "model class")
+
+
+def class_of(component: Component) -> type:
+    """The library's class of the component, with weights or without; LoadError where it has none of that name."""
+    cls = getattr(LIBRARIES[component.library], component.class_name, None)
+    if isinstance(cls, type):
+        return cls
+    raise _foreign(component, "class")
+
+
+def _foreign(component: Component, what: str) -> LoadError:
+    return LoadError(f"{component.library} {LIBRARIES[component.library].__version__} has no {what} "
+                     f"{component.class_name}, which {component.name} needs; use a model made for this version")
 
 
 @contextmanager
