@@ -54,4 +54,4 @@ def _reserved(plan: Plan, stage: str) -> tuple[Plan, str] | None:
     spare = ", ".join(f"{gib(card.total // MORE)} of {card.name}" for card in plan.machine.cards)
     text = f"{stage} placed anew with {spare} more in reserve: " + ", ".join(
         f"{name} {place.placement}" for name, place in moved.items())
-    return replace(plan, places={**plan.places, **moved}), text
+    return replace(plan, places={**plan.places, **moved}, needs={**plan.needs, stage: placed.needs[stage]}), text

@@ -18,6 +18,7 @@ from runner.midway import Keeper, Left, midway_of
 from runner.planning.plan import Plan, inputs_of
 from runner.ranks.company import Company
 from runner.reports import display
+from runner.shortage import shortage
 from stages.errors import BadResult, StageOutOfMemory, StoreError
 from stages.loading.readahead import reading_ahead
 from stages.modulation.table import Modulation
@@ -131,7 +132,8 @@ class Shift:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            raise StageOutOfMemory(self._shortage(error, meter), name) from None
+            doing = "computing" if self.seconds["load"] else "loading"
+            raise StageOutOfMemory(shortage(self.plan, name, doing, meter.peak(), error), name) from None
         finally:
             peak = meter.peak()
             with self._timed("flush"):
@@ -243,11 +245,6 @@ class Shift:
     def _note(self) -> dict[str, Any]:
         return {"model": self.plan.checkpoint.identity, "torch": torch.__version__,
                 "places": {c.name: str(self.plan.places[c.name].placement) for c in self.stage.components}}
-
-    def _shortage(self, error: BaseException, meter: Meter) -> str:
-        used = ", ".join(f"{device} peaked at {peak / 2**30:.2f} GiB" for device, peak in meter.peak().items())
-        text = str(error).splitlines()[0]
-        return f"{self.stage.name} ran out of memory ({used}): {text} The artifacts of earlier stages are kept."
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -66,7 +66,10 @@ def test_a_second_time_out_of_memory_ends_with_what_to_do(
     for more, changes in (([], ["one request at a time instead of 2"]), (["--no-degrade"], [])):
         assert answer([*words, "--out", "out/", "--artifacts", f"store{len(more)}", *more]) == 4
         error, *ways = capsys.readouterr().err.splitlines()
-        assert re.match(r"error: denoise ran out of memory \(.*peaked at [0-9.]+ GiB", error)
+        each = (r"sim:{} peaked at [0-9.]+ GiB, at most [0-9.]+ MiB planned, [0-9.]+ MiB "
+                r"free now and 38.1 MiB when planned")
+        both = f"{each.format(0)}; {each.format(1)}"
+        assert re.match(rf"error: denoise ran out of memory \({both}\) while computing: ", error), error
         run = FolderStore(Path(f"store{len(more)}")).runs()[-1]
         record = FolderStore(Path(f"store{len(more)}")).load_run(run)
         assert record["changes"] == changes
