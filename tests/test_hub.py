@@ -349,4 +349,6 @@ def test_a_lora_is_downloaded_alone_and_found_again_without_the_hub(hub: Hub, ho
     assert re.search(several, named("org/open", hub))
     assert "org/open has no file two.safetensors; its files:" in named("org/open/two.safetensors", hub)
     assert "org/gated is gated" in named("org/gated/one.safetensors", hub)
-    assert "is not in the cache" in named("org/other", None, offline=True)
+    lacking = named("org/other", None, offline=True)
+    assert lacking.startswith("org/other/*.safetensors is not in the cache and HF_HUB_OFFLINE is set; ")
+    assert lacking.endswith("hf download org/other --include '*.safetensors'")

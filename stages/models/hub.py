@@ -148,7 +148,7 @@ def files(model: str) -> list[str]:
         if settings.HF_HUB_OFFLINE:
             root = Path(snapshot_download(model, local_files_only=True))
             return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-    with _explained(model, None):
+    with _explained(model, None, "*.safetensors"):
         return list(HfApi().list_repo_files(model))
 
 
@@ -157,7 +157,7 @@ def fetch_file(model: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    with _explained(model, None):
+    with _explained(model, None, name):
         try:
             return Path(hf_hub_download(model, name))
         except RemoteEntryNotFoundError as error:
@@ -172,8 +172,8 @@ def refuse_offline(model: str, revision: str | None, missing: Incomplete) -> Non
 
 
 @contextmanager
-def _explained(model: str, revision: str | None) -> Iterator[None]:
-    """What the hub refuses, as one LoadError with the next step."""
+def _explained(model: str, revision: str | None, file: str | None = None) -> Iterator[None]:
+    """What the hub refuses, as one LoadError with the next step: of a whole model, or of a `file` of it."""
     from huggingface_hub import errors
 
     try:
@@ -190,9 +190,8 @@ def _explained(model: str, revision: str | None) -> Iterator[None]:
         why = "HF_HUB_OFFLINE is set" if settings.HF_HUB_OFFLINE else f"{settings.ENDPOINT} cannot be reached"
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             why = _answered(model, error.__cause__.response.status_code)
-        raise LoadError(
-            f"{model} is not in the cache{_nearest(model)} and {why}; {_get_it(model, revision)}"
-        ) from error
+        what, near = (model, _nearest(model)) if file is None else (f"{model}/{file}", "")
+        raise LoadError(f"{what} is not in the cache{near} and {why}; {_get_it(model, revision, file)}") from error
     except errors.HfHubHTTPError as error:
         raise LoadError(_answered(model, error.response.status_code)) from error
     except errors.HTTPError as error:  # the HTTP library's own, which differs between versions of the hub's
@@ -221,10 +220,13 @@ def _token() -> str:
     return f"{found}; on Kaggle or Colab add a secret named HF_TOKEN"
 
 
-def _get_it(model: str, revision: str | None) -> str:
+def _get_it(model: str, revision: str | None, file: str | None = None) -> str:
+    there = "where there is a network, run: hf download"
+    if file is not None:
+        return f"{there} {model} --include {shlex.quote(file)}"
     size = f" ({SIZES[model] / 1e9:.1f} GB)" if model in SIZES else ""
     at = f" --revision {shlex.quote(revision)}" if revision else ""
-    return f"where there is a network, run: hf download {model}{at} --include model_index.json --include '*/*'{size}"
+    return f"{there} {model}{at} --include model_index.json --include '*/*'{size}"
 
 
 def no_folder(model: str, folder: Path) -> LoadError:
