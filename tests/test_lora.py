@@ -19,6 +19,7 @@ from runner import Plan, make_plan, run_all, spawn
 from runner.artifacts import FolderStore, MemoryStore
 from runner.commands.cli import answer
 from runner.keys import chain
+from runner.picture import card_of, like, png
 from runner.planning.plan import adapted
 from stages.errors import LoadError, PlanError
 from stages.loading.load import load
@@ -246,10 +247,13 @@ def test_embeddings_are_kept_and_latents_are_not(flux: Path, style: Path, tmp_pa
     assert len({keys["denoise"] for keys in (plain, one, scaled, another)}) == 4
 
 
-def test_a_picture_says_which(flux: Path, style: Path) -> None:
-    report = run_all(plan(flux, f"{style}=0.8"), store=MemoryStore(warn=print))
-    (lora,) = report.pictures[0].facts["loras"]
-    assert lora == {"source": str(style), "sha256": found(Wanted(str(style)), "FluxPipeline").digest, "scale": 0.8}
+def test_a_picture_says_which(flux: Path, style: Path, tmp_path: Path) -> None:
+    job = make_plan("flux", REQUEST, model=flux, devices=["cpu"], loras=[Wanted(str(style), 1)])
+    (picture,) = run_all(job, store=MemoryStore(warn=print)).pictures
+    digest = found(Wanted(str(style)), "FluxPipeline").digest
+    assert picture.facts["loras"] == [{"source": str(style), "sha256": digest, "scale": 1.0}]
+    (tmp_path / "styled.png").write_bytes(png(picture.pixels, card_of(picture.request, picture.facts)))
+    assert like(tmp_path / "styled.png").loras == (Wanted(str(style), 1.0, digest),)
 
 
 def command(flux: Path, *more: str) -> list[str]:
@@ -354,6 +358,8 @@ Q = "transformer.transformer_blocks.0.attn.to_q"
     (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), r"pairs of matrices alone \(.*magnitude"),
     (lambda t: t.update({f"{Q}.dora_scale": torch.zeros(32)}), "DoRA"),
     (lambda t: t.update({f"{Q}.alpha": torch.tensor(2.0)}), "an alpha for other layers"),
+    (lambda t: t.update({f"{Q}.lora_B.weight": torch.full((32, 4), torch.inf)}), "to .*to_q.weight that are not fin"),
+    (lambda t: t.update({name: tensor.to(torch.int8) for name, tensor in t.items()}), "torch.int8 by .* in float"),
     (lambda t: rename(t, "lora_A", "lokr_w1"), "pairs of matrices alone|no LoRA that"),
     (lambda t: (t.clear(), t.update({"weight": torch.zeros(3)})), "no LoRA that|adds to .weight"),
 ])
@@ -366,12 +372,14 @@ def test_what_would_be_passed_over_is_refused(
         plan(flux, str(path))
 
 
-def test_a_file_that_is_none_is_refused(flux: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_none_is_refused(flux: Path, style: Path, tmp_path: Path) -> None:
     (tmp_path / "style.bin").write_bytes(b"pickle")
+    (tmp_path / "bare").write_bytes(style.read_bytes())
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     (tmp_path / "empty").mkdir()
     for name, said in (("style.bin", "pickle refused"), ("cut.safetensors", "cut off"), ("empty", "no safetensors"),
-                       ("missing.safetensors", "no LoRA at")):
+                       ("missing.safetensors", "no LoRA at"), ("bare", "does not end in .safetensors -> rename it"),
+                       ("x" * 300, "cannot be looked at .* -> check its name")):
         with pytest.raises(LoadError, match=said):
             plan(flux, str(tmp_path / name))
 
@@ -387,6 +395,18 @@ def test_a_folder_with_one_file_is_enough(flux: Path, style: Path, tmp_path: Pat
 def test_a_file_that_changed_is_refused_where_it_was_used(flux: Path, style: Path) -> None:
     with pytest.raises(LoadError, match="was used then -> bring that file back"):
         make_plan("flux", REQUEST, model=flux, loras=[Wanted(str(style), 1.0, "0" * 64)])
+
+
+def test_a_file_that_changes_after_it_was_planned_with_is_refused(flux: Path, tmp_path: Path) -> None:
+    """What is made of it would be kept under the hash of the file that was there."""
+    path = tiny.lora(tmp_path / "style.safetensors", flux)
+    job = plan(flux, str(path))
+    tiny.lora(path, flux, rank=3)
+    with pytest.raises(LoadError, match="was changed or taken away since the run was planned -> run"):
+        run_all(job, store=MemoryStore(warn=print))
+    path.unlink()
+    with pytest.raises(LoadError, match="was changed or taken away since the run was planned -> run"):
+        run_all(job, store=MemoryStore(warn=print))
 
 
 def test_one_that_is_named_twice_is_refused(flux: Path, style: Path) -> None:

@@ -26,7 +26,7 @@ from torch import nn
 
 from stages.errors import LoadError
 from stages.models.checkpoint import Checkpoint, Component
-from stages.models.lora import Lora
+from stages.models.lora import Lora, check_same
 from stages.models.weights import outline
 
 # Elements of a weight that are added to at once: merging takes three times their bytes in float32 on its device.
@@ -105,6 +105,9 @@ def check(component: Component) -> None:
             if shape != list(layer.weight.shape):
                 raise LoadError(f"{lora.source} adds {shape} to {name}, which is {list(layer.weight.shape)} in this "
                                 f"model -> use a LoRA that was made for this model")
+            if not all(bool(matrix.float().isfinite().all()) for matrix in (addition.down, addition.up)):
+                raise LoadError(f"{lora.source} adds values to {name} that are not finite -> fetch it again, or use "
+                                f"another LoRA")
 
 
 def reaches(lora: Lora, checkpoint: Checkpoint) -> list[str]:
@@ -137,6 +140,9 @@ def read(lora: Lora, component: Component) -> dict[str, Addition]:
         if down.ndim != 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0:
             raise LoadError(f"{lora.source} has {list(up.shape)} by {list(down.shape)} for {layer} -> use a LoRA of "
                             f"linear layers")
+        if not (down.is_floating_point() and up.is_floating_point()):
+            raise LoadError(f"{lora.source} has {up.dtype} by {down.dtype} for {layer} -> use a LoRA in floating "
+                            f"point")
         found[f"{layer}.weight"] = Addition(down, up, _strength(lora, layer, down.shape[0], part) * lora.scale)
     return found
 
@@ -218,6 +224,7 @@ def _pipeline(lora: Lora) -> Any:
 
 def _converted(lora: Lora) -> _Converted:
     """The file as diffusers reads it; LoadError for one that it cannot read, or reads in part."""
+    check_same(lora)
     reader = _pipeline(lora).lora_state_dict
     wants = {"return_alphas": True} if "return_alphas" in inspect.signature(reader).parameters else {}
     try:

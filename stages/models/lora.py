@@ -13,6 +13,7 @@ from stages.models.shards import PICKLES, read_header
 
 MOST = 10.0
 NONE = "none"
+SUFFIX = ".safetensors"
 _SCALE = re.compile(r"[+-]?([0-9]{1,3}(\.[0-9]{0,9})?|\.[0-9]{1,9})")
 
 
@@ -65,12 +66,23 @@ def found(wanted: Wanted, pipeline: str) -> Lora:
     """The file of a LoRA, downloaded where it is one of the hub; LoadError where there is none or it is another."""
     path = _path(wanted.source)
     read_header(path)
-    facts = path.stat()
-    digest = _digest(path, facts.st_size, facts.st_mtime_ns)
+    digest = _digest_of(path)
     if wanted.digest not in (None, digest):
         raise LoadError(f"{path} has the sha256 {digest[:12]}, and {str(wanted.digest)[:12]} was used then -> bring "
                         f"that file back, or name the LoRAs with --lora to make another picture")
-    return Lora(path, digest, wanted.scale, wanted.source, pipeline)
+    return Lora(path, digest, float(wanted.scale), wanted.source, pipeline)
+
+
+def check_same(lora: Lora) -> None:
+    """Raise LoadError where the file is another than when it was found: what is made goes by the hash of that one."""
+    if not lora.path.exists() or _digest_of(lora.path) != lora.digest:
+        raise LoadError(f"{lora.source} was changed or taken away since the run was planned -> run the same command "
+                        f"again once it stays as it is")
+
+
+def _digest_of(path: Path) -> str:
+    facts = path.stat()
+    return _digest(path, facts.st_size, facts.st_mtime_ns)
 
 
 @lru_cache(maxsize=32)
@@ -83,22 +95,43 @@ def _digest(path: Path, size: int, modified: int) -> str:
 def _path(source: str) -> Path:
     from stages.models import hub
 
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path / _only(source, [file.name for file in path.iterdir()])
-    if path.exists():
-        if path.suffix in PICKLES:
-            raise LoadError(f"{source}: pickle refused, it can run code; give a LoRA as safetensors")
-        return path.absolute()
+    try:
+        if (here := _here(source)) is not None:
+            return here
+    except (OSError, RuntimeError) as error:  # of a folder or a name, and of a ~ that is nobody's
+        why = error.strerror if isinstance(error, OSError) else error
+        raise LoadError(f"{source} cannot be looked at ({why}) -> check its name and the permissions") from error
     repo, name = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
-    if not hub.is_id(repo) or source.startswith((".", "~")) or (source.endswith(".safetensors") and not name):
-        raise LoadError(f"no LoRA at {source} -> give a .safetensors file, a folder with one, or one of the hub such "
-                        f"as user/repo or user/repo/file.safetensors")
+    if not hub.is_id(repo) or source.startswith((".", "~")) or (source.endswith(SUFFIX) and not name):
+        raise LoadError(f"no LoRA at {source} -> give a {SUFFIX} file, a folder with one, or one of the hub such as "
+                        f"user/repo or user/repo/file{SUFFIX}")
+    if name:
+        _check_suffix(source)
     return hub.fetch_file(repo, name or _only(source, hub.files(repo)))
 
 
+def _here(source: str) -> Path | None:
+    """The file of this name or in the folder of this name; None where there is neither."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path / _only(source, [file.name for file in path.iterdir()])
+    if not path.exists():
+        return None
+    _check_suffix(source)
+    return path.absolute()
+
+
+def _check_suffix(source: str) -> None:
+    """Raise LoadError for a file that diffusers would take for a pickle: for all but one ending."""
+    suffix = Path(source).suffix
+    if suffix in PICKLES:
+        raise LoadError(f"{source}: pickle refused, it can run code; give a LoRA as safetensors")
+    if suffix != SUFFIX:
+        raise LoadError(f"{source} does not end in {SUFFIX} -> rename it if it is such a file, or give one")
+
+
 def _only(source: str, names: Iterable[str]) -> str:
-    there = sorted(name for name in names if name.endswith(".safetensors"))
+    there = sorted(name for name in names if name.endswith(SUFFIX))
     if len(there) != 1:
         what = f"{len(there)} safetensors files: {', '.join(there[:5])}" if there else "no safetensors file"
         raise LoadError(f"{source} has {what} -> name the one to use, such as {source}/"
