@@ -21,6 +21,7 @@ from runner.commands.cli import answer
 from runner.keys import chain
 from runner.picture import card_of, like, png
 from runner.planning.plan import adapted
+from runner.planning.remedy import plan_or_remedy
 from stages.errors import LoadError, PlanError
 from stages.loading.load import load
 from stages.loading.merging import Addition, add, read
@@ -415,5 +416,8 @@ def test_one_that_is_named_twice_is_refused(flux: Path, style: Path) -> None:
 
 
 def test_a_denoiser_cut_over_cards_takes_none(flux: Path, style: Path, cards: Cards) -> None:
-    with pytest.raises(PlanError, match="LoRA is merged into whole ones -> --place denoise=sharded"):
-        plan(flux, str(style), devices=cards(40 * MIB, 40 * MIB), place=["denoise=tensor_parallel"])
+    """And what is proposed instead was planned, and fits."""
+    with pytest.raises(PlanError, match="merged into whole ones -> leave --place denoise or --lora out$") as refused:
+        plan_or_remedy("flux", REQUEST, model=flux, loras=[str(style)], devices=cards(40 * MIB, 40 * MIB),
+                       place=["denoise=tensor_parallel"])
+    assert refused.value.options == {"--place denoise": ""}

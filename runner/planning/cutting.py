@@ -32,7 +32,7 @@ def cut(placer: "Placer", task: "Task", count: int) -> tuple[dict[str, Place], R
     name = component.name
     if component.loras:
         raise PlanError("denoise=tensor_parallel reads parts of weights, and LoRA is merged into whole ones -> "
-                        "--place denoise=sharded, or leave --lora out", {"--place": "denoise=sharded"})
+                        "leave --place denoise or --lora out", {"--place denoise": ""})
     part = part_of(component, task.types[name], task.folded.get(name, frozenset()), len(cards))
     found = placer.rehearsed(task, task.places({name: Resident(cards[0])}))
     taken = found.peak[cards[0]]
