@@ -163,7 +163,9 @@ def _check_prompt(prompt: Any, what: str = "prompt") -> None:
     if size > PROMPT_BYTES:
         raise ValueError(f"the {what} has {size:,} bytes; the limit is {PROMPT_BYTES:,} -> shorten it")
     if not prompt.strip():
-        raise ValueError(f'empty {what} -> say what to draw, such as --prompt "a red circle"')
+        advice = ('say what to draw, such as --prompt "a red circle"' if what == "prompt" else
+                  'say what guidance leads away from, or --negative-prompt "" for nothing')
+        raise ValueError(f"empty {what} -> {advice}")
     for at, character in enumerate(prompt):
         if unicodedata.category(character) == "Cc" and character not in "\n\t":
             point = f"U+{ord(character):04X}"
@@ -187,7 +189,7 @@ def _check_whole(name: str, value: Any, low: int, high: int) -> None:
 def _check_guided(guidance: float | None) -> None:
     if guidance is None or guidance <= 1:
         raise ValueError(f"a negative prompt says what guidance leads away from, and guidance is {guidance} -> "
-                         f"--guidance over 1, or leave --negative-prompt out")
+                         f'--guidance over 1, or --negative-prompt "" for none')
 
 
 def _check_guidance(value: Any) -> None:
