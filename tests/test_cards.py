@@ -118,6 +118,24 @@ def test_a_stage_over_the_limit_fails_by_name_and_earlier_artifacts_survive(
     assert [stage.ran for stage in run_all(moved, store=store).stages] == [0, 1, 1]
 
 
+def test_a_card_that_others_fill_after_the_plan_is_planned_for_anew(
+    flux: Path, cards: Cards, sim: ModuleType
+) -> None:
+    devices = cards(4 * MIB, 4 * MIB)
+    job = make_plan("flux", [ASKED], model=flux, dtype={"": torch.float32}, devices=devices)
+    alone = run_all(job)
+    assert not alone.changes and job.places["transformer"].placement == Resident(devices[0])
+    # All of the card but half of what denoise needs is another's: a tenth of it in reserve would not do.
+    need = job.needs["denoise"][devices[0]].total
+    held = torch.empty(4 * MIB - need // 2, dtype=torch.uint8, device=devices[0])
+    report = run_all(job)
+    assert any("denoise placed anew" in change and "transformer sim:1" in change for change in report.changes)
+    assert np.array_equal(report.pictures[0].pixels, alone.pictures[0].pixels)
+    with pytest.raises(StageOutOfMemory, match=r"sim:0 peaked at .* [0-9.]+ [KM]iB free now and 4\.0 MiB when"):
+        run_all(job, degrade=False)
+    del held
+
+
 @pytest.fixture(scope="module")
 def least(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX checkpoint with as few blocks as there can be."""
