@@ -155,9 +155,9 @@ def test_a_negative_prompt_is_for_families_that_read_one_and_for_guidance_over_1
             ask("x", FAMILIES[family], negative_prompt="blurry")
         assert ask("x", FAMILIES[family], negative_prompt="")[0].negative_prompt is None
     for guidance in (0.0, 1.0):
-        with pytest.raises(ValueError, match=f"is {guidance} -> --guidance over 1, or --negative-prompt \"\" for none"):
+        with pytest.raises(ValueError, match=f'is {guidance} -> --guidance over 1, or --negative-prompt "" for none'):
             ask("x", sd3, negative_prompt="blurry", guidance=guidance)
-    for negative, says in ((5, "the negative prompt must be text"), (" ", "empty negative prompt -> say what guidance leads away from"), ([], "text"),
-                           ("a\x07", "the negative prompt has the control character U\\+0007")):
+    for negative, says in ((5, "the negative prompt must be text"), (" ", "empty negative prompt -> say what guid"),
+                           ([], "text"), ("a\x07", "the negative prompt has the control character U\\+0007")):
         with pytest.raises(ValueError, match=says):
             ask("x", sd3, negative_prompt=negative)  # type: ignore[arg-type]
