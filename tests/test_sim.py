@@ -187,10 +187,11 @@ def test_two_processes_may_build_at_once_and_a_killed_one_does_not_block(sim: Mo
     from tests.sim.build import alone, build
 
     built = Path(build())
-    stale, before = built.parent / "lock", built.stat().st_mtime_ns
+    before = built.stat().st_mtime_ns
     with alone(built.parent):  # Another test process may be loading it.
-        stale.touch()
+        (built.parent / "lock").touch()
     command = [sys.executable, "-c", "from tests import sim; sim.configure([5]); print(sim.copied())"]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    # Torch would wait for the lock for ever. Whether it is there afterwards says nothing: others take it, too.
     assert [process.communicate(timeout=120)[0] for process in both] == ["{}\n", "{}\n"]
-    assert not stale.exists() and built.stat().st_mtime_ns == before
+    assert built.stat().st_mtime_ns == before
