@@ -312,7 +312,8 @@ def test_a_run_is_resumed_with_it(flux: Path, style: Path, capsys: pytest.Captur
 
 def test_ranks_merge_it_too(flux: Path, style: Path, tmp_path: Path) -> None:
     report = spawn("flux", asked(("a red circle", 7), ("two small green squares", 8)), ranks=2, model=flux,
-                   store=tmp_path / "store", dtype={"": torch.float32}, devices=["cpu"], loras=[f"{style}=0.8"])
+                   store=tmp_path / "store", dtype={"": torch.float32}, devices=["cpu"],
+                   loras=[Wanted(str(style), 0.8)])
     assert int(abs(report.pictures[0].pixels.astype(int) - fused(flux, {style: 0.8})).max()) == 0
 
 
@@ -321,7 +322,7 @@ def test_ranks_merge_it_too(flux: Path, style: Path, tmp_path: Path) -> None:
     ("user/repo=-1", "user/repo", -1.0), ("a=b.safetensors", "a=b.safetensors", 1.0), ("a=b=.5", "a=b", 0.5),
 ])
 def test_a_lora_is_read_from_text(text: str, source: str, scale: float) -> None:
-    assert read_wanted([text]) == (Wanted(source, scale),)
+    assert read_wanted([text]) == read_wanted([Wanted(source, scale)]) == (Wanted(source, scale),)
 
 
 @pytest.mark.parametrize(("text", "said"), [

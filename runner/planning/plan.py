@@ -158,8 +158,7 @@ def fetched(plan: Plan) -> Plan:
 
 def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Wanted]) -> Checkpoint:
     """The checkpoint with these LoRAs; LoadError for one that is not there, or not made for it."""
-    asked = [each for text in wanted for each in (read_wanted([text]) if isinstance(text, str) else [text])]
-    loras = [found(each, checkpoint.pipeline) for each in asked]
+    loras = [found(each, checkpoint.pipeline) for each in read_wanted(wanted)]
     if twice := [lora.source for lora in loras if loras.count(lora) > 1]:
         raise ValueError(f"--lora {twice[0]} is named twice -> name it once, with the sum of its scales")
     with_them = checkpoint.adapted({lora: merging.reaches(lora, checkpoint) for lora in loras})

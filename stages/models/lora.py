@@ -50,16 +50,17 @@ class Lora:
     pipeline: str
 
 
-def read_wanted(texts: Iterable[str]) -> tuple[Wanted, ...]:
+def read_wanted(texts: Iterable[str | Wanted]) -> tuple[Wanted, ...]:
     """The LoRAs that `style.safetensors` and `user/repo=0.8` spell; ValueError for a scale that cannot be.
 
     What follows the last `=` is the scale if it is a number, and part of the name if not.
     """
-    found = []
-    for text in texts:
-        source, sign, scale = text.rpartition("=")
-        found.append(Wanted(source, float(scale)) if sign and _SCALE.fullmatch(scale) else Wanted(text))
-    return tuple(found)
+    return tuple(_wanted(text) if isinstance(text, str) else text for text in texts)
+
+
+def _wanted(text: str) -> Wanted:
+    source, sign, scale = text.rpartition("=")
+    return Wanted(source, float(scale)) if sign and _SCALE.fullmatch(scale) else Wanted(text)
 
 
 def found(wanted: Wanted, pipeline: str) -> Lora:
