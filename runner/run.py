@@ -206,6 +206,7 @@ class Run:
         }
         self.emit("run", {"run": self.name, "requests": len(self.plan.requests),
                           "model": self.plan.checkpoint.source, "seed": self.plan.requests[0].seed})
+        self._tell_unread()
         for key in self.keys["denoise"] if from_stage in ("encode", "denoise") else ():
             self.store.drop(midway_key(key))
         reports = []
@@ -219,6 +220,14 @@ class Run:
         pictures = () if stop_after in ("encode", "denoise") else tuple(self._pictures())
         return Report(self.name, pictures, tuple(reports), self.keys, tuple(self.failures), tuple(self.changes),
                       self.plan.device_map)
+
+    def _tell_unread(self) -> None:
+        """Warn of tensors that only the files have: they may be of another model than the config."""
+        for name, weights in self.plan.weights.items():
+            if weights.extra:
+                more = f" and {len(weights.extra) - 1:,} more" if len(weights.extra) > 1 else ""
+                self.emit("warning", {"text": f"the model has no use for what the files of {name} hold besides its "
+                                              f"weights: {weights.extra[0]}{more}"})
 
     def _worked(self, shift: Shift, earlier: Stage | None, todo: Sequence[int]) -> StageReport:
         """The stage done, with one thing changed where it ran out of memory."""

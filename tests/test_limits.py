@@ -61,6 +61,12 @@ def test_a_limit_that_cannot_be_is_left_out_of_the_next_command() -> None:
         assert refused.value.options == {"--max-memory": left}
 
 
+def test_where_there_are_no_cards_the_host_is_named_once() -> None:
+    host = Machine((Device("cpu", 16 * GIB, 15 * GIB, bfloat16=False),), 16 * GIB, 15 * GIB)
+    with pytest.raises(ValueError, match=r"'0', which is not used here: choose from cpu$"):
+        limited(host, "0=1GB")
+
+
 def test_a_limit_is_no_promise_that_the_memory_is_free() -> None:
     room = limited(TWO, "100%").devices[0].room
     assert room == TWO.devices[0].room == 15 * GIB - 512 * 2**20

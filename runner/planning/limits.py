@@ -88,7 +88,7 @@ def _device(machine: Machine, name: str) -> str:
     full = next((known for known in names if known.rpartition(":")[2] == name), name)
     if full not in (*names, "cpu", ""):
         raise ValueError(f"--max-memory names the device {name!r}, which is not used here: choose from "
-                         f"{', '.join(names)}, cpu")
+                         f"{', '.join(dict.fromkeys((*names, 'cpu')))}")
     return full
 
 
