@@ -386,6 +386,14 @@ def test_a_file_that_is_none_is_refused(flux: Path, style: Path, tmp_path: Path)
             plan(flux, str(tmp_path / name))
 
 
+def test_a_damaged_one_of_the_hub_is_fetched_again_from_there(tmp_path: Path) -> None:
+    folder = tmp_path / "models--user--style" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    with pytest.raises(LoadError, match=r"again: hf download user/style cut\.safetensors --revision abc --force"):
+        found(Wanted(str(folder)), "FluxPipeline")
+
+
 def test_a_folder_with_one_file_is_enough(flux: Path, style: Path, tmp_path: Path) -> None:
     one = tiny.lora(tmp_path / "one.safetensors", flux)
     assert [lora.path for lora in plan(flux, str(tmp_path)).checkpoint.loras] == [one]

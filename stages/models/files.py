@@ -73,7 +73,8 @@ def hub_id(root: Path) -> str | None:
 
 def refetch(path: Path) -> str:
     """The shell line that downloads `<root>/<component>/<file>` (or `<root>/<file>`) again."""
-    root = path.parent if path.name.endswith("model_index.json") else path.parent.parent
+    on_top = path.name.endswith("model_index.json") or hub_id(path.parent) is not None
+    root = path.parent if on_top else path.parent.parent
     name = shlex.quote(path.relative_to(root).as_posix())
     model = hub_id(root)
     if model is not None:
