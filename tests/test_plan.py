@@ -17,6 +17,7 @@ from runner.picture import card_of
 from runner.planning.known import Known
 from runner.planning.ladder import NoRung
 from runner.planning.plan import largest
+from stages.errors import LoadError
 from stages.families import FAMILIES
 from stages.machine import MIB, Machine
 from stages.machine import imagined as imagined_machine
@@ -168,6 +169,12 @@ def test_what_an_error_names_makes_it_fit(flux_dev: Path) -> None:
         imagined(flux_dev, "2x16GB", max_memory="10GiB")
     assert refused.value.options == {"--max-memory": ""}
     assert rung(imagined(flux_dev, "2x16GB"), "denoise") == "sharded"
+
+
+def test_the_demo_checkpoint_runs_under_names_of_its_own_pipeline_alone() -> None:
+    with pytest.raises(LoadError, match="demo is a FluxPipeline, but family sd3 runs a StableDiffusion3Pipeline"):
+        make_plan("sd3", [asked()], model="demo")
+    assert make_plan("flux-schnell", [asked()], model="demo").family.name == "demo"
 
 
 def test_other_families_of_real_size(tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def make_plan(
     if there.here:
         require(chosen.requires)
     source = CHECKPOINT if chosen.repo == "demo" and model in (None, "demo") else model or chosen.repo
-    check(find(source, revision=revision, components=()), family=chosen)
+    named = find(source, revision=revision, components=())
+    check(replace(named, source="demo") if source == CHECKPOINT else named, family=FAMILIES[family])
     checkpoint = find(source, revision=revision, weights=False)
     if loras:
         checkpoint = adapted(checkpoint, loras)
