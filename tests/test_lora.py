@@ -325,6 +325,13 @@ def test_a_lora_is_read_from_text(text: str, source: str, scale: float) -> None:
     assert read_wanted([text]) == read_wanted([Wanted(source, scale)]) == (Wanted(source, scale),)
 
 
+def test_a_path_is_a_lora_and_one_text_is_no_list_of_them() -> None:
+    assert read_wanted([Path("a") / "b.safetensors"]) == (Wanted("a/b.safetensors"),)
+    for one in ("style.safetensors=0.8", Path("style.safetensors")):
+        with pytest.raises(ValueError, match=r"which is one -> loras=\['style.safetensors"):
+            read_wanted(one)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("text", "said"), [
     ("", "names no file"), ("=0.5", "names no file"), ("a=0", "not 0"), ("a=11", "from -10 to 10"),
     ("a=-10.5", "from -10 to 10"),

@@ -100,7 +100,7 @@ def make_plan(
     lanes: int | None = None,
     modulation_table: bool = True,
     peer_copies: bool = True,
-    loras: Sequence[str | Wanted] = (),
+    loras: Sequence[str | Path | Wanted] = (),
     weights: bool = True,
     lost: dict[int, str] | None = None,
     known: Known | None = None,
@@ -157,7 +157,7 @@ def fetched(plan: Plan) -> Plan:
     return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, inputs_of(largest(plan.requests))))
 
 
-def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Wanted]) -> Checkpoint:
+def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Path | Wanted]) -> Checkpoint:
     """The checkpoint with these LoRAs; LoadError for one that is not there, or not made for it."""
     loras = [found(each, checkpoint.pipeline) for each in read_wanted(wanted)]
     if twice := [lora.source for lora in loras if loras.count(lora) > 1]:

@@ -43,7 +43,7 @@ def spawn(
     allow_offload: Literal["cpu", "disk"] | None = None,
     modulation_table: bool = True,
     stop_after: str | None = None,
-    loras: Sequence[str | Wanted] = (),
+    loras: Sequence[str | Path | Wanted] = (),
 ) -> Report:
     """Make pictures with several processes, each with its own cards; the report of all of it.
 
@@ -83,7 +83,7 @@ def run_on_ray(
     allow_offload: Literal["cpu", "disk"] | None = None,
     modulation_table: bool = True,
     stop_after: str | None = None,
-    loras: Sequence[str | Wanted] = (),
+    loras: Sequence[str | Path | Wanted] = (),
 ) -> Report:
     """Make pictures with workers of a Ray cluster, or of a Ray of this machine's own; the report of all of it.
 
@@ -104,7 +104,7 @@ def called(
     family: str, requests: Sequence[Request], *, store: str | Path | None, model: str | Path | None,
     revision: str | None, dtype: Mapping[str, torch.dtype] | None, devices: Sequence[str], max_memory: str | None,
     place: Sequence[str], allow_offload: Literal["cpu", "disk"] | None, modulation_table: bool,
-    stop_after: str | None, loras: Sequence[str | Wanted],
+    stop_after: str | None, loras: Sequence[str | Path | Wanted],
 ) -> Task:
     """What a call asks for, as a command line would have said it."""
     said = Options(

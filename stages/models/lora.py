@@ -50,12 +50,14 @@ class Lora:
     pipeline: str
 
 
-def read_wanted(texts: Iterable[str | Wanted]) -> tuple[Wanted, ...]:
+def read_wanted(loras: Iterable[str | Path | Wanted]) -> tuple[Wanted, ...]:
     """The LoRAs that `style.safetensors` and `user/repo=0.8` spell; ValueError for a scale that cannot be.
 
     What follows the last `=` is the scale if it is a number, and part of the name if not.
     """
-    return tuple(_wanted(text) if isinstance(text, str) else text for text in texts)
+    if isinstance(loras, str | Path):
+        raise ValueError(f"loras is {str(loras)!r}, which is one -> loras=[{str(loras)!r}]")
+    return tuple(lora if isinstance(lora, Wanted) else _wanted(str(lora)) for lora in loras)
 
 
 def _wanted(text: str) -> Wanted:
