@@ -69,7 +69,8 @@ def test_a_second_time_out_of_memory_ends_with_what_to_do(
         each = (r"sim:{} peaked at [0-9.]+ GiB, at most [0-9.]+ MiB planned, [0-9.]+ MiB "
                 r"free now and 38.1 MiB when planned")
         both = f"{each.format(0)}; {each.format(1)}"
-        assert re.match(rf"error: denoise ran out of memory \({both}\) while computing: ", error), error
+        # The other lane may have made an allocation fail that comes only when the stage is tried once more.
+        assert re.match(rf"error: denoise ran out of memory \({both}\) while (computing|loading): ", error), error
         run = FolderStore(Path(f"store{len(more)}")).runs()[-1]
         record = FolderStore(Path(f"store{len(more)}")).load_run(run)
         assert record["changes"] == changes
