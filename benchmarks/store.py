@@ -2,7 +2,8 @@
 
 Each state of a FLUX.1 request at 1024x1024 is stored and read by the folder store, beside a plain durable copy of
 the same bytes (write, fsync, rename, fsync of the folder; then read), that copy with a sha256 of the bytes when they
-are written and when they are read, and torch.save with torch.load. Then a store is filled with runs, and looked up in.
+are written and when they are read, the same with a second small file in a folder of its own, as a manifest is, and
+torch.save with torch.load. Then a store is filled with runs, and looked up in.
 """
 
 import argparse
@@ -52,26 +53,38 @@ def ours(store: "FolderStore", state: "State") -> Figures:
     return {"write": written - begin, "read": read - written}
 
 
-def copied(folder: Path, state: "State", *, hashed: bool = False) -> Figures:
-    """Seconds of a copy that is on the disk when it is done, of as many bytes; and of their sha256 on either side."""
+def copied(folder: Path, state: "State", *, hashed: bool = False, told: bool = False) -> Figures:
+    """Seconds of a copy that is on the disk when it is done, of as many bytes; and of their sha256 on either side.
+
+    If `told`, a second file says so.
+    """
     import torch
 
     data = b"".join(bytes(tensor.view(-1).view(torch.uint8).numpy()) for tensor in state.tensors().values())
     begin = time.perf_counter()
     digest = hashlib.sha256(data).digest() if hashed else b""
-    with open(folder / "copy.part", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(folder / "copy.part", folder / "copy")
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    durable(folder / "copy", data)
+    if told:
+        durable(folder / "manifests" / "copy", digest)
     written = time.perf_counter()
+    assert not told or (folder / "manifests" / "copy").read_bytes() == digest
     found = (folder / "copy").read_bytes()
     assert len(found) == len(data)
     assert not hashed or hashlib.sha256(found).digest() == digest
     return {"write": written - begin, "read": time.perf_counter() - written}
+
+
+def durable(path: Path, data: bytes) -> None:
+    """Write a file so that it is on the disk, under its name."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(part, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def saved(folder: Path, state: "State") -> Figures:
@@ -90,8 +103,10 @@ def hand_over(folder: Path, state: "State", repeats: int) -> Raw:
     from runner.artifacts import FolderStore
 
     store = FolderStore(folder / "store", warn=print)
+    (folder / "manifests").mkdir(exist_ok=True)
     return in_turns({"store": lambda: ours(store, state), "durable copy": lambda: copied(folder, state),
                      "copy and sha256": lambda: copied(folder, state, hashed=True),
+                     "copy, sha256 and manifest": lambda: copied(folder, state, hashed=True, told=True),
                      "torch.save": lambda: saved(folder, state)}, repeats)
 
 
