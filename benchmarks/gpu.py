@@ -18,19 +18,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.gpu_job import WAYS, Job, Notes, Way
-from benchmarks.gpu_tables import Known, tables
+from benchmarks.gpu_tables import PlanCache, tables
 from benchmarks.gpu_ways import measure
 from benchmarks.table import write
 
-Start = Callable[[Way, float], Known]
+Start = Callable[[Way, float], PlanCache]
 # Seconds for the table, and most that the checkpoint and the floors may take.
 LAST, PREPARING = 5.0, 300.0
 TINY_UNIT = 412_000
 
 
-def compare(ways: Sequence[Way], start: Start, left: Callable[[], float], keep: Callable[[Known], None]) -> Known:
+def compare(
+    ways: Sequence[Way], start: Start, left: Callable[[], float], keep: Callable[[PlanCache], None]
+) -> PlanCache:
     """What `start` finds of each way within the seconds that are `left`; `keep` gets all of it after each."""
-    found: Known = {}
+    found: PlanCache = {}
     for way in ways:
         seconds = left()
         if seconds < way.least:
@@ -41,7 +43,7 @@ def compare(ways: Sequence[Way], start: Start, left: Callable[[], float], keep: 
     return found
 
 
-def started(notes: Path, seconds: float, *options: str) -> Known:
+def started(notes: Path, seconds: float, *options: str) -> PlanCache:
     """What a process of this module with these options notes within so many seconds, and how it ended."""
     command = [sys.executable, "-m", "benchmarks.gpu", *options, "--notes", str(notes)]
     # Nothing is fetched: the checkpoint is here, and asking a hub about it can only take time.
@@ -57,7 +59,7 @@ def started(notes: Path, seconds: float, *options: str) -> Known:
     return settled(known, why) if why else known
 
 
-def settled(known: Known, why: str) -> Known:
+def settled(known: PlanCache, why: str) -> PlanCache:
     """The notes of a process that did not end by itself."""
     status = str(known.get("status", "starting"))
     return known | {"status": "made" if status.startswith("made") else f"ended while {status}", "why": why}
@@ -73,9 +75,9 @@ def prepare(folder: Path, job: Job, notes: Notes, width: int = 8192, size: int =
     notes.add(rates=rates(job.device, job.dtype, width, size))
 
 
-def keeper(said: argparse.Namespace, floors: Known) -> Callable[[Known], None]:
+def keeper(said: argparse.Namespace, floors: PlanCache) -> Callable[[PlanCache], None]:
     """What writes both files anew: the table beside the JSON file."""
-    def keep(found: Known) -> None:
+    def keep(found: PlanCache) -> None:
         if said.json is not None:
             raw = {name: [known] for name, known in found.items()}
             write(said.json, raw, floors=floors, side=said.side, steps=said.steps, date=time.strftime("%Y-%m-%d"))
@@ -87,7 +89,7 @@ def keeper(said: argparse.Namespace, floors: Known) -> Callable[[Known], None]:
     return keep
 
 
-def full(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[Known, Known]:
+def full(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[PlanCache, PlanCache]:
     """Each way in a process of its own, after the one that makes the checkpoint."""
     until = time.time() + 60 * said.minutes - LAST
     shared = ["--folder", str(folder), "--side", str(said.side), "--steps", str(said.steps)]
@@ -103,7 +105,7 @@ def full(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[K
         ), lambda: until - time.time(), keep), floors
 
 
-def tiny(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[Known, Known]:
+def tiny(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[PlanCache, PlanCache]:
     """Each way in this process, on simulated cards."""
     import torch
 
@@ -125,7 +127,7 @@ def tiny(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[K
     floors.add(checkpoint={"bytes": fill(folder, "cpu")})
     prepare(folder, job, floors, width=64, size=2**20)
 
-    def start(way: Way, seconds: float) -> Known:
+    def start(way: Way, seconds: float) -> PlanCache:
         notes = Notes()
         # What an error of the way before still holds.
         gc.collect()
@@ -161,7 +163,7 @@ def work(said: argparse.Namespace) -> None:
         # As the command line does: flushes look through everything that is not frozen.
         gc.collect()
         gc.freeze()
-        measure(next(way for way in WAYS if way.name == said.way), job, notes)
+        measure(next(way for way in WAYS if way.name == said.transfer), job, notes)
 
 
 def main() -> None:

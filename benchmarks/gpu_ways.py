@@ -17,17 +17,17 @@ PROMPT, GUIDANCE, SEED = "a red circle on a blue background", 3.5, 0
 
 def measure(way: Way, job: Job, notes: Notes) -> None:
     """Make one picture and note what it took, then two of one and two steps for the bytes that are copied."""
-    from runner.interrupts import Interrupted
-    from runner.shift import out_of_memory
-    from stages.errors import BadResult, PlanError
+    from runner.engine.signals import Interrupted
+    from runner.engine.stage_runner import out_of_memory
+    from stages.errors import BadResult, DoesNotFit
 
     notes.add(status="loading")
     try:
         (staged if way.kind == "stages" else piped)(way, job, notes)
     except Interrupted:
         notes.add(status="cut off")
-    except (PlanError, BadResult) as error:
-        notes.add(**ended(notes, "no plan" if isinstance(error, PlanError) else "no picture", error))
+    except (DoesNotFit, BadResult) as error:
+        notes.add(**ended(notes, "no plan" if isinstance(error, DoesNotFit) else "no picture", error))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

@@ -24,8 +24,8 @@ def accelerated(job: "Plan") -> "Plan":
     """The plan with the transformer split by accelerate, half of it on each card."""
     from accelerate import dispatch_model, infer_auto_device_map
 
-    from stages.models.weights import skeleton
-    from stages.placements.placement import Sharded
+    from stages.models.weights import new_skeleton
+    from stages.placement.placement import Sharded
 
     class Accelerated(Sharded):
         def attach(self, model: Any, *given: Any, **more: Any) -> None:
@@ -33,14 +33,14 @@ def accelerated(job: "Plan") -> "Plan":
             dispatch_model(model, dict(self.devices))
 
     component = job.stages[1].components[0]
-    model = skeleton(component, job.places["transformer"].dtype)
+    model = new_skeleton(component, job.places["transformer"].dtype)
     whole = sum(weight.nbytes for weight in model.parameters())
     split = infer_auto_device_map(model, {0: whole // 2, 1: whole}, no_split_module_classes=model._no_split_modules)
     blocks = job.weights["transformer"].blocks
     parts = {name: [block for block in blocks if block.startswith(f"{name}.")] or [name] for name in split}
     devices = {part: job.devices[int(card)] for name, card in split.items() for part in parts[name]}
     placement = Accelerated(job.devices[0], devices)
-    place = replace(job.places["transformer"], placement=placement, folded=frozenset())
+    place = replace(job.places["transformer"], placement=placement, precomputed=frozenset())
     return replace(job, places={**job.places, "transformer": place})
 
 

@@ -23,10 +23,10 @@ import torch
 
 from benchmarks.table import Figures, Raw, in_turns, markdown, median, spread, write
 from runner import Request, make_plan
-from runner.memory import Meter
+from runner.engine.memory import Meter
+from stages.loading.pinned_copy import READERS, PendingTensor, copy_to_devices
 from stages.loading.readahead import reading_ahead
-from stages.loading.staging import READERS, Wanted, send
-from stages.models.shards import read_header
+from stages.models.safetensors_header import read_header
 from stages.models.weights import Stored
 
 PIECE = 8 * 2**20
@@ -72,11 +72,12 @@ def filled(file: Path, start: int, memory: torch.Tensor) -> None:
 
 
 @contextmanager
-def to_card(files: Sequence[Path], device: str) -> Iterator[list[Wanted]]:
+def to_card(files: Sequence[Path], device: str) -> Iterator[list[PendingTensor]]:
     """The bytes of every tensor sent to a card as ours sends them, with no model made."""
-    sent = [Wanted(Stored(file, name, entry), torch.uint8, torch.empty(entry.bytes, dtype=torch.uint8, device=device))
+    sent = [PendingTensor(Stored(file, name, entry), torch.uint8,
+                          torch.empty(entry.bytes, dtype=torch.uint8, device=device))
             for file in files for name, entry in read_header(file).items()]
-    send(sent)
+    copy_to_devices(sent)
     yield sent
 
 

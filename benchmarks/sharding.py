@@ -25,7 +25,7 @@ SIZE = (128, 128)
 STEPS, GUIDANCE, TOKENS, SEED = 8, 3.5, 64, 7
 PARTS = ("plan", "encode", "denoise", "decode")
 FLOOR = 0.02
-SHORTAGES = ("out of memory", "NoRung", "doesn't fit", "offloaded to the disk")
+SHORTAGES = ("out of memory", "NoStrategyFits", "doesn't fit", "offloaded to the disk")
 Figures = dict[str, float]
 
 

@@ -26,7 +26,7 @@ REFUSED = 4
 PLAN = "runner plan flux --machine "
 # Packages, and parts of them that only some of the code needs.
 MODULES = ("torch", "torch._dynamo", "torch._meta_registrations", "transformers", "accelerate", "diffusers",
-           "runner.planning.remedy")
+           "runner.planning.suggestions")
 
 
 def process(*words: str) -> Figures:

@@ -134,7 +134,7 @@ def look_up(folder: Path, runs: int, repeats: int) -> Raw:
 
 def record(run: int) -> bytes:
     """A record as a store writes it."""
-    from runner.artifacts.document import write_document
+    from runner.artifacts.signed_json import write_document
 
     return write_document({"sequence": run + 1, "begun": float(run), "record": {"status": "done"}})
 

@@ -7,33 +7,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runner.distributed.api import run_on_ray, spawn
+    from runner.distributed.process_group import RankProcesses
+    from runner.distributed.split_gather import gather, split_between_ranks
+    from runner.distributed.watchdog import RankLost
+    from runner.engine.run import Picture, Report, run_all, run_stage
     from runner.planning.plan import Plan, make_plan
-    from runner.ranks.crew import Crew
-    from runner.ranks.gathering import gather, split_between_ranks
-    from runner.ranks.spawning import run_on_ray, spawn
-    from runner.ranks.watch import RankLost
     from runner.request import Request
-    from runner.run import Picture, Report, run_all, run_stage
 
 __all__ = [
-    "Crew", "Picture", "Plan", "RankLost", "Report", "Request", "gather", "make_plan", "run_all", "run_on_ray",
-    "run_stage", "spawn", "split_between_ranks",
+    "RankProcesses", "Picture", "Plan", "RankLost", "Report", "Request", "gather", "make_plan", "run_all",
+    "run_on_ray", "run_stage", "spawn", "split_between_ranks",
 ]
 
 _HOMES = {
-    "Crew": "ranks.crew",
-    "Picture": "run",
+    "RankProcesses": "distributed.process_group",
+    "Picture": "engine.run",
     "Plan": "planning.plan",
-    "RankLost": "ranks.watch",
-    "Report": "run",
+    "RankLost": "distributed.watchdog",
+    "Report": "engine.run",
     "Request": "request",
-    "gather": "ranks.gathering",
+    "gather": "distributed.split_gather",
     "make_plan": "planning.plan",
-    "run_all": "run",
-    "run_on_ray": "ranks.spawning",
-    "run_stage": "run",
-    "spawn": "ranks.spawning",
-    "split_between_ranks": "ranks.gathering",
+    "run_all": "engine.run",
+    "run_on_ray": "distributed.api",
+    "run_stage": "engine.run",
+    "spawn": "distributed.api",
+    "split_between_ranks": "distributed.split_gather",
 }
 
 

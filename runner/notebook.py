@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from runner.events import gib
+from runner.media.previews import enlarged
 from runner.reports.charts.blocks import blocks
 from runner.reports.charts.gantt import gantt
 from runner.reports.charts.style import STYLE
 from runner.reports.charts.timeline import memory
 from runner.reports.markup import FAINT, block, image, said, table
-from runner.reports.measured import measured
-from runner.reports.previews import enlarged
+from runner.reports.memory_table import measured
 from runner.reports.progress import Status, Summary
 
 if TYPE_CHECKING:

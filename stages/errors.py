@@ -1,8 +1,8 @@
 """The errors that a user can meet; each message carries its arithmetic and the next step.
 
     ValueError              a bad input                                  exit code 2
-    +- LoadError            the model: missing, gated, damaged, foreign  exit code 3
-    +- PlanError            it does not fit these devices                exit code 4
+    +- ModelError            the model: missing, gated, damaged, foreign  exit code 3
+    +- DoesNotFit            it does not fit these devices                exit code 4
     +- StoreError           the artifact store                           exit code 5
     +- BadResult            a result that is no picture                  exit code 6
     MemoryError
@@ -12,11 +12,11 @@
 from collections.abc import Mapping
 
 
-class LoadError(ValueError):
+class ModelError(ValueError):
     """A model that is not found, not readable, not complete, or not of the family asked for."""
 
 
-class PlanError(ValueError):
+class DoesNotFit(ValueError):
     """A request that does not fit the devices.
 
     `options` are those of the command line that would make it fit, with their values; "" leaves an option out.
@@ -47,5 +47,5 @@ class StageOutOfMemory(MemoryError):
         self.ways: tuple[Mapping[str, str], ...] = ()
 
 
-class Unfoldable(PlanError):
+class NotPrecomputable(DoesNotFit):
     """A denoiser whose modulation cannot be computed ahead; the run goes without the table."""

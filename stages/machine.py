@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from stages.containers import limits
+from stages.cgroups import limits
 
 MIB = 2**20
 # What a kind of device needs besides tensors: workspaces of its libraries, and what its allocator cannot use up.
@@ -119,10 +119,10 @@ def probe(names: Sequence[str] = ()) -> Machine:
     return Machine(tuple(_device(name, total, free) for name in chosen), total, free)
 
 
-def imagined(sizes: Sequence[int]) -> Machine:
+def hypothetical(sizes: Sequence[int]) -> Machine:
     """A machine with this host and cards of so many bytes, of which 512 MiB are taken already."""
     total, free = host_memory()
-    cards = (Device(f"cuda:{index}", size, max(0, size - 512 * MIB), True, "imagined")
+    cards = (Device(f"cuda:{index}", size, max(0, size - 512 * MIB), True, "hypothetical")
              for index, size in enumerate(sizes))
     return Machine(tuple(cards), total, free, here=False)
 

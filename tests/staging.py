@@ -10,9 +10,9 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 
 from runner.artifacts import MemoryStore, key_of
 from stages.models.checkpoint import find
-from stages.placements.placement import Place, Places, Resident
-from stages.split import split
-from stages.stage import Stage
+from stages.pipeline.split import split
+from stages.pipeline.stage import Stage
+from stages.placement.placement import Place, Places, Resident
 from stages.state import State, Value
 
 

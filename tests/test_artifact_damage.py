@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.artifacts import FolderStore, MemoryStore, manifest
-from runner.artifacts.document import Damaged, canonical
-from runner.artifacts.durable import File
-from runner.artifacts.envelope import pack, unpack
+from runner.artifacts.atomic_files import File
 from runner.artifacts.inspection import describe, open_artifact
+from runner.artifacts.signed_json import Damaged, canonical
+from runner.artifacts.state_format import pack, unpack
 from stages.errors import BadResult, StoreError
 from stages.state import State
 from tests.test_artifacts import KEY, OTHER, STATE, object_path

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from runner.artifacts import FolderStore, locks
-from runner.artifacts.parts import hold, part_name, sweep
+from runner.artifacts.temp_files import hold, part_name, sweep
 from stages.errors import StoreError
 from tests.store_worker import KEY, Worker, state
 from tests.test_artifacts import OTHER, STATE, object_path, same

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.artifacts import Artifact, ArtifactStore, FolderStore, MemoryStore, header, key_of, open_store
-from runner.artifacts.envelope import is_finite, pack, unpack
 from runner.artifacts.inspection import describe, open_artifact
+from runner.artifacts.state_format import is_finite, pack, unpack
 from stages.errors import BadResult, StoreError
 from stages.state import State
 from tests.store_worker import KEY

@@ -18,8 +18,8 @@ from PIL import Image
 
 from runner.commands.batch import Batch, Defaults, batch
 from runner.commands.cli import answer
-from runner.commands.names import Naming, Unnamed
 from runner.commands.prompts import FILE_BYTES, LINES, Entry, read_prompts
+from runner.media.paths import Naming, Unnamed
 from runner.request import ask
 from stages.families import FAMILIES
 
@@ -303,7 +303,7 @@ def test_a_plan_is_for_the_largest_line(flux: Path, capsys: pytest.CaptureFixtur
 
 
 def test_planning_ten_thousand_requests_takes_seconds(flux: Path) -> None:
-    from runner.keys import chain
+    from runner.engine.keys import chain
     from runner.planning.plan import make_plan
 
     Path("p.txt").write_text("\n".join(f"a red circle {index}" for index in range(LINES)))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from stages.errors import LoadError
+from stages.errors import ModelError
 from stages.families import FAMILIES
 from stages.models.checkpoint import Checkpoint, check, find
 from stages.models.files import Incomplete
-from stages.models.shards import read_header
+from stages.models.safetensors_header import read_header
 from tests.sparse import hollow
 from tests.tiny import flux as make_flux
 
@@ -34,7 +34,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_flux(tmp_path_factory.mktemp("sharded") / "flux", shard="200KB")
 
 
-def refused(model: Path | str, *words: str, kind: type[Exception] = LoadError) -> str:
+def refused(model: Path | str, *words: str, kind: type[Exception] = ModelError) -> str:
     """The one-line message with which `find` refuses the model, which holds all the words."""
     with pytest.raises(kind) as caught:
         find(model)
@@ -72,7 +72,7 @@ def test_only_what_is_asked_for_has_to_be_there(model: Path) -> None:
     shutil.rmtree(model / "vae")
     assert list(find(model, components=["transformer", "scheduler"]).components) == ["scheduler", "transformer"]
     assert dict(find(model, components=()).components) == {}
-    with pytest.raises(LoadError, match=r"no component unet; it has scheduler, text_encoder"):
+    with pytest.raises(ModelError, match=r"no component unet; it has scheduler, text_encoder"):
         find(model, components=["unet"])
 
 
@@ -179,7 +179,7 @@ def test_header_that_lies(tmp_path: Path, entry: object) -> None:
     path.parent.mkdir()
     text = json.dumps({"weight": entry}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(LoadError, match="describes tensor 'weight' wrongly"):
+    with pytest.raises(ModelError, match="describes tensor 'weight' wrongly"):
         read_header(path)
 
 
@@ -191,7 +191,7 @@ def test_header_with_gaps_or_overlaps(tmp_path: Path, offsets: tuple[tuple[int, 
               for name, at in zip("ab", offsets, strict=True)}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(offsets[-1][1]))
-    with pytest.raises(LoadError, match="overlap or leave a gap"):
+    with pytest.raises(ModelError, match="overlap or leave a gap"):
         read_header(path)
 
 
@@ -201,7 +201,7 @@ def test_header_with_a_key_twice(tmp_path: Path) -> None:
     one = '"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
     text = f"{{{one}, {one}}}".encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(1))
-    with pytest.raises(LoadError, match="a key appears twice"):
+    with pytest.raises(ModelError, match="a key appears twice"):
         read_header(path)
 
 
@@ -210,7 +210,7 @@ def test_header_longer_than_its_cap(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes((10**8 + 1).to_bytes(8, "little"))
     os.truncate(path, 2 * 10**8)
-    with pytest.raises(LoadError, match="its header claims 100000001 bytes"):
+    with pytest.raises(ModelError, match="its header claims 100000001 bytes"):
         read_header(path)
 
 
@@ -304,7 +304,7 @@ def test_family(model: Path) -> None:
         check(find(model), family=FAMILIES[name])
     rewrite(model / "model_index.json", _class_name="StableDiffusionPipeline",
             safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
-    with pytest.raises(LoadError, match=r"is a StableDiffusionPipeline, but family flux runs a FluxPipeline.*"
+    with pytest.raises(ModelError, match=r"is a StableDiffusionPipeline, but family flux runs a FluxPipeline.*"
                                         r"--model black-forest-labs/FLUX.1-dev"):
         check(find(model, components=()), family=FAMILIES["flux"])
 

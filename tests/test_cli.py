@@ -18,7 +18,7 @@ from PIL import Image
 from runner.commands import make
 from runner.commands.cli import answer
 from runner.commands.order import default_store
-from stages.errors import BadResult, LoadError, PlanError, StageOutOfMemory, StoreError
+from stages.errors import BadResult, DoesNotFit, ModelError, StageOutOfMemory, StoreError
 
 BAD = [
     (["--prompt", ""], "empty prompt"),
@@ -149,7 +149,7 @@ def test_a_bad_prompt_on_standard_input_is_refused(
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (LoadError("x"), 3), (PlanError("x"), 4), (StageOutOfMemory("x"), 4), (MemoryError("x"), 4),
+        (ModelError("x"), 3), (DoesNotFit("x"), 4), (StageOutOfMemory("x"), 4), (MemoryError("x"), 4),
         (StoreError("x"), 5), (BadResult("x"), 6), (ValueError("x"), 2), (KeyError("x"), 1),
         (KeyboardInterrupt(), 130),
     ],
@@ -251,7 +251,7 @@ def test_a_model_that_changed_does_not_pass_for_the_one_of_a_picture(
     flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert answer(base(flux, "--prompt", "x", "--seed", "1", "--out", "x.png", "-q")) == 0
-    from runner.picture import like, png
+    from runner.media.image import like, png
 
     said = like("x.png")
     with Image.open("x.png") as image:

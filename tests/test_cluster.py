@@ -16,15 +16,15 @@ from PIL import Image
 
 from runner import make_plan, run_all
 from runner.artifacts import ArtifactStore, open_store
-from runner.clusters.operator import Denoise, alone, cards_of, errands
-from runner.clusters.pools import Pool, groups, pools
 from runner.commands.cli import answer
 from runner.commands.order import check_engine
-from runner.keys import chain
+from runner.distributed.ray.actor import Denoise, alone, cards_of, errands
+from runner.distributed.ray.pools import Pool, groups, pools
+from runner.engine.keys import chain
 from runner.request import Request, ask
-from stages.errors import PlanError
+from stages.errors import DoesNotFit
 from stages.families import FAMILIES
-from stages.placements.placement import Sharded
+from stages.placement.placement import Sharded
 from tests import sparse
 from tests.test_readme import BY_RAY, answered
 
@@ -125,7 +125,7 @@ def test_every_card_has_a_worker_and_the_denoise_has_most(
 
 
 def test_too_few_cards_are_refused() -> None:
-    with pytest.raises(PlanError, match="denoise takes 2 cards, and the cluster has 1 ->"):
+    with pytest.raises(DoesNotFit, match="denoise takes 2 cards, and the cluster has 1 ->"):
         pools({"encode": 1, "denoise": 2}, 1, 4)
 
 
@@ -156,9 +156,9 @@ def test_a_worker_numbers_its_own_cards_and_decides_as_the_plan_does(tmp_path: P
 
 def test_what_goes_wrong_in_a_worker_is_told_by_kind(tmp_path: Path) -> None:
     worker = Denoise.__new__(Denoise)
-    worker.trouble = {"kind": "LoadError", "text": "no such model"}
+    worker.trouble = {"kind": "ModelError", "text": "no such model"}
     (row,) = errands([range(1)], {"denoise": [0]})
-    assert '"trouble": {"kind": "LoadError", "text": "no such model"}' in worker(row)["errand"]
+    assert '"trouble": {"kind": "ModelError", "text": "no such model"}' in worker(row)["errand"]
 
 
 def test_options_that_contradict_ray_are_refused() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stages import machine
-from stages.containers import limits
+from stages.cgroups import limits
 
 GIB = 2**30
 

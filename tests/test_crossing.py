@@ -13,12 +13,12 @@ from torch import nn
 
 from runner import Plan, Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
-from stages.errors import PlanError
+from stages.errors import DoesNotFit
+from stages.estimate.dry_run import dry_run
 from stages.machine import MIB
-from stages.placements.copies import garbled, sound
-from stages.placements.crossing import Crossing, by_host, direct
-from stages.placements.placement import Place, Sharded
-from stages.rehearsals.rehearsal import rehearse
+from stages.placement.copy_test import corrupted_pairs, verified
+from stages.placement.placement import Place, Sharded
+from stages.placement.transfers import Crossing, direct, via_host
 from stages.state import State
 
 Cards = Callable[..., list[str]]
@@ -82,13 +82,13 @@ def test_cards_that_garble_copies_are_gone_around(cards: Cards, sim: ModuleType)
     sim.corrupt(first, second, "zeros")
     source = torch.arange(1000.0, device=first)
     assert not torch.equal(direct(source, second).cpu(), source.cpu())
-    assert torch.equal(by_host(source, second).cpu(), source.cpu())
-    assert by_host(source, first) is source
+    assert torch.equal(via_host(source, second).cpu(), source.cpu())
+    assert via_host(source, first) is source
 
 
 def test_garbled_copies_are_found_and_gone_around(flux: Path, cards: Cards, sim: ModuleType) -> None:
     first, second = devices = cards(40 * MIB, 40 * MIB)
-    assert garbled(devices) == []
+    assert corrupted_pairs(devices) == []
     job, store = sharded(flux, devices, "0:2,1:2,0:2", 2), MemoryStore(warn=print)
     (expected,) = (picture.pixels for picture in run_all(job, store=store).pictures)
     told: list[str] = []
@@ -96,11 +96,11 @@ def test_garbled_copies_are_found_and_gone_around(flux: Path, cards: Cards, sim:
     def emit(kind: str, data: Any) -> None:
         told.append(data["text"])
 
-    assert sound(job.places, emit) is job.places and told == []
+    assert verified(job.places, emit) is job.places and told == []
     for how in ("zeros", "noise"):
         sim.corrupt(first, second, how)
-        assert garbled(devices) == [(first, second)]
-        around = dataclasses.replace(job, places=sound(job.places, emit))
+        assert corrupted_pairs(devices) == [(first, second)]
+        around = dataclasses.replace(job, places=verified(job.places, emit))
         assert "copies from sim:0 to sim:1 arrive garbled" in told[-1]
         made = run_all(around, store=store, from_stage="denoise").pictures[0].pixels
         assert (made == expected).all()
@@ -125,7 +125,7 @@ def test_the_modulation_table_is_right_where_copies_are_garbled(flux: Path, card
     request = Request("a red circle", 64, 48, 2, 3.5, 7, TEXT)
     job = make_plan("flux", [request], model=flux, devices=devices, place=["denoise=0:3,1:3"],
                     dtype={"": torch.float32})
-    assert job.places["transformer"].folded
+    assert job.places["transformer"].precomputed
     expected = run_all(job).pictures[0].pixels
     sim.corrupt(first, second, "noise")
     sim.corrupt(second, first, "zeros")
@@ -150,8 +150,8 @@ def test_nothing_of_a_streamed_block_stays_on_the_card(flux: Path, cards: Cards,
     (expected,) = (picture.pixels for picture in run_all(whole, store=store).pictures)
     placement = whole.places["transformer"].placement
     assert isinstance(placement, Sharded)
-    hosted = dataclasses.replace(placement, hosted=frozenset(placement.devices))
-    places = {**whole.places, "transformer": Place(hosted, torch.float32)}
+    cpu_blocks = dataclasses.replace(placement, cpu_blocks=frozenset(placement.devices))
+    places = {**whole.places, "transformer": Place(cpu_blocks, torch.float32)}
     job = dataclasses.replace(whole, places=places)
     report = run_all(job, store=store, from_stage="denoise")
     assert (report.pictures[0].pixels == expected).all()
@@ -166,9 +166,9 @@ def test_a_rehearsal_finds_out_where_tensors_of_two_cards_would_meet(flux: Path)
     job = make_plan("flux", [Request("a red circle", 64, 48, 1, 3.5, 7, TEXT)], model=flux, devices=["cpu"],
                     modulation_table=False)
     encode, denoise = job.stages[:2]
-    state = rehearse(encode, job.places, job.weights, State(), {"prompt": "a", "max_sequence_length": TEXT}, {}).state
+    state = dry_run(encode, job.places, job.weights, State(), {"prompt": "a", "max_sequence_length": TEXT}, {}).state
     devices = dict.fromkeys(job.weights["transformer"].blocks, "cuda:0")
     torn = Sharded("cuda:0", {**devices, "transformer_blocks.0.ff": "cuda:1"})
     inputs = {"width": 64, "height": 48, "num_inference_steps": 1, "seed": 1}
-    with pytest.raises(PlanError, match="would meet tensors of cuda:0 and cuda:1"):
-        rehearse(denoise, {"transformer": Place(torn, torch.float32)}, job.weights, state, inputs, {})
+    with pytest.raises(DoesNotFit, match="would meet tensors of cuda:0 and cuda:1"):
+        dry_run(denoise, {"transformer": Place(torn, torch.float32)}, job.weights, state, inputs, {})

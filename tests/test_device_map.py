@@ -9,9 +9,9 @@ import torch
 from diffusers import FluxPipeline
 
 from runner import Plan, Request, make_plan, run_all
-from runner.memory import Meter
-from runner.planning import tables
-from stages.placements.placement import standing
+from runner.engine.memory import Meter
+from runner.planning import describe
+from stages.placement.placement import device_of
 from tests import tiny
 
 Cards = Callable[..., list[str]]
@@ -50,7 +50,7 @@ def test_the_balanced_map_of_diffusers_lacks_a_component_and_ours_does_not(
     for name in heavy:
         assert set(plan.device_map[name].values()) == set(devices)
     assert all("cpu" not in devices.values() for devices in plan.device_map.values())
-    there = {name: part["device_map"] for name, part in tables.document(plan)["components"].items()}
+    there = {name: part["device_map"] for name, part in describe.document(plan)["components"].items()}
     assert there == plan.device_map
 
 
@@ -67,7 +67,7 @@ def test_the_map_is_where_the_weights_are(large: Path, cards: Cards) -> None:
         with stage.loaded(plan.places) as loaded:
             found = {component.name: where(loaded.pipe.components[component.name]) for component in stage.components}
         for component, parameters in found.items():
-            assert all(standing(name, plan.device_map[component]) == device for name, device in parameters.items())
+            assert all(device_of(name, plan.device_map[component]) == device for name, device in parameters.items())
         assert meter.flush().left == 0
     report = run_all(plan)
     assert report.device_map == plan.device_map and len(report.pictures) == 1

@@ -10,13 +10,13 @@ import torch
 
 from runner import Plan, Request, make_plan
 from runner.artifacts import MemoryStore
-from runner.memory import Flushed
+from runner.engine.memory import Flushed
+from runner.engine.run import Picture, Report
+from runner.engine.stage_runner import StageReport
 from runner.notebook import Charts, Memory
 from runner.reports.markup import image, said, table
-from runner.reports.measured import Measured, measured
-from runner.run import Picture, Report
-from runner.shift import StageReport
-from stages.placements.placement import Resident, Sharded
+from runner.reports.memory_table import Measured, measured
+from stages.placement.placement import Resident, Sharded
 from stages.state import State
 from tests.records import HOSTILE, record
 
@@ -120,8 +120,8 @@ def test_a_stage_shows_seconds_peaks_and_the_flush() -> None:
         "StageReport(denoise, 2 made, 1 re-used, 2.0 s, peak cuda:0 3.0 GiB, peak cuda:1 1.0 GiB)")
     cells = checked(stage("denoise")._repr_html_()).text
     assert "peak cuda:1" in cells and "1.25" in cells and "freed" in cells
-    hosted = dataclasses.replace(stage("denoise"), peak={"rank 0 cpu": 2**30})
-    assert "freed" not in checked(hosted._repr_html_()).text
+    cpu_blocks = dataclasses.replace(stage("denoise"), peak={"rank 0 cpu": 2**30})
+    assert "freed" not in checked(cpu_blocks._repr_html_()).text
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_an_artifact_shows_its_tensors() -> None:
 
 
 def test_a_placement_shows_who_holds_what() -> None:
-    dealt = Sharded("cuda:0", {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}, hosted=frozenset(["a.2"]))
+    dealt = Sharded("cuda:0", {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}, cpu_blocks=frozenset(["a.2"]))
     assert repr(dealt) == "Sharded(cuda:0:1,cuda:1:1,cuda:0:1 (1 of them streamed))"
     assert checked(dealt._repr_html_()).text.endswith("cuda:01 blockscuda:11 blockscpu1 blocks")
     assert repr(Resident("cuda:0", 512)) == "Resident(cuda:0 in tiles of 512 pixels)"

@@ -16,10 +16,10 @@ from diffusers.modular_pipelines.modular_pipeline import (
 from runner import make_plan, run_all
 from runner.artifacts import MemoryStore
 from runner.request import ask
-from stages.errors import LoadError
+from stages.errors import ModelError
 from stages.families import FAMILIES
 from stages.models.checkpoint import Checkpoint, check, find
-from stages.split import _groups, split
+from stages.pipeline.split import _groups, split
 from stages.state import State, Value
 from tests import tiny_families as tiny
 from tests.staging import run_staged, run_whole
@@ -150,13 +150,13 @@ def test_an_input_that_the_family_does_not_read_is_refused(tmp_path: Path) -> No
 
 def test_a_model_that_makes_videos_is_refused(tmp_path: Path) -> None:
     checkpoint = find(tiny.wan(tmp_path / "wan"))
-    with pytest.raises(LoadError, match="WanPipeline makes videos, not images"):
+    with pytest.raises(ModelError, match="WanPipeline makes videos, not images"):
         split(checkpoint, list(INPUTS))
 
 
 def test_a_model_without_pipeline_blocks_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
-    with pytest.raises(LoadError, match="has no modular blocks for PixArtAlphaPipeline"):
+    with pytest.raises(ModelError, match="has no modular blocks for PixArtAlphaPipeline"):
         split(Checkpoint(tmp_path, "pixart", "sha256:0", "PixArtAlphaPipeline", {}), list(INPUTS))
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from runner.artifacts import FolderStore, aside, durable, envelope
-from runner.artifacts.aside import ASIDE, Aside
-from runner.artifacts.envelope import pack
+from runner.artifacts import FolderStore, atomic_files, background, state_format
+from runner.artifacts.background import ASIDE, Background
+from runner.artifacts.state_format import pack
 from stages.errors import StoreError
 from stages.state import State
 from tests.test_artifacts import KEY, STATE, object_path, same
@@ -56,7 +56,7 @@ def test_a_hand_over_writes_hashes_and_reads_each_byte_once(
     rename = counted(monkeypatch, os, "rename", lambda found, *paths: 0)
     write = counted(monkeypatch, os, "write", lambda found, handle, data: found)
     read = counted(monkeypatch, os, "readv", lambda found, handle, parts: found)
-    hashed = counted(monkeypatch, envelope, "_sha256", lambda found, chunks: total(chunks))
+    hashed = counted(monkeypatch, state_format, "_sha256", lambda found, chunks: total(chunks))
     artifact = store.put(KEY, "denoise", state, {})
     told = (store.path / f"stages/{KEY}.json").stat().st_size
     # An fsync for each of two files, and for each of their folders: one more where the object's folder is new.
@@ -71,7 +71,7 @@ def test_a_hand_over_writes_hashes_and_reads_each_byte_once(
 def test_the_object_goes_to_the_disk_while_its_hash_is_taken(
     store: FolderStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fsync, took, begun = os.fsync, envelope._sha256, Event()
+    fsync, took, begun = os.fsync, state_format._sha256, Event()
 
     def slow(chunks: Any) -> str:
         # It ends after the first wait for the disk began: a hash taken first would wait in vain.
@@ -83,7 +83,7 @@ def test_the_object_goes_to_the_disk_while_its_hash_is_taken(
         fsync(handle)
 
     overlapped: list[bool] = []
-    monkeypatch.setattr(envelope, "_sha256", slow)
+    monkeypatch.setattr(state_format, "_sha256", slow)
     monkeypatch.setattr(os, "fsync", syncing)
     store.put(KEY, "denoise", LARGE, {})
     assert overlapped == [True] and store.get(KEY) is not None
@@ -117,14 +117,14 @@ def test_a_failed_wait_for_the_disk_is_told(
 def test_a_call_that_no_thread_comes_to_is_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when all cores are busy."""
     with ThreadPoolExecutor(1) as blocked:
-        monkeypatch.setattr(aside, "_pool", lambda: blocked)
+        monkeypatch.setattr(background, "_pool", lambda: blocked)
         gate, entered = Event(), Event()
         blocked.submit(lambda: (entered.set(), gate.wait()))
         entered.wait()
         try:
-            assert Aside(lambda: "made").result() == "made"
+            assert Background(lambda: "made").result() == "made"
             made: list[int] = []
-            Aside(lambda: made.append(1)).end()
+            Background(lambda: made.append(1)).end()
             assert not made
             packed = pack(LARGE, key=KEY, stage="denoise")
             assert packed.digest == hashlib.sha256(b"".join(packed.chunks)).hexdigest()
@@ -142,7 +142,7 @@ def test_a_child_of_a_process_that_stored_stores_too(store: FolderStore) -> None
 
 
 def test_a_large_artifact_is_read_into_memory_of_its_own(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "HUGE", 1)
+    monkeypatch.setattr(atomic_files, "HUGE", 1)
     store.put(KEY, "encode", STATE, {})
     found = store.get(KEY)
     assert found is not None and same(dict(found.values), dict(STATE.values))

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from runner import Request, make_plan
-from runner.memory import Meter
-from runner.planning.tables import hosts
+from runner.engine.memory import Meter
+from runner.planning.describe import hosts
 from stages.loading.load import load, passing
-from stages.loading.staging import STAGED
-from stages.models.weights import skeleton, sources
+from stages.loading.pinned_copy import STAGED
+from stages.models.weights import new_skeleton, sources
 from tests import tiny
 
 Cards = Callable[..., list[str]]
@@ -81,8 +81,9 @@ def test_a_denoiser_is_read_once_through_little_host_memory(large: Path, cards: 
     request = Request("a red circle", 64, 64, 1, 3.5, 1, 32)
     job = make_plan("flux", [request], model=large, devices=devices, dtype={"": torch.float32})
     (component,), place = job.stages[1].components, job.places["transformer"]
-    layers = {f"{layer}.{kind}" for layer in place.folded for kind in ("weight", "bias")}
-    stored = {name: source.entry.bytes for name, source in sources(component, skeleton(component)).items() if source}
+    layers = {f"{layer}.{kind}" for layer in place.precomputed for kind in ("weight", "bias")}
+    found = sources(component, new_skeleton(component))
+    stored = {name: source.entry.bytes for name, source in found.items() if source}
     wanted = sum(size for name, size in stored.items() if name not in layers)
     assert wanted == job.weights["transformer"].total < sum(stored.values()) - 32 * MIB
     assert passing(component, place.placement) == STAGED < 32 * MIB

@@ -22,11 +22,11 @@ TOKEN = "hf_SentinelSentinelSentinelSentinel"
 CALL = """
 import json, sys
 from stages.models.checkpoint import find
-from stages.errors import LoadError
+from stages.errors import ModelError
 try:
     found = find(sys.argv[1], **json.loads(sys.argv[2]))
     print(json.dumps({"path": str(found.path), "identity": found.identity, "components": list(found.components)}))
-except LoadError as error:
+except ModelError as error:
     print(json.dumps({"error": str(error)}))
 """
 
@@ -325,11 +325,11 @@ def test_a_run_plans_first_and_downloads_then(hub: Hub, home: Path, tmp_path: Pa
 
 LORA = """
 import sys
-from stages.errors import LoadError
-from stages.models.lora import Wanted, found
+from stages.errors import ModelError
+from stages.models.lora import LoraRequest, found
 try:
-    print(found(Wanted(sys.argv[1]), "FluxPipeline").path.name)
-except LoadError as error:
+    print(found(LoraRequest(sys.argv[1]), "FluxPipeline").path.name)
+except ModelError as error:
     print(error)
 """
 

@@ -18,12 +18,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from runner import Plan, Request, make_plan, run_all
 from runner.artifacts import MemoryStore
-from runner.interrupts import Interrupted
-from runner.keys import chain, midway_key
-from runner.planning.tables import document, lines, pace
+from runner.engine.keys import chain, midway_key
+from runner.engine.signals import Interrupted
+from runner.planning.describe import document, lines, pace
 from stages.errors import StageOutOfMemory
-from stages.placements.placement import Sharded
-from stages.placements.turns import Turns, enter, taking
+from stages.placement.device_turns import DeviceTurns, enter, taking
+from stages.placement.placement import Sharded
 from tests import tiny
 
 Cards = Callable[..., list[str]]
@@ -73,7 +73,7 @@ def test_lanes_make_the_pictures_of_one_at_a_time(
     job = sharded(model, lanes=count)
     placement = job.places["transformer"].placement
     assert isinstance(placement, Sharded) and set(placement.devices.values()) == set(devices)
-    assert job.places["transformer"].folded
+    assert job.places["transformer"].precomputed
     done: list[int] = []
     made = run_all(job, done=lambda picture: done.append(picture.index))
     assert all(np.array_equal(picture.pixels, pixels) for picture, pixels in zip(made.pictures, alone, strict=True))
@@ -131,7 +131,7 @@ def test_lanes_keep_both_cards_busy_and_never_share_one(model: Path, cards: Card
 
 def test_a_card_is_given_in_the_order_of_asking(cards: Cards) -> None:
     (card,) = cards(1_000_000)
-    turns, had = Turns(), list[int]()
+    turns, had = DeviceTurns(), list[int]()
 
     def lane(number: int) -> None:
         with taking(turns):

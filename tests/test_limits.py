@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from runner.planning.limits import limited, read_bytes, read_machine
-from stages.errors import PlanError
+from runner.planning.memory_limits import limited, read_bytes, read_machine
+from stages.errors import DoesNotFit
 from stages.machine import Device, Machine, probe
 
 GIB = 2**30
@@ -56,7 +56,7 @@ def test_percent_are_of_the_whole_card_and_a_negative_value_stays_free() -> None
 
 def test_a_limit_that_cannot_be_is_left_out_of_the_next_command() -> None:
     for text, left in (("0=20GiB,1=4GiB,cpu=8GiB", "cuda:1=4GiB,cpu=8GiB"), ("20GiB", ""), ("-20GiB", "")):
-        with pytest.raises(PlanError) as refused:
+        with pytest.raises(DoesNotFit) as refused:
             limited(TWO, text)
         assert refused.value.options == {"--max-memory": left}
 
@@ -92,7 +92,7 @@ def test_nonsense_is_refused_by_name(text: str, why: str) -> None:
     ("1=9GiB", "of cuda:1"), ("-15GiB", "leaves nothing of cuda:0"), ("cpu=65GiB", "of cpu"),
 ])
 def test_a_limit_above_the_card_does_not_fit(text: str, why: str) -> None:
-    with pytest.raises(PlanError, match=why):
+    with pytest.raises(DoesNotFit, match=why):
         limited(TWO, text)
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from stages.errors import LoadError
-from stages.loading import staging
+from stages.errors import ModelError
+from stages.loading import pinned_copy
 from stages.loading.load import load
-from stages.loading.staging import Wanted, send
+from stages.loading.pinned_copy import PendingTensor, copy_to_devices
 from stages.models.checkpoint import Component, find
-from stages.models.shards import Entry
-from stages.models.weights import Stored, skeleton, weigh
-from stages.placements.placement import DISK, Place, Resident, Sharded, remainder
+from stages.models.safetensors_header import Entry
+from stages.models.weights import Stored, new_skeleton, weigh
+from stages.placement.placement import DISK, Place, Resident, Sharded, remainder
 from tests.test_weights import loaded, save, tiny_sd3
 
 Cards = Callable[..., list[str]]
@@ -47,7 +47,7 @@ def test_every_tensor_is_as_the_library_loads_it(
     parts: list[Component], cards: Cards, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """By pieces that no tensor is a multiple of."""
-    monkeypatch.setattr(staging, "PIECE", 360)
+    monkeypatch.setattr(pinned_copy, "PIECE", 360)
     for device in ("cpu", *cards(2**30)):
         for component in parts:
             theirs, ours = loaded(component, dtype), load(component, Place(Resident(device), dtype))
@@ -64,8 +64,8 @@ def test_every_tensor_is_copied_once_to_its_card(flux: Path, cards: Cards, sim: 
     weights = weigh(component, torch.bfloat16)
     first, second, third, *others = weights.blocks
     dealt = {first: devices[0], **dict.fromkeys((second, third, *others), devices[1])}
-    placement = Sharded(devices[0], dealt, remainder(skeleton(component), dealt), frozenset({third}),
-                        shelved=frozenset(others))
+    placement = Sharded(devices[0], dealt, remainder(new_skeleton(component), dealt), frozenset({third}),
+                        disk_blocks=frozenset(others))
     sim.reset_copied()
     model = load(component, Place(placement, torch.bfloat16))
     share = placement.share(weights)
@@ -80,8 +80,8 @@ def test_a_file_that_ends_too_early_is_told(tmp_path: Path, cards: Cards) -> Non
     (tmp_path / "short.safetensors").write_bytes(bytes(100))
     target = torch.empty(64, device=card)
     source = Stored(tmp_path / "short.safetensors", "part.weight", Entry("F32", (64,), 20, 256))
-    with pytest.raises(LoadError, match=r"short\.safetensors ends within part\.weight; fetch it again"):
-        send([Wanted(source, torch.float32, target)])
+    with pytest.raises(ModelError, match=r"short\.safetensors ends within part\.weight; fetch it again"):
+        copy_to_devices([PendingTensor(source, torch.float32, target)])
 
 
 def test_a_missing_tensor_is_told_by_name(tmp_path: Path, cards: Cards) -> None:
@@ -91,5 +91,5 @@ def test_a_missing_tensor_is_told_by_name(tmp_path: Path, cards: Cards) -> None:
     held = load_file(component.files[0])
     del held["blocks.1.ffn.net.2.weight"]
     save_file(held, component.files[0], {"format": "pt"})
-    with pytest.raises(LoadError, match=r"asks for 1 tensors that the files lack: blocks\.1\.ffn\.net\.2\.weight"):
+    with pytest.raises(ModelError, match=r"asks for 1 tensors that the files lack: blocks\.1\.ffn\.net\.2\.weight"):
         load(component, Place(Resident(*cards(2**30)), torch.float32))

@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 from runner import Plan, make_plan, run_all, spawn
 from runner.artifacts import FolderStore, MemoryStore
 from runner.commands.cli import answer
-from runner.keys import chain
-from runner.picture import card_of, like, png
+from runner.engine.keys import chain
+from runner.media.image import card_of, like, png
 from runner.planning.plan import adapted
-from runner.planning.remedy import plan_or_remedy
-from stages.errors import LoadError, PlanError
+from runner.planning.suggestions import plan_or_remedy
+from stages.errors import DoesNotFit, ModelError
 from stages.loading.load import load
-from stages.loading.merging import Addition, add, read
+from stages.loading.lora_merge import LowRankUpdate, add, read
 from stages.models.checkpoint import Component, find
-from stages.models.lora import Lora, Wanted, found, read_wanted
-from stages.models.weights import model_class, outline
-from stages.placements.placement import Place, Placement, Resident, Sharded
+from stages.models.lora import Lora, LoraRequest, found, read_loras
+from stages.models.weights import model_class, skeleton
+from stages.placement.placement import Place, Placement, Resident, Sharded
 from tests import tiny, tiny_families
 from tests.test_cards import MIB, halved
 from tests.test_modulation import asked, latents
@@ -73,7 +73,7 @@ def gap(job: Plan, expected: Pixels) -> int:
 @pytest.mark.parametrize("table", [True, False], ids=["table", "no table"])
 def test_a_picture_is_the_one_of_diffusers_own_fused_pipeline(flux: Path, style: Path, table: bool) -> None:
     job = plan(flux, f"{style}=0.8", modulation_table=table)
-    assert bool(job.places["transformer"].folded) is table
+    assert bool(job.places["transformer"].precomputed) is table
     expected = fused(flux, {style: 0.8})
     assert gap(job, expected) == 0
     # And it is another one without it, and with another scale.
@@ -93,7 +93,7 @@ def test_alphas_beside_the_matrices_count(flux: Path, tmp_path: Path) -> None:
 
 
 def lora(path: Path, scale: float = 1.0) -> Lora:
-    return found(Wanted(str(path), scale), "FluxPipeline")
+    return found(LoraRequest(str(path), scale), "FluxPipeline")
 
 
 def transformer(model: Path) -> Component:
@@ -123,7 +123,7 @@ def test_an_odd_config_is_refused(flux: Path, style: Path, tmp_path: Path, confi
     told = {f"transformer.{name}": value for name, value in config.items()} if isinstance(config, dict) else config
     path = tmp_path / "odd.safetensors"
     save_file(load_file(style), path, metadata={"lora_adapter_metadata": json.dumps(told)})
-    with pytest.raises(LoadError, match=said):
+    with pytest.raises(ModelError, match=said):
         plan(flux, str(path))
 
 
@@ -172,7 +172,7 @@ def test_every_family_takes_one(build: Callable[[Path], Path], tmp_path: Path) -
     """The transformer is what diffusers makes of it."""
     model = build(tmp_path / "model")
     component = find(model).components["transformer"]
-    layers = [name for name, layer in outline(component).named_modules() if isinstance(layer, torch.nn.Linear)]
+    layers = [name for name, layer in skeleton(component).named_modules() if isinstance(layer, torch.nn.Linear)]
     path = tiny.lora(tmp_path / "style.safetensors", model, layers=layers[::3])
     theirs: Any = model_class(component).from_pretrained(component.folder)
     before = {name: weight.clone() for name, weight in theirs.state_dict().items()}
@@ -191,17 +191,17 @@ def test_it_is_merged_wherever_the_weights_are(flux: Path, style: Path, cards: C
     """On two cards, with a block that waits on the host and one on the disk, with the table and without."""
     first, second = devices = cards(40 * MIB, 40 * MIB)
     whole = halved(first, second)
-    waiting = Sharded(first, whole.devices, whole.rest, hosted=frozenset(["transformer_blocks.0"]),
-                      shelved=frozenset(["transformer_blocks.1", "single_transformer_blocks.0"]))
+    waiting = Sharded(first, whole.devices, whole.rest, cpu_blocks=frozenset(["transformer_blocks.0"]),
+                      disk_blocks=frozenset(["transformer_blocks.1", "single_transformer_blocks.0"]))
     others: dict[str, Placement] = {name: Resident(first) for name in ("text_encoder", "text_encoder_2", "vae")}
     found = {}
     placements: dict[str, Placement] = {"one card": Resident(first), "two cards": whole, "waiting": waiting}
     for name, placement in placements.items():
         for table in (True, False):
             job = plan(flux, f"{style}=0.8", devices=devices, modulation_table=table)
-            folded = job.places["transformer"].folded
+            precomputed = job.places["transformer"].precomputed
             places = {part: Place(place, torch.float32) for part, place in others.items()}
-            places["transformer"] = Place(placement, torch.float32, folded)
+            places["transformer"] = Place(placement, torch.float32, precomputed)
             found[name, table] = latents(dataclasses.replace(job, places=places))[0]
     plain = found.pop(("one card", False))
     assert {key: (made - plain).abs().max().item() for key, made in found.items()} == dict.fromkeys(found, 0.0)
@@ -223,7 +223,7 @@ def test_a_weight_is_rounded_once() -> None:
     torch.manual_seed(0)
     weight, up, down = (torch.randn(*shape).bfloat16() for shape in ((3000, 700), (3000, 8), (8, 700)))
     merged = weight.clone()
-    add(merged, [Addition(down, up, 0.3), Addition(down, up, -0.1)])
+    add(merged, [LowRankUpdate(down, up, 0.3), LowRankUpdate(down, up, -0.1)])
     exact = weight.double() + up.double() @ down.double() * (0.3 - 0.1)
     assert merged.dtype == torch.bfloat16
     # Half of the last of its 8 bits: rounding twice would be more.
@@ -249,12 +249,12 @@ def test_embeddings_are_kept_and_latents_are_not(flux: Path, style: Path, tmp_pa
 
 
 def test_a_picture_says_which(flux: Path, style: Path, tmp_path: Path) -> None:
-    job = make_plan("flux", REQUEST, model=flux, devices=["cpu"], loras=[Wanted(str(style), 1)])
+    job = make_plan("flux", REQUEST, model=flux, devices=["cpu"], loras=[LoraRequest(str(style), 1)])
     (picture,) = run_all(job, store=MemoryStore(warn=print)).pictures
-    digest = found(Wanted(str(style)), "FluxPipeline").digest
+    digest = found(LoraRequest(str(style)), "FluxPipeline").digest
     assert picture.facts["loras"] == [{"source": str(style), "sha256": digest, "scale": 1.0}]
     (tmp_path / "styled.png").write_bytes(png(picture.pixels, card_of(picture.request, picture.facts)))
-    assert like(tmp_path / "styled.png").loras == (Wanted(str(style), 1.0, digest),)
+    assert like(tmp_path / "styled.png").loras == (LoraRequest(str(style), 1.0, digest),)
 
 
 def command(flux: Path, *more: str) -> list[str]:
@@ -313,7 +313,7 @@ def test_a_run_is_resumed_with_it(flux: Path, style: Path, capsys: pytest.Captur
 def test_ranks_merge_it_too(flux: Path, style: Path, tmp_path: Path) -> None:
     report = spawn("flux", asked(("a red circle", 7), ("two small green squares", 8)), ranks=2, model=flux,
                    store=tmp_path / "store", dtype={"": torch.float32}, devices=["cpu"],
-                   loras=[Wanted(str(style), 0.8)])
+                   loras=[LoraRequest(str(style), 0.8)])
     assert int(abs(report.pictures[0].pixels.astype(int) - fused(flux, {style: 0.8})).max()) == 0
 
 
@@ -322,14 +322,14 @@ def test_ranks_merge_it_too(flux: Path, style: Path, tmp_path: Path) -> None:
     ("user/repo=-1", "user/repo", -1.0), ("a=b.safetensors", "a=b.safetensors", 1.0), ("a=b=.5", "a=b", 0.5),
 ])
 def test_a_lora_is_read_from_text(text: str, source: str, scale: float) -> None:
-    assert read_wanted([text]) == read_wanted([Wanted(source, scale)]) == (Wanted(source, scale),)
+    assert read_loras([text]) == read_loras([LoraRequest(source, scale)]) == (LoraRequest(source, scale),)
 
 
 def test_a_path_is_a_lora_and_one_text_is_no_list_of_them() -> None:
-    assert read_wanted([Path("a") / "b.safetensors"]) == (Wanted("a/b.safetensors"),)
+    assert read_loras([Path("a") / "b.safetensors"]) == (LoraRequest("a/b.safetensors"),)
     for one in ("style.safetensors=0.8", Path("style.safetensors")):
         with pytest.raises(ValueError, match=r"which is one -> loras=\['style.safetensors"):
-            read_wanted(one)  # type: ignore[arg-type]
+            read_loras(one)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -338,7 +338,7 @@ def test_a_path_is_a_lora_and_one_text_is_no_list_of_them() -> None:
 ])
 def test_a_text_that_is_no_lora_is_refused(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        read_wanted([text])
+        read_loras([text])
 
 
 def spoiled(style: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> dict[str, torch.Tensor]:
@@ -377,7 +377,7 @@ def test_what_would_be_passed_over_is_refused(
 ) -> None:
     path = tmp_path / "bad.safetensors"
     save_file(spoiled(style, change), path)
-    with pytest.raises(LoadError, match=said):
+    with pytest.raises(ModelError, match=said):
         plan(flux, str(path))
 
 
@@ -389,7 +389,7 @@ def test_a_file_that_is_none_is_refused(flux: Path, style: Path, tmp_path: Path)
     for name, said in (("style.bin", "pickle refused"), ("cut.safetensors", "cut off"), ("empty", "no safetensors"),
                        ("missing.safetensors", "no LoRA at"), ("bare", "does not end in .safetensors -> rename it"),
                        ("x" * 300, "cannot be looked at .* -> check its name")):
-        with pytest.raises(LoadError, match=said):
+        with pytest.raises(ModelError, match=said):
             plan(flux, str(tmp_path / name))
 
 
@@ -397,21 +397,21 @@ def test_a_damaged_one_of_the_hub_is_fetched_again_from_there(tmp_path: Path) ->
     folder = tmp_path / "models--user--style" / "snapshots" / "abc"
     folder.mkdir(parents=True)
     (folder / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    with pytest.raises(LoadError, match=r"again: hf download user/style cut\.safetensors --revision abc --force"):
-        found(Wanted(str(folder)), "FluxPipeline")
+    with pytest.raises(ModelError, match=r"again: hf download user/style cut\.safetensors --revision abc --force"):
+        found(LoraRequest(str(folder)), "FluxPipeline")
 
 
 def test_a_folder_with_one_file_is_enough(flux: Path, style: Path, tmp_path: Path) -> None:
     one = tiny.lora(tmp_path / "one.safetensors", flux)
     assert [lora.path for lora in plan(flux, str(tmp_path)).checkpoint.loras] == [one]
     tiny.lora(tmp_path / "two.safetensors", flux)
-    with pytest.raises(LoadError, match=r"2 safetensors files: one.safetensors, two.safetensors -> name the one"):
+    with pytest.raises(ModelError, match=r"2 safetensors files: one.safetensors, two.safetensors -> name the one"):
         plan(flux, str(tmp_path))
 
 
 def test_a_file_that_changed_is_refused_where_it_was_used(flux: Path, style: Path) -> None:
-    with pytest.raises(LoadError, match="was used then -> bring that file back"):
-        make_plan("flux", REQUEST, model=flux, loras=[Wanted(str(style), 1.0, "0" * 64)])
+    with pytest.raises(ModelError, match="was used then -> bring that file back"):
+        make_plan("flux", REQUEST, model=flux, loras=[LoraRequest(str(style), 1.0, "0" * 64)])
 
 
 def test_a_file_that_changes_after_it_was_planned_with_is_refused(flux: Path, tmp_path: Path) -> None:
@@ -419,10 +419,10 @@ def test_a_file_that_changes_after_it_was_planned_with_is_refused(flux: Path, tm
     path = tiny.lora(tmp_path / "style.safetensors", flux)
     job = plan(flux, str(path))
     tiny.lora(path, flux, rank=3)
-    with pytest.raises(LoadError, match="was changed or taken away since the run was planned -> run"):
+    with pytest.raises(ModelError, match="was changed or taken away since the run was planned -> run"):
         run_all(job, store=MemoryStore(warn=print))
     path.unlink()
-    with pytest.raises(LoadError, match="was changed or taken away since the run was planned -> run"):
+    with pytest.raises(ModelError, match="was changed or taken away since the run was planned -> run"):
         run_all(job, store=MemoryStore(warn=print))
 
 
@@ -433,7 +433,7 @@ def test_one_that_is_named_twice_is_refused(flux: Path, style: Path) -> None:
 
 def test_a_denoiser_cut_over_cards_takes_none(flux: Path, style: Path, cards: Cards) -> None:
     """And what is proposed instead was planned, and fits."""
-    with pytest.raises(PlanError, match=r"into whole ones -> leave --place denoise or --lora out$") as refused:
+    with pytest.raises(DoesNotFit, match=r"into whole ones -> leave --place denoise or --lora out$") as refused:
         plan_or_remedy("flux", REQUEST, model=flux, loras=[str(style)], devices=cards(40 * MIB, 40 * MIB),
                        place=["denoise=tensor_parallel"])
     assert refused.value.options == {"--place denoise": ""}

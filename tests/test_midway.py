@@ -12,13 +12,13 @@ import torch
 
 from runner import Request, make_plan, run_all, run_stage
 from runner.artifacts import FolderStore, MemoryStore
-from runner.interrupts import Halt, Interrupted
-from runner.keys import chain, midway_key
+from runner.engine.keys import chain, midway_key
+from runner.engine.signals import Interrupted, StopRequest
 from stages.errors import BadResult
 from stages.models.checkpoint import find
-from stages.split import split
+from stages.pipeline.split import split
+from stages.pipeline.step_hook import StepCheckpoint
 from stages.state import State
-from stages.steps import Midway
 from tests.staging import on_host
 from tests.test_families import CASES, Case
 
@@ -45,7 +45,7 @@ def test_every_family_goes_on_from_any_step(tmp_path: Path, case: Case) -> None:
         for step in (1, 3):
             told: list[int] = []
             rest = loaded.run(embedded, inputs, lambda kind, data, told=told: told.append(data["step"]),
-                              Midway(step, kept[step])).tensors()
+                              StepCheckpoint(step, kept[step])).tensors()
             assert told == list(range(step + 1, 5))
             assert all(torch.equal(rest[name], whole[name]) for name in whole)
         assert all(torch.equal(tensor, whole[name]) for name, tensor in loaded.run(embedded, inputs).tensors().items())
@@ -67,7 +67,7 @@ def test_a_signal_stops_a_run_after_the_step_and_the_next_run_goes_on(
     flux: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     job = make_plan("flux", [ASKED, OTHER], model=flux)
-    assert job.places["transformer"].folded
+    assert job.places["transformer"].precomputed
     expected = [picture.pixels for picture in run_all(job).pictures]
     store, before = FolderStore(tmp_path / "store", warn=print), signal.getsignal(number)
     with pytest.raises(Interrupted) as stopped:
@@ -155,7 +155,7 @@ def test_computing_a_stage_anew_does_not_go_on_from_the_middle(flux: Path) -> No
 
 
 def test_nothing_is_listened_to_outside_of_a_run() -> None:
-    halt, before = Halt(), signal.getsignal(signal.SIGTERM)
+    halt, before = StopRequest(), signal.getsignal(signal.SIGTERM)
     with halt.listening():
         assert signal.getsignal(signal.SIGTERM) is not before
         with pytest.raises(Interrupted), halt.patiently():

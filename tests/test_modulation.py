@@ -14,18 +14,18 @@ from diffusers import HunyuanVideoTransformer3DModel, ModularPipeline, WanTransf
 from runner import Plan, Request, make_plan, run_all
 from runner.artifacts import MemoryStore
 from runner.planning.plan import inputs_of
-from runner.planning.saving import Saving
+from runner.planning.precompute import Saving
 from stages.families import FAMILIES
 from stages.loading.load import load
 from stages.models.checkpoint import Component, find
-from stages.models.weights import outline, skeleton, weigh
-from stages.modulation.conditioning import program_of
-from stages.modulation.folding import replays
-from stages.modulation.program import Call, Program
-from stages.modulation.recording import Recorder, Told, conditional
-from stages.modulation.table import Layout, Modulation, computed
-from stages.placements.placement import Place, Placement, Resident, Sharded
-from stages.split import split
+from stages.models.weights import new_skeleton, skeleton, weigh
+from stages.pipeline.split import split
+from stages.placement.placement import Place, Placement, Resident, Sharded
+from stages.precompute.conditioning import program_of
+from stages.precompute.program import Call, Program
+from stages.precompute.recorder import RecordedCall, Recorder, conditional
+from stages.precompute.replay import precomputed_linears
+from stages.precompute.table import Layout, ModulationTable, computed
 from tests import sparse, tiny
 from tests.staging import run_staged
 from tests.test_cards import MIB, halved, over
@@ -52,9 +52,9 @@ def with_table(job: Plan) -> Plan:
     model, dtype = job.checkpoint.path, job.places["transformer"].dtype
     requests = [dataclasses.replace(request, steps=1) for request in job.requests[:1]]
     folding = make_plan(job.family.name, requests, model=model, dtype={"": dtype}, devices=["cpu"])
-    layers = folding.places["transformer"].folded
+    layers = folding.places["transformer"].precomputed
     assert layers
-    places = {**job.places, "transformer": dataclasses.replace(job.places["transformer"], folded=layers)}
+    places = {**job.places, "transformer": dataclasses.replace(job.places["transformer"], precomputed=layers)}
     return dataclasses.replace(job, places=places)
 
 
@@ -96,14 +96,14 @@ def test_a_table_too_large_for_its_limit_is_made_in_parts(flux: Path, monkeypatc
     job = plan(flux, torch.float32)
     expected = latents(job)
     opened: list[int] = []
-    made = Modulation._written
+    made = ModulationTable._written
 
-    def counted(self: Modulation, order: Sequence[int]) -> Any:
+    def counted(self: ModulationTable, order: Sequence[int]) -> Any:
         opened.append(len(order))
         return made(self, order)
 
-    monkeypatch.setattr(Modulation, "_written", counted)
-    monkeypatch.setattr("runner.shift.Modulation", partial(Modulation, limit=1))
+    monkeypatch.setattr(ModulationTable, "_written", counted)
+    monkeypatch.setattr("runner.engine.stage_runner.ModulationTable", partial(ModulationTable, limit=1))
     assert_same(latents(with_table(job)), expected)
     # The third has the prompt of the first, whose rows are gone by then.
     assert opened == [3, 2, 1]
@@ -124,8 +124,8 @@ def test_a_denoiser_over_two_cards_comes_out_the_same(flux: Path, cards: Cards, 
 def test_blocks_that_wait_in_host_memory_come_out_the_same(flux: Path, cards: Cards) -> None:
     (card,) = devices = cards(40 * MIB)
     split_up = halved(card, card)
-    hosted = Sharded(card, split_up.devices, split_up.rest, frozenset(["transformer_blocks.1"]))
-    places: dict[str, Placement] = {"transformer": hosted}
+    cpu_blocks = Sharded(card, split_up.devices, split_up.rest, frozenset(["transformer_blocks.1"]))
+    places: dict[str, Placement] = {"transformer": cpu_blocks}
     places |= {name: Resident(card) for name in ("text_encoder", "text_encoder_2", "vae")}
     job = dataclasses.replace(over(flux, devices, places), requests=tuple(REQUESTS[:2]))
     assert_same(latents(with_table(job)), latents(job))
@@ -141,7 +141,7 @@ def test_the_peak_falls_by_what_the_plan_says(tmp_path: Path, cards: Cards) -> N
     ]
     peaks = [run_all(job, stop_after="denoise").stages[1].peak[card] for job in plans]
     saving = plans[1].savings["transformer"]
-    assert saving.left < 0.8 * saving.whole and not plans[0].places["transformer"].folded
+    assert saving.left < 0.8 * saving.whole and not plans[0].places["transformer"].precomputed
     assert peaks[0] - peaks[1] == pytest.approx(saving.whole - saving.left, rel=0.05)
     needs = [job.needs["denoise"][card].total for job in plans]
     assert needs == [pytest.approx(peak, rel=0.05) for peak in peaks]
@@ -157,7 +157,7 @@ def test_every_family_comes_out_the_same(tmp_path: Path, name: str) -> None:
     denoise = split(find(model), list(requests[0]))[1]
     layers = frozenset(conditional(denoise, torch.float32, plain["encode"][0], requests[0]).layers)
     places = {"transformer": Place(Resident("cpu"), torch.float32, layers)}
-    table = Modulation(denoise, places, layers, [0, 1], lambda index: (plain["encode"][index], requests[index]))
+    table = ModulationTable(denoise, places, layers, [0, 1], lambda index: (plain["encode"][index], requests[index]))
     table.open(0)
     if name == "qwen-image":
         # It is told nothing but the timestep: two rows, for both prompts and with and without the negative one.
@@ -223,16 +223,16 @@ def test_a_video_transformer_comes_out_the_same(tmp_path: Path, dtype: torch.dty
         "pooled_projections": torch.randn(1, 8, dtype=dtype), "guidance": torch.tensor([6000.0], dtype=dtype),
     }
     calls = [{**shared, "timestep": torch.tensor([at])} for at in (1000, 250)]
-    found = program_of(skeleton(component, dtype), Call(whole, (), calls[0]))
+    found = program_of(new_skeleton(component, dtype), Call(whole, (), calls[0]))
     assert {name for name in found.layers if name.startswith("single_transformer_blocks.1.")} == {
         "single_transformer_blocks.1.norm.linear"}
-    told = [Told.of(found, Call(whole, (), call)) for call in calls]
+    told = [RecordedCall.of(found, Call(whole, (), call)) for call in calls]
     rows = computed(component, place, found, {one.key: one for one in told})
-    small = load(component, dataclasses.replace(place, folded=frozenset(found.layers)))
+    small = load(component, dataclasses.replace(place, precomputed=frozenset(found.layers)))
     assert weigh(component, dtype, frozenset(found.layers)).total == sum(p.nbytes for p in small.parameters())
     with torch.no_grad():
         for call, one in zip(calls, told, strict=True):
-            for replay in replays(small):
+            for replay in precomputed_linears(small):
                 replay.source = Rows(rows[one.key], Layout.of(found.layers))
             assert torch.equal(small(**call).sample, whole(**call).sample)
 
@@ -265,7 +265,7 @@ def test_a_table_for_other_conditioning_is_noticed(flux: Path) -> None:
     keys = run_all(job, store=store, stop_after="encode").keys["encode"]
     states = [state for key in keys if (state := store.get(key)) is not None]
     inputs = [inputs_of(request) for request in job.requests]
-    table = Modulation(job.stages[1], job.places, job.places["transformer"].folded, [0, 1],
+    table = ModulationTable(job.stages[1], job.places, job.places["transformer"].precomputed, [0, 1],
                        lambda index: (states[index], inputs[index]))
     with job.stages[1].loaded(job.places) as loaded, table.attached(loaded):
         with table.request(0):
@@ -289,12 +289,12 @@ def test_a_folded_denoiser_without_its_table_does_not_run(flux: Path) -> None:
 
 def test_no_table_where_it_saves_too_little_or_is_not_wanted(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(flux, torch.float32).savings["transformer"].refused == "not wanted"
-    monkeypatch.setattr("runner.planning.saving.LEAST", 0.9)
+    monkeypatch.setattr("runner.planning.precompute.LEAST", 0.9)
     job = make_plan("flux", REQUESTS[:1], model=flux, devices=["cpu"])
     saving = job.savings["transformer"]
     assert "is not more than 90 %" in saving.refused
     assert saving.left == saving.whole == job.weights["transformer"].total
-    assert not job.places["transformer"].folded
+    assert not job.places["transformer"].precomputed
 
 
 def test_resuming_and_another_placement_find_the_same_artifacts(flux: Path) -> None:
@@ -311,7 +311,7 @@ def test_what_a_stage_puts_on_its_denoiser_stays_off_the_skeleton_that_all_share
     seen: list[str] = []
     stage = make_plan("flux", [Request("a fox", 64, 48, 2, 3.5, 7, 32)], model=flux, devices=["cpu"]).stages[1]
     (component,) = stage.components
-    shared = outline(component)
+    shared = skeleton(component)
 
     def prepare(pipe: ModularPipeline) -> None:
         pipe.transformer.x_embedder.register_forward_hook(lambda *call: seen.append("embedded"))
@@ -319,5 +319,5 @@ def test_what_a_stage_puts_on_its_denoiser_stays_off_the_skeleton_that_all_share
     monkeypatch.setattr(stage, "prepare", prepare)
     with Recorder(stage, {component.name: Place(Resident("cpu"), torch.float32)}, []) as recorder:
         recorder.pipe.transformer.x_embedder(torch.empty(1, shared.x_embedder.in_features, device="meta"))
-    assert seen == ["embedded"] and outline(component) is shared
+    assert seen == ["embedded"] and skeleton(component) is shared
     assert not any(module._forward_hooks for module in shared.modules())

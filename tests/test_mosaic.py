@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from runner.reports.mosaic import HALF, mosaic
 from runner.reports.progress import Progress
+from runner.reports.terminal_image import HALF, mosaic
 
 
 class Terminal(io.StringIO):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runner.commands.names import Naming, slug, write
-from runner.picture import SIGNATURE, card_of, like, parameters, png
+from runner.media.image import SIGNATURE, card_of, like, parameters, png
+from runner.media.paths import Naming, slug, write
 from runner.request import Request, ask
 from stages.errors import StoreError
 from stages.families import FAMILIES

@@ -13,15 +13,15 @@ import torch
 
 from runner import Plan, Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
-from runner.picture import card_of
-from runner.planning.known import Known
-from runner.planning.ladder import NoRung
+from runner.media.image import card_of
+from runner.planning.cache import PlanCache
+from runner.planning.ladder import NoStrategyFits
 from runner.planning.plan import largest
-from stages.errors import LoadError
+from stages.errors import ModelError
 from stages.families import FAMILIES
 from stages.machine import MIB, Machine
-from stages.machine import imagined as imagined_machine
-from stages.placements.placement import Resident, Sharded
+from stages.machine import hypothetical as imagined_machine
+from stages.placement.placement import Resident, Sharded
 from tests import sparse, tiny
 from tests import tiny_families as families
 
@@ -57,7 +57,7 @@ def asked(name: str = "flux", **more: Any) -> Request:
                                              "text_tokens": family.text_tokens} | more)
 
 
-def imagined(model: Path, machine: str, name: str = "flux", **more: Any) -> Plan:
+def hypothetical(model: Path, machine: str, name: str = "flux", **more: Any) -> Plan:
     """The plan for a machine that is not here, made in less than five seconds."""
     start = time.process_time()
     job = make_plan(name, [asked(name)], model=model, machine=machine, **({"modulation_table": False} | more))
@@ -78,7 +78,7 @@ def test_hand_arithmetic_of_flux() -> None:
 
 def test_flux_on_two_cards_of_16_gb(flux_dev: Path) -> None:
     """Encoders 9.77 of 14.93 GB; the transformer 11.9 + 11.9 of 14.93 each, with 0.5 for activations."""
-    job = imagined(flux_dev, "2x16GB")
+    job = hypothetical(flux_dev, "2x16GB")
     assert job.needs["encode"]["cuda:0"].weights == T5 + CLIP
     assert [rung(job, stage) for stage in ("encode", "denoise", "decode")] == ["resident", "sharded", "resident"]
     assert str(job.places["transformer"].placement) == "cuda:0:9,cuda:1:28,cuda:0:20"
@@ -92,27 +92,27 @@ def test_flux_on_two_cards_of_16_gb(flux_dev: Path) -> None:
 
 def test_flux_on_one_card_of_24_gb(flux_dev: Path) -> None:
     """24 GB are 22.93 without the runtime's share, which is less than 23.80; 24 GiB are 24.70, which is enough."""
-    with pytest.raises(NoRung, match=r"denoise does not fit\.\n  resident: 22\.2 GiB .* cuda:0 has 20\.9 GiB"):
-        imagined(flux_dev, "1x24GB")
-    job = imagined(flux_dev, "1x24GiB")
+    with pytest.raises(NoStrategyFits, match=r"denoise does not fit\.\n  resident: 22\.2 GiB .* cuda:0 has 20\.9 GiB"):
+        hypothetical(flux_dev, "1x24GB")
+    job = hypothetical(flux_dev, "1x24GiB")
     assert rung(job, "denoise") == "resident" and job.needs["denoise"]["cuda:0"].weights == FLUX
 
 
 def test_flux_with_the_modulation_table(flux_dev: Path) -> None:
     """6.56 GB of the 23.80 see only conditioning: 17.24 GB go on one card of 24 GB, and on cards of 16 and 8 GB."""
-    job = imagined(flux_dev, "1x24GB", modulation_table=True)
+    job = hypothetical(flux_dev, "1x24GB", modulation_table=True)
     need = job.needs["denoise"]["cuda:0"]
     assert rung(job, "denoise") == "resident" and abs(need.weights - 17.24 * GB) < 0.01 * GB
-    two = imagined(flux_dev, "16GB+8GB", modulation_table=True)
+    two = hypothetical(flux_dev, "16GB+8GB", modulation_table=True)
     assert rung(two, "denoise") == "sharded" and sum(n.weights for n in two.needs["denoise"].values()) == need.weights
 
 
 def test_flux_on_cards_of_16_and_8_gb(flux_dev: Path) -> None:
     """14.93 + 6.93 - 2 x 0.5 GB leave 20.9 for 23.8; with 4.7 GB in host memory, 0.68 pass through each card."""
-    with pytest.raises(NoRung, match=r"13\.4 GiB \+ 6\.0 GiB = 19\.4 GiB") as refused:
-        imagined(flux_dev, "16GB+8GB")
+    with pytest.raises(NoStrategyFits, match=r"13\.4 GiB \+ 6\.0 GiB = 19\.4 GiB") as refused:
+        hypothetical(flux_dev, "16GB+8GB")
     assert refused.value.options == {"--allow-offload": "cpu"}
-    job = imagined(flux_dev, "16GB+8GB", allow_offload="cpu")
+    job = hypothetical(flux_dev, "16GB+8GB", allow_offload="cpu")
     need = job.needs["denoise"]
     assert rung(job, "denoise") == "streamed" and sum(one.weights for one in need.values()) == FLUX
     assert need["cpu"].weights == pytest.approx(FLUX - (16 * GB + 8 * GB - 2 * GIB - 2 * (DOUBLE + GB // 2)), rel=0.1)
@@ -121,21 +121,21 @@ def test_flux_on_cards_of_16_and_8_gb(flux_dev: Path) -> None:
 
 def test_flux_on_four_cards_of_12_gb(flux_dev: Path) -> None:
     """10.93 - 0.5 GB each: three are enough for 23.8 GB, and four of use when there are four requests."""
-    job = imagined(flux_dev, "4x12GB")
+    job = hypothetical(flux_dev, "4x12GB")
     assert str(job.places["transformer"].placement) == "cuda:0:9,cuda:1:19,cuda:2:19,cuda:0:10"
     assert job.needs["denoise"]["cuda:2"].weights == 19 * SINGLE
-    busy = imagined(flux_dev, "4x12GB", lanes=2).places["transformer"].placement
+    busy = hypothetical(flux_dev, "4x12GB", lanes=2).places["transformer"].placement
     assert isinstance(busy, Sharded) and len(set(busy.devices.values())) == 3
-    busy = imagined(flux_dev, "4x12GB", lanes=4).places["transformer"].placement
+    busy = hypothetical(flux_dev, "4x12GB", lanes=4).places["transformer"].placement
     assert isinstance(busy, Sharded) and len(set(busy.devices.values())) == 4
 
 
 def test_flux_on_two_cards_of_8_gb(flux_dev: Path) -> None:
     """T5 alone has more than a card: it is sharded; 2 x 6.4 GB are not enough for the transformer."""
-    with pytest.raises(NoRung, match=r"6\.0 GiB \+ 6\.0 GiB = 12\.0 GiB") as refused:
-        imagined(flux_dev, "2x8GB")
+    with pytest.raises(NoStrategyFits, match=r"6\.0 GiB \+ 6\.0 GiB = 12\.0 GiB") as refused:
+        hypothetical(flux_dev, "2x8GB")
     assert refused.value.options == {"--allow-offload": "cpu"}
-    job = imagined(flux_dev, "2x8GB", allow_offload="cpu")
+    job = hypothetical(flux_dev, "2x8GB", allow_offload="cpu")
     encode = job.places["text_encoder_2"].placement
     assert isinstance(encode, Sharded) and len(set(encode.devices.values())) == 2
     assert sum(one.weights for one in job.needs["encode"].values()) == T5 + CLIP
@@ -144,54 +144,55 @@ def test_flux_on_two_cards_of_8_gb(flux_dev: Path) -> None:
 
 def test_flux_on_one_card_of_16_gb(flux_dev: Path) -> None:
     """14.4 GB for weights, of which one block of 0.68 passes: 13.7 stay, and 10.1 of the 23.8 wait."""
-    job = imagined(flux_dev, "1x16GB", allow_offload="cpu")
+    job = hypothetical(flux_dev, "1x16GB", allow_offload="cpu")
     need = job.needs["denoise"]
     assert need["cpu"].weights == pytest.approx(FLUX - (16 * GB - GIB - DOUBLE - GB // 2), rel=0.05)
-    with pytest.raises(NoRung, match=r"9\.\d GiB of transformer would wait in host memory, which has 4\.0 GiB"):
-        imagined(flux_dev, "1x16GB", allow_offload="cpu", max_memory="cpu=4GiB")
+    says = r"9\.\d GiB of transformer would wait in host memory, which has 4\.0 GiB"
+    with pytest.raises(NoStrategyFits, match=says):
+        hypothetical(flux_dev, "1x16GB", allow_offload="cpu", max_memory="cpu=4GiB")
 
 
 def test_plans_that_share_what_they_know_are_those_that_do_not(flux_dev: Path) -> None:
     """Blocks that one plan went through cost the same in another one, on whichever card, and with some in the host."""
-    known = Known()
-    imagined(flux_dev, "1x24GiB", known=known)
-    alone = imagined(flux_dev, "3x8GB", allow_offload="cpu")
-    shared = imagined(flux_dev, "3x8GB", allow_offload="cpu", known=known)
+    known = PlanCache()
+    hypothetical(flux_dev, "1x24GiB", known=known)
+    alone = hypothetical(flux_dev, "3x8GB", allow_offload="cpu")
+    shared = hypothetical(flux_dev, "3x8GB", allow_offload="cpu", known=known)
     assert (shared.needs, shared.places, shared.rungs) == (alone.needs, alone.places, alone.rungs)
     assert {rung(shared, "denoise"), rung(shared, "encode")} == {"streamed", "sharded"}
     count = len(known.rehearsals)
-    assert imagined(flux_dev, "3x8GB", allow_offload="cpu", known=known).needs == alone.needs
+    assert hypothetical(flux_dev, "3x8GB", allow_offload="cpu", known=known).needs == alone.needs
     assert len(known.rehearsals) == count
 
 
 def test_what_an_error_names_makes_it_fit(flux_dev: Path) -> None:
-    with pytest.raises(NoRung, match="it fits without --max-memory") as refused:
-        imagined(flux_dev, "2x16GB", max_memory="10GiB")
+    with pytest.raises(NoStrategyFits, match="it fits without --max-memory") as refused:
+        hypothetical(flux_dev, "2x16GB", max_memory="10GiB")
     assert refused.value.options == {"--max-memory": ""}
-    assert rung(imagined(flux_dev, "2x16GB"), "denoise") == "sharded"
+    assert rung(hypothetical(flux_dev, "2x16GB"), "denoise") == "sharded"
 
 
 def test_the_demo_checkpoint_runs_under_names_of_its_own_pipeline_alone() -> None:
-    with pytest.raises(LoadError, match="demo is a FluxPipeline, but family sd3 runs a StableDiffusion3Pipeline"):
+    with pytest.raises(ModelError, match="demo is a FluxPipeline, but family sd3 runs a StableDiffusion3Pipeline"):
         make_plan("sd3", [asked()], model="demo")
     assert make_plan("flux-schnell", [asked()], model="demo").family.name == "demo"
 
 
 def test_other_families_of_real_size(tmp_path: Path) -> None:
     """Stable Diffusion 3.5 Large 16.29 GB, Qwen-Image 40.86 and 16.58, FLUX.2-dev 64.45 and 48.02."""
-    job = imagined(sparse.sd35_large(tmp_path / "sd3"), "2x16GB", "sd3")
+    job = hypothetical(sparse.sd35_large(tmp_path / "sd3"), "2x16GB", "sd3")
     placement = job.places["transformer"].placement
     assert isinstance(placement, Sharded)
     assert [list(placement.devices.values()).count(card) for card in ("cuda:0", "cuda:1")] == [19, 19]
     assert sum(one.weights for one in job.needs["denoise"].values()) == 16_292_561_536
 
-    job = imagined(sparse.qwen_image(tmp_path / "qwen"), "2x24GiB", "qwen-image")
+    job = hypothetical(sparse.qwen_image(tmp_path / "qwen"), "2x24GiB", "qwen-image")
     placement = job.places["transformer"].placement
     assert isinstance(placement, Sharded) and len(placement.devices) == 60
     assert sum(one.weights for one in job.needs["denoise"].values()) == 40_860_802_176
     assert job.needs["encode"]["cuda:0"].weights == 16_584_333_984
 
-    job = imagined(sparse.flux2_dev(tmp_path / "flux2"), "4x24GiB", "flux2")
+    job = hypothetical(sparse.flux2_dev(tmp_path / "flux2"), "4x24GiB", "flux2")
     need = job.needs["denoise"]
     assert sum(one.weights for one in need.values()) == 64_446_562_304 and len(need) == 3
     assert sum(one.weights for one in job.needs["encode"].values()) == 48_022_723_328
@@ -225,7 +226,8 @@ def test_types_follow_the_cards(flux_dev: Path) -> None:
 
 
 def test_places_that_are_asked_for(flux_dev: Path) -> None:
-    job = imagined(flux_dev, "2x16GB", place=["encode.text_encoder_2=1", "denoise=0:10,1:27,0:20", "decode=cuda:1"])
+    place = ["encode.text_encoder_2=1", "denoise=0:10,1:27,0:20", "decode=cuda:1"]
+    job = hypothetical(flux_dev, "2x16GB", place=place)
     assert job.places["text_encoder_2"].placement == Resident("cuda:1")
     assert job.places["vae"].placement == Resident("cuda:1")
     assert str(job.places["transformer"].placement) == "cuda:0:10,cuda:1:27,cuda:0:20"
@@ -235,9 +237,9 @@ def test_places_that_are_asked_for(flux_dev: Path) -> None:
         ("denoise", "write STAGE=WHERE"),
     ):
         with pytest.raises(ValueError, match=why):
-            imagined(flux_dev, "2x16GB", place=[place])
-    with pytest.raises(NoRung, match="as placed: cuda:0 lacks 8"):
-        imagined(flux_dev, "2x16GB", place=["denoise=0"])
+            hypothetical(flux_dev, "2x16GB", place=[place])
+    with pytest.raises(NoStrategyFits, match="as placed: cuda:0 lacks 8"):
+        hypothetical(flux_dev, "2x16GB", place=["denoise=0"])
 
 
 def test_the_plan_is_for_the_largest_request_of_all() -> None:
@@ -311,7 +313,7 @@ def test_encoders_that_do_not_fit_a_card_are_dealt_like_a_denoiser(
 def test_what_does_not_fit_is_streamed_only_when_allowed(thousandth: Path, cards: Cards, sim: ModuleType) -> None:
     expected = measured(small(thousandth, cards(64 * MIB)))[1]
     devices = cards(8 * 10**6)
-    with pytest.raises(NoRung, match="--allow-offload cpu"):
+    with pytest.raises(NoStrategyFits, match="--allow-offload cpu"):
         small(thousandth, devices)
     job = small(thousandth, devices, allow_offload="cpu")
     assert job.needs["denoise"]["cpu"].weights > 8 * 10**6
@@ -326,7 +328,7 @@ def test_what_not_even_host_memory_holds_is_read_from_the_disk(
     """17 MB of transformer: 8 on the card, 3 in host memory, and the rest read from the files in every step."""
     expected = measured(small(thousandth, cards(64 * MIB)))[1]
     devices = cards(8 * 10**6)
-    with pytest.raises(NoRung, match=r"which has 2\.9 MiB for it\n-> it fits without --max-memory") as refused:
+    with pytest.raises(NoStrategyFits, match=r"which has 2\.9 MiB for it\n-> it fits without --max-memory") as refused:
         small(thousandth, devices, allow_offload="cpu", max_memory="cpu=3MB")
     assert refused.value.options == {"--max-memory": ""}
     job = small(thousandth, devices, allow_offload="disk", max_memory="cpu=3MB")
@@ -407,7 +409,7 @@ def test_a_plan_on_the_host_is_resident_and_in_float32(flux: Path) -> None:
     job = make_plan("flux", [asked(size=(64, 48), steps=1)], model=flux, devices=["cpu"])
     assert {str(place.placement) for place in job.places.values()} == {"cpu"}
     assert {place.dtype for place in job.places.values()} == {torch.float32}
-    with pytest.raises(NoRung, match="on one device; cpu has"):
+    with pytest.raises(NoStrategyFits, match="on one device; cpu has"):
         make_plan("flux", [asked(size=(64, 48))], model=flux, devices=["cpu"], max_memory="100KB")
 
 

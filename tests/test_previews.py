@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from runner.artifacts import MemoryStore
-from runner.demo.colors import demo_colors, pairs
+from runner.demo.latent_rgb import demo_colors, pairs
 from runner.demo.scenes import every_solo, held_out
 from runner.events import json_lines, tee
-from runner.reports.colors import Colors, cells_of, fitted, grid_of, learned
-from runner.reports.previews import NOTHING_YET, Beside, Previewer, Strips, beside, enlarged, strips
+from runner.media.latent_rgb import Colors, cells_of, fitted, grid_of, learned
+from runner.media.previews import NOTHING_YET, Beside, Previewer, Strips, beside, enlarged, strips
 from runner.request import Request
 from stages.state import State
 

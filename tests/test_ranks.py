@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from runner import Crew, RankLost, Report, Request, make_plan, run_all, spawn
+from runner import RankLost, RankProcesses, Report, Request, make_plan, run_all, spawn
 from runner.artifacts import open_store
-from runner.keys import chain
-from runner.ranks.group import Rank, launched, part, share
-from runner.ranks.pulse import Pulse
-from runner.ranks.shares import differing
-from runner.ranks.watch import SILENCE, TIMEOUT, Watch
-from stages.errors import LoadError
+from runner.distributed.env import Rank, launched, part, share
+from runner.distributed.heartbeat import Heartbeat
+from runner.distributed.results import differing
+from runner.distributed.watchdog import SILENCE, TIMEOUT, Watchdog
+from runner.engine.keys import chain
+from stages.errors import ModelError
 from stages.machine import Device, Machine
 from stages.state import State
 
@@ -48,9 +48,9 @@ def test_one_two_three_and_five_prompts_on_two_ranks_are_the_pictures_of_one_pro
     flux: Path, alone: Report, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kinds: list[str] = []
-    with Crew(2) as crew:
+    with RankProcesses(2) as crew:
         # What is refused is refused as in one process, and the ranks are there for the next job.
-        with pytest.raises(LoadError, match="nowhere"):
+        with pytest.raises(ModelError, match="nowhere"):
             spawn("flux", ASKED, ranks=crew, model=tmp_path / "nowhere", store=tmp_path / "store")
         for count in (1, 2, 3, 5):
             made = spawn("flux", ASKED[:count], ranks=crew, model=flux, devices=["cpu"], store=tmp_path / f"{count}",
@@ -76,12 +76,12 @@ def test_one_two_three_and_five_prompts_on_two_ranks_are_the_pictures_of_one_pro
     assert same(finished, alone) == [True] * 4 and finished.stages[1].reused >= 1
 
 
-def gone(crew: Crew) -> bool:
+def gone(crew: RankProcesses) -> bool:
     return all(member.process.poll() is not None for member in crew.members)
 
 
 @contextmanager
-def when(crew: Crew, rank: int, where: str, act: Callable[[int], None]) -> Iterator[None]:
+def when(crew: RankProcesses, rank: int, where: str, act: Callable[[int], None]) -> Iterator[None]:
     """Call `act` with the process of a rank as soon as it says to be at `where`."""
     over = threading.Event()
 
@@ -113,7 +113,7 @@ def test_a_killed_rank_ends_the_job_and_what_was_finished_is_kept(flux: Path, al
         os.kill(pid, signal.SIGKILL)
 
     said = r"^rank 1 was killed by SIGKILL .* last in denoise, picture 1 of 1, step \d+ of 1000; what was finished"
-    with Crew(2) as crew:
+    with RankProcesses(2) as crew:
         with pytest.raises(RankLost, match=said), when(crew, 1, "step", kill):
             spawn("flux", asked, ranks=crew, model=flux, devices=["cpu"], store=tmp_path, emit=emit)
         begin = time.monotonic()
@@ -131,7 +131,7 @@ def test_a_stopped_rank_ends_the_job(flux: Path, tmp_path: Path) -> None:
         stopped.append(time.monotonic())
 
     said = r"^rank 0 hangs: no sign of life for \d+ s, last in denoise, picture 1 of 1, step \d+ of 1000 "
-    with Crew(2, timeout=8.0) as crew, pytest.raises(RankLost, match=said), when(crew, 0, "step", stop):
+    with RankProcesses(2, timeout=8.0) as crew, pytest.raises(RankLost, match=said), when(crew, 0, "step", stop):
         spawn("flux", asked, ranks=crew, model=flux, devices=["cpu"], store=tmp_path)
     assert time.monotonic() - stopped[0] < 60 and gone(crew)
 
@@ -145,19 +145,21 @@ def test_a_stopped_rank_ends_the_job(flux: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_rank_that_never_works_is_named(code: str, says: str) -> None:
-    with pytest.raises(RankLost, match=says), Crew(1, timeout=1.0, command=(sys.executable, "-c", code)) as crew:
+    command = sys.executable, "-c", code
+    with pytest.raises(RankLost, match=says), RankProcesses(1, timeout=1.0, command=command) as crew:
         crew.work({}, print)
     assert gone(crew)
 
 
 def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
-    worker = ("import time; from runner.ranks.link import Pipe; from runner.ranks.pulse import Pulse\n"
-              "with Pulse(Pipe.inherited().beat): time.sleep(60)")
-    parent = ("import sys, time; from runner import Crew\n"
-              f"crew = Crew(2, command=(sys.executable, '-c', {worker!r})).__enter__()\n"
-              "while not all('beat' in m.told for m in crew.members): crew._listen(Watch(range(2)), print)\n"
+    worker = ("import time; from runner.distributed.channel import Pipe\n"
+              "from runner.distributed.heartbeat import Heartbeat\n"
+              "with Heartbeat(Pipe.inherited().beat): time.sleep(60)")
+    parent = ("import sys, time; from runner import RankProcesses\n"
+              f"crew = RankProcesses(2, command=(sys.executable, '-c', {worker!r})).__enter__()\n"
+              "while not all('beat' in m.told for m in crew.members): crew._listen(Watchdog(range(2)), print)\n"
               "print(*(m.process.pid for m in crew.members), flush=True); time.sleep(60)")
-    code = f"from runner.ranks.watch import Watch\n{parent}"
+    code = f"from runner.distributed.watchdog import Watchdog\n{parent}"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
         pids = [int(word) for word in process.stdout.readline().split()]
@@ -177,7 +179,7 @@ def alive(pid: int) -> bool:
 
 def test_a_pulse_tells_work_from_idleness_and_from_waiting_for_another() -> None:
     beats: list[Mapping[str, Any]] = []
-    with Pulse(beats.append) as pulse:
+    with Heartbeat(beats.append) as pulse:
         pulse("stage", {"stage": "denoise"})
         pulse("item", {"index": 1, "of": 4})
         pulse("step", {"step": 3, "steps": 28})
@@ -197,7 +199,7 @@ def test_a_pulse_tells_work_from_idleness_and_from_waiting_for_another() -> None
 
 def test_a_watch_names_who_is_lost() -> None:
     now = [0.0]
-    watch = Watch(range(1, 4), clock=lambda: now[0])
+    watch = Watchdog(range(1, 4), clock=lambda: now[0])
     beat = {"beat": 1, "where": "in encode", "idle": 0.0}
     now[0] = TIMEOUT - 1
     for rank in (1, 2):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from runner.engine.recorder import BORDERS, MOST_SAMPLES, MOST_SPANS, Recorder, Sample, Span, joined, thinned
 from runner.events import silent
-from runner.reports.recorder import BORDERS, MOST_SAMPLES, MOST_SPANS, Recorder, Sample, Span, joined, thinned
 
 
 def told(recorder: Recorder, requests: int, steps: int) -> None:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from runner import Request, make_plan, run_all
 from runner.artifacts import MemoryStore
+from runner.media.previews import NOTHING_YET, strips
 from runner.reports.page import page
-from runner.reports.previews import NOTHING_YET, strips
 from tests import tiny
 
 Cards = Callable[..., list[str]]

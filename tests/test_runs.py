@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from runner.artifacts import FolderStore, MemoryStore, Store, key_of, open_store
-from runner.artifacts.document import write_document
 from runner.artifacts.garbage import collect
+from runner.artifacts.signed_json import write_document
 from runner.commands import runs
 from runner.commands.cli import answer
 from runner.reports.history import age, find_run
@@ -54,7 +54,7 @@ def store(tmp_path: Path) -> FolderStore:
     store = FolderStore(tmp_path / "store")
     fill(store, "zebra", plan={"model": "demo"})
     fill(store, "apple-1", 1, "running", warnings=["slow \u202e disk"])
-    fill(store, "apple-2", 0, "failed", error="LoadError: gone\nfor good")
+    fill(store, "apple-2", 0, "failed", error="ModelError: gone\nfor good")
     return store
 
 
@@ -91,7 +91,7 @@ def test_show_tells_all_of_a_run(store: FolderStore, say: Say) -> None:
     for stage in STAGES:
         assert re.search(rf"{stage} 1 of 1, \d+ B|{stage} 1 of 1, [0-9.]+ KiB: {keys('zebra')[stage][0][:12]}", out)
     assert "request 0: 'a zebra\\x1b[2J', 64x48, steps 2, seed 7" in out and "\x1b" not in out
-    assert say("show", "last")[1].endswith("error: LoadError: gone for good\n")
+    assert say("show", "last")[1].endswith("error: ModelError: gone for good\n")
     assert "warning: slow disk" in say("show", "apple-1")[1].replace("  ", " ")
     found = json.loads(say("show", "z", "--json")[1])
     assert found["record"] == store.load_run("zebra") and found["sizes"][keys("zebra")["encode"][0]] > 100

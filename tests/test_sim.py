@@ -175,8 +175,8 @@ def test_moving_a_module_keeps_its_parameters_and_their_ties(cards: Cards, sim: 
     weight = module[0].weight
     assert module.to(card)[1].weight is weight
     assert torch.accelerator.memory_allocated(card) == weight.nbytes
-    twin = copy.deepcopy(module)
-    assert twin[0].weight is twin[1].weight and str(twin[0].weight.device) == card
+    copy_skeleton = copy.deepcopy(module)
+    assert copy_skeleton[0].weight is copy_skeleton[1].weight and str(copy_skeleton[0].weight.device) == card
     assert torch.accelerator.memory_allocated(card) == 2 * weight.nbytes
     module.to("cpu")
     assert torch.accelerator.memory_allocated(card) == weight.nbytes

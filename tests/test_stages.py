@@ -12,9 +12,9 @@ from diffusers import FluxPipeline, ModularPipeline
 
 from runner import Request, make_plan, run_all, run_stage
 from runner.artifacts import FolderStore, MemoryStore
-from stages.errors import BadResult, LoadError
-from stages.placements.placement import Place, Resident
-from stages.split import split
+from stages.errors import BadResult, ModelError
+from stages.pipeline.split import split
+from stages.placement.placement import Place, Resident
 from stages.state import State
 
 STEPS, TOKENS = 3, 32
@@ -190,7 +190,7 @@ def test_a_missing_tensor_is_not_replaced_by_noise(tmp_path: Path) -> None:
     tensors = load_file(file)
     del tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(LoadError, match="not in the files"):
+    with pytest.raises(ModelError, match="not in the files"):
         load(job.checkpoint.components["text_encoder_2"], Place(Resident("cpu"), torch.float32))
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from runner import Crew, Plan, RankLost, Report, Request, make_plan, run_all, run_stage, spawn
+from runner import Plan, RankLost, RankProcesses, Report, Request, make_plan, run_all, run_stage, spawn
 from runner.artifacts import ArtifactStore, open_store
-from runner.keys import chain
-from runner.midway import midway_of
-from runner.planning.ladder import NoRung
+from runner.engine.keys import chain
+from runner.engine.step_checkpoint import midway_of
+from runner.planning.ladder import NoStrategyFits
 from runner.planning.layout import layout
 from runner.planning.parallel import team, without
-from stages.errors import PlanError
+from stages.errors import DoesNotFit
 from stages.families import FAMILIES
 from stages.state import State
 from tests import sparse, tiny_families
@@ -66,7 +66,7 @@ def test_two_processes_make_the_pictures_of_one_and_agree_on_what_to_do(
     store = open_store(str(tmp_path))
     said: list[tuple[str, Any]] = []
     common: dict[str, Any] = {"model": flux, "devices": ["cpu"], "store": tmp_path, "place": PLACE}
-    with pytest.raises(KeyboardInterrupt), Crew(2) as crew:
+    with pytest.raises(KeyboardInterrupt), RankProcesses(2) as crew:
         made = spawn("flux", ASKED, ranks=crew, emit=lambda kind, data: said.append((kind, data)), **common)
         check_equal(made, store, alone)
         denoise = made.stages[1]
@@ -97,7 +97,7 @@ def test_two_processes_make_the_pictures_of_one_and_agree_on_what_to_do(
 @pytest.mark.slow
 def test_a_killed_process_is_named_and_not_the_one_that_misses_it(flux: Path, tmp_path: Path) -> None:
     said = r"^rank 1 was killed by SIGKILL .* last in denoise, picture 1 of 1, step \d+ of 1000; what was finished"
-    with Crew(2) as crew:
+    with RankProcesses(2) as crew:
         kill = when(crew, 1, "step", lambda pid: os.kill(pid, signal.SIGKILL))
         with pytest.raises(RankLost, match=said), kill:
             spawn("flux", LONG, ranks=crew, model=flux, devices=["cpu"], store=tmp_path, place=PLACE)
@@ -113,13 +113,14 @@ def test_flux_fits_two_16_gb_cards_with_the_table_and_not_without(tmp_path: Path
     assert plan.device_map["transformer"] == {"": "cuda:0,cuda:1"} and plan.lanes == 1
     assert {card: sum(parts["transformer"].values()) for card, parts in layout(plan)["denoise"].items()} == {
         card: need.weights for card, need in needs.items()}
-    with pytest.raises(NoRung, match=r"14\.2 GiB of weights and .* in each of 2 processes; cuda:0 has 13\.9 GiB"):
+    says = r"14\.2 GiB of weights and .* in each of 2 processes; cuda:0 has 13\.9 GiB"
+    with pytest.raises(NoStrategyFits, match=says):
         planned(model, "2x16GB", modulation_table=False)
 
 
 def test_what_cannot_be_cut_is_refused_with_the_reason(flux: Path, tmp_path: Path) -> None:
     cases: list[tuple[type[ValueError], str, dict[str, Any]]] = [
-        (PlanError, "2 attention heads, which 3 cards .* with N of 2", {"machine": "3x16GB"}),
+        (DoesNotFit, "2 attention heads, which 3 cards .* with N of 2", {"machine": "3x16GB"}),
         (ValueError, "needs 2 cards, and there is cuda:0 ->", {"machine": "1x16GB"}),
         (ValueError, r"needs 3 cards, and there is 2 cards \(cuda:0, cuda:1\)",
          {"machine": "2x16GB", "place": ["denoise=tensor_parallel:3"]}),
@@ -130,7 +131,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(flux: Path, tmp_path: Pat
     for kind, says, options in cases:
         with pytest.raises(kind, match=says):
             planned(flux, **options)
-    with pytest.raises(PlanError, match=r"no tensor parallel plan for SD3Transformer2DModel -> --place "):
+    with pytest.raises(DoesNotFit, match=r"no tensor parallel plan for SD3Transformer2DModel -> --place "):
         planned(tiny_families.sd3(tmp_path / "sd3"), "2x16GB", "sd3")
     plan = planned(flux, place=["denoise=tensor_parallel:2"])
     assert plan.needs["denoise"]["cpu"].weights == 2 * 211_264

@@ -33,13 +33,13 @@ from transformers.utils import import_utils
 
 from runner import Request, make_plan
 from runner.artifacts import FolderStore, MemoryStore, key_of
-from runner.keys import chain
-from stages.errors import BadResult, LoadError
+from runner.engine.keys import chain
+from stages.errors import BadResult, ModelError
 from stages.families import FAMILIES
 from stages.models.checkpoint import find
-from stages.placements.placement import Place, Resident
-from stages.split import _chosen, _groups, require, split
-from stages.stage import Stage
+from stages.pipeline.split import _chosen, _groups, require, split
+from stages.pipeline.stage import Stage
+from stages.placement.placement import Place, Resident
 from stages.state import State, Value
 from tests import tiny_families as tiny
 from tests.staging import on_host, run_staged, run_whole
@@ -78,7 +78,7 @@ def test_1_a_component_that_fails_to_load_is_none_and_no_exception(flux: Path, t
     pipe = ModularPipeline.from_pretrained(str(model))
     pipe.load_components(names=["scheduler"])
     assert pipe.scheduler is None
-    with pytest.raises(LoadError, match=r"scheduler of .* could not be loaded: look at the files in"):
+    with pytest.raises(ModelError, match=r"scheduler of .* could not be loaded: look at the files in"):
         stages[1].loaded(on_host(stages)).__enter__()
 
 
@@ -292,7 +292,7 @@ def test_11_packages_are_asked_for_before_anything_is_downloaded(monkeypatch: py
     needy = replace(FAMILIES["flux"], requires=("no_such_package",), repo="nobody/nothing")
     monkeypatch.setitem(FAMILIES, "flux", needy)
     asked = Request("a red circle", 64, 48, steps=2, guidance=3.5, seed=7, text_tokens=32)
-    with pytest.raises(LoadError, match="pip install no_such_package"):
+    with pytest.raises(ModelError, match="pip install no_such_package"):
         make_plan("flux", [asked])
 
 
@@ -317,7 +317,7 @@ def test_12_wan_forgets_its_negative_embeddings_without_guidance(
     pipe.update_components(guider=pipe.guider.new(enabled=False))
     with pytest.raises(UnboundLocalError, match="negative_prompt_embeds"):
         pipe(prompt="a red circle", max_sequence_length=8)
-    with pytest.raises(LoadError, match="WanPipeline makes videos"):
+    with pytest.raises(ModelError, match="WanPipeline makes videos"):
         stages_of(model)
 
 

@@ -14,10 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stages.errors import LoadError
+from stages.errors import ModelError
 from stages.models.checkpoint import Checkpoint, Component, find
-from stages.models.weights import Weights, skeleton, weigh
-from stages.split import split
+from stages.models.weights import Weights, new_skeleton, weigh
+from stages.pipeline.split import split
 from tests import sparse
 
 MAKERS = {"flux": sparse.flux_dev, "sd35": sparse.sd35_large, "flux2": sparse.flux2_dev, "qwen": sparse.qwen_image}
@@ -194,7 +194,7 @@ def test_blocks_come_in_the_order_in_which_they_run(large: Callable[[str], Check
     }
     for name, call in calls.items():
         component = large(name).components["transformer"]
-        assert order(skeleton(component), call) == list(weigh(component, torch.bfloat16).blocks)
+        assert order(new_skeleton(component), call) == list(weigh(component, torch.bfloat16).blocks)
     t5 = find(flux).components["text_encoder_2"]
     assert order(loaded(t5, torch.float32), {"input_ids": torch.ones(1, 4, dtype=torch.long)}) == list(
         weigh(t5, torch.float32).blocks
@@ -225,7 +225,7 @@ def order(model: nn.Module, call: dict[str, Any]) -> list[str]:
 
 def test_skeleton_has_every_shape_and_no_data(flux: Path) -> None:
     vae = find(flux).components["vae"]
-    bones = skeleton(vae)
+    bones = new_skeleton(vae)
     assert isinstance(bones, diffusers.AutoencoderKL) and bones.config.latent_channels == 4
     assert all(tensor.is_meta for tensor in (*bones.parameters(), *bones.buffers()))
     real = loaded(vae, torch.float32).state_dict()
@@ -249,7 +249,7 @@ def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Non
 def test_config_with_more_layers_than_the_files(model: Path) -> None:
     """diffusers loads this, with tensors on meta."""
     rewrite(model / "transformer" / "config.json", num_layers=3)
-    with pytest.raises(LoadError, match=r"asks for \d+ tensors that the files lack: transformer_blocks\.2\..*"
+    with pytest.raises(ModelError, match=r"asks for \d+ tensors that the files lack: transformer_blocks\.2\..*"
                                         r"and \d+ more.*hf download ID --include 'transformer/\*'"):
         one(model, "transformer")
 
@@ -258,7 +258,7 @@ def test_text_encoder_that_lacks_tensors(model: Path) -> None:
     """transformers loads this, with random numbers in their place."""
     lost = [f"encoder.block.{index}.layer.1.DenseReluDense.wo.weight" for index in range(2)]
     edit(model / "text_encoder_2" / "model.safetensors", lambda tensors: [tensors.pop(name) for name in lost])
-    with pytest.raises(LoadError, match=f"asks for 2 tensors that the files lack: {lost[0]}, {lost[1]};"):
+    with pytest.raises(ModelError, match=f"asks for 2 tensors that the files lack: {lost[0]}, {lost[1]};"):
         one(model, "text_encoder_2")
 
 
@@ -268,7 +268,7 @@ def test_tied_tensor_under_either_name(model: Path) -> None:
     edit(path, lambda tensors: tensors.update({"encoder.embed_tokens.weight": tensors.pop("shared.weight")}))
     assert one(model, "text_encoder_2") == before
     edit(path, lambda tensors: tensors.pop("encoder.embed_tokens.weight"))
-    with pytest.raises(LoadError, match=r"lack: shared\.weight"):
+    with pytest.raises(ModelError, match=r"lack: shared\.weight"):
         one(model, "text_encoder_2")
 
 
@@ -277,7 +277,7 @@ def test_tied_tensor_under_either_name(model: Path) -> None:
 ])
 def test_config_of_other_shapes(model: Path, component: str, changes: dict[str, object]) -> None:
     rewrite(model / component / "config.json", **changes)
-    with pytest.raises(LoadError, match=r"does not fit the shape of \d tensors in the files: .* is \[.* not \[.*48"):
+    with pytest.raises(ModelError, match=r"does not fit the shape of \d tensors in the files: .* is \[.* not \[.*48"):
         one(model, component)
 
 
@@ -315,14 +315,14 @@ def test_vae_with_the_attention_names_of_old(model: Path) -> None:
 ])
 def test_config_that_no_model_can_have(model: Path, component: str, changes: dict[str, object]) -> None:
     rewrite(model / component / "config.json", **changes)
-    with pytest.raises(LoadError, match=rf"{component}/config\.json does not fit \w+ \(.+\); fetch it again"):
+    with pytest.raises(ModelError, match=rf"{component}/config\.json does not fit \w+ \(.+\); fetch it again"):
         one(model, component)
 
 
 @pytest.mark.parametrize("name", ["NoSuchModel", "FluxPipeline", "logging"])
 def test_class_that_is_no_model(model: Path, name: str) -> None:
     rewrite(model / "model_index.json", transformer=["diffusers", name])
-    with pytest.raises(LoadError, match=rf"diffusers [\d.]+ has no (model )?class {name}, which transformer needs"):
+    with pytest.raises(ModelError, match=rf"diffusers [\d.]+ has no (model )?class {name}, which transformer needs"):
         one(model, "transformer")
 
 
@@ -331,5 +331,5 @@ def test_class_that_the_library_lacks_is_refused_before_diffusers_looks_for_it(
     model: Path, part: str, name: str
 ) -> None:
     rewrite(model / "model_index.json", **{part: ["diffusers", name]})
-    with pytest.raises(LoadError, match=rf"diffusers [\d.]+ has no class {name}, which {part} needs"):
+    with pytest.raises(ModelError, match=rf"diffusers [\d.]+ has no class {name}, which {part} needs"):
         split(find(model), ["prompt"])

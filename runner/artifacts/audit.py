@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from runner.artifacts.document import Damaged
 from runner.artifacts.manifest import is_key
+from runner.artifacts.signed_json import Damaged
 from runner.artifacts.spec import MOST_BYTES
 from runner.artifacts.store import Store, object_path
 from stages.errors import BadResult, StoreError

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from runner.artifacts.document import JSON, LONGEST, Damaged
-from runner.artifacts.durable import Entry
+from runner.artifacts.atomic_files import Entry
+from runner.artifacts.folder import ORPHAN_AFTER
 from runner.artifacts.manifest import Artifact, is_key, read_manifest
-from runner.artifacts.root import ORPHAN_AFTER
+from runner.artifacts.signed_json import JSON, LONGEST, Damaged
 from runner.artifacts.store import Store, object_path
 from stages.errors import StoreError
 

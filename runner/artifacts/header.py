@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from runner.artifacts.spec import MOST_BYTES, TYPES, Spec
-from stages.strictness import strict_json
+from stages.strict_json import strict_json
 
 METADATA = "__metadata__"
 FIELD = "stagerun"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from runner.artifacts import ArtifactStore, FolderStore, durable, open_store
-from runner.artifacts.document import Damaged
-from runner.artifacts.durable import Buffer
-from runner.artifacts.envelope import unpack
+from runner.artifacts import ArtifactStore, FolderStore, atomic_files, open_store
+from runner.artifacts.atomic_files import Buffer
 from runner.artifacts.manifest import Artifact, is_key, is_run
+from runner.artifacts.signed_json import Damaged
 from runner.artifacts.spec import MOST_BYTES
+from runner.artifacts.state_format import unpack
 from runner.artifacts.store import object_path
 from stages.errors import StoreError
 from stages.state import State
@@ -61,7 +61,7 @@ def open_artifact(what: str, store: ArtifactStore | None = None) -> tuple[Artifa
     elif os.path.lexists(what):
         path = Path(os.path.realpath(what))
         if path.suffix != ".json":
-            return _opened(str(path), path.name, durable.read(path.parent, path.name, most=MOST_BYTES))
+            return _opened(str(path), path.name, atomic_files.read(path.parent, path.name, most=MOST_BYTES))
         what, store = path.stem, FolderStore(path.parent.parent, readonly=True)
     if store is None:
         raise StoreError(f"there is no file {what}; name a store with --artifacts to look for a key or a run")

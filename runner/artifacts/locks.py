@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runner.artifacts.durable import TMP, folder
+from runner.artifacts.atomic_files import TMP, folder
 
 LOCK = ".lock"
 PATIENCE = 3600.0

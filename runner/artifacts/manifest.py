@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from runner.artifacts.document import JSON, Damaged, canonical, read_document, write_document
+from runner.artifacts.signed_json import JSON, Damaged, canonical, read_document, write_document
 from runner.artifacts.spec import TYPES, Spec
-from runner.reports import display
+from runner.reports import notebook_html
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -26,10 +26,10 @@ class Artifact:
     note: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return display.artifact_line(self)
+        return notebook_html.artifact_line(self)
 
     def _repr_html_(self) -> str:
-        return display.artifact_html(self)
+        return notebook_html.artifact_html(self)
 
 
 def key_of(parts: Mapping[str, object]) -> str:

@@ -13,11 +13,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from typing import Any
 
-from runner.artifacts.document import LONGEST, Damaged, read_document, write_document
-from runner.artifacts.durable import TMP, Entry, File
+from runner.artifacts.atomic_files import TMP, Entry, File
 from runner.artifacts.manifest import checked_key
-from runner.artifacts.parts import PART
+from runner.artifacts.signed_json import LONGEST, Damaged, read_document, write_document
 from runner.artifacts.store import Store, Warn
+from runner.artifacts.temp_files import PART
 from stages.errors import StoreError
 
 MARK = "store.json"
@@ -145,7 +145,7 @@ class RemoteStore(Store):
 
     @contextmanager
     def _explained(self, verb: str, path: str) -> Iterator[None]:
-        """Turns an error of the backend into a StoreError with the URL, the cause and the next step."""
+        """DeviceTurns an error of the backend into a StoreError with the URL, the cause and the next step."""
         try:
             yield
         except StoreError:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runner.artifacts import manifest
-from runner.artifacts.document import JSON, LONGEST, Damaged, read_document, write_document
-from runner.artifacts.durable import Buffer, Entry, File
+from runner.artifacts.atomic_files import Buffer, Entry, File
 from runner.artifacts.manifest import Artifact, checked_key, checked_run, is_key, is_run
+from runner.artifacts.signed_json import JSON, LONGEST, Damaged, read_document, write_document
 from runner.artifacts.spec import MOST_BYTES
 from stages.errors import StoreError
 
@@ -110,7 +110,7 @@ class Store(ABC):
 
     def put(self, key: str, stage: str, state: "State", note: Mapping[str, object]) -> Artifact:
         """Store `state` under `key`; BadResult where it is not finite, StoreError where it cannot be stored."""
-        from runner.artifacts.envelope import pack
+        from runner.artifacts.state_format import pack
 
         before: Artifact | None = None
         with suppress(Damaged):
@@ -145,7 +145,7 @@ class Store(ABC):
 
     def read(self, artifact: Artifact, *, finite: bool = True) -> "State":
         """The state of `artifact`; StoreError where it is missing or damaged, BadResult unless `finite` is waived."""
-        from runner.artifacts.envelope import unpack
+        from runner.artifacts.state_format import unpack
 
         data = self.fetch(object_path(artifact.object), MOST_BYTES)
         if data is None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from runner.planning.plan import Plan, make_plan
-from runner.planning.remedy import changed
-from stages.errors import PlanError
+from runner.planning.suggestions import changed
+from stages.errors import DoesNotFit
 
 WAYS = 3
 LESS = 0.75
@@ -23,7 +23,7 @@ def ways_out(job: Plan, stage: str, options: Mapping[str, Any], *, degraded: boo
         sized, altered = changed(job.requests, options, changes)
         try:
             other = make_plan(job.family.name, sized, **(altered | {"weights": False}))
-        except PlanError:
+        except DoesNotFit:
             continue
         if fullest(other, stage) < fullest(job, stage):
             found.append(changes)

@@ -16,7 +16,7 @@ import typer
 from runner.commands import housekeeping
 from runner.commands.refusal import failed, refuse, usage
 from runner.commands.resuming import Resume
-from runner.interrupts import Interrupted
+from runner.engine.signals import Interrupted
 from stages.families import FAMILIES, Family
 
 app = typer.Typer(
@@ -168,7 +168,7 @@ def inspect(
     artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL", help="The store.")] = None,
 ) -> Callable[[], None]:
     """Show what an artifact holds: names, shapes, types, ranges and non-finite values."""
-    from runner.commands.look import look
+    from runner.commands.inspect import look
 
     return partial(look, artifact, artifacts)
 

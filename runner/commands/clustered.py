@@ -11,7 +11,7 @@ from runner.commands.order import Order
 from runner.commands.results import Results, Writer
 from runner.commands.resumption import absolute as there
 from runner.commands.resumption import record_of, resumable
-from runner.ranks.task import Task
+from runner.distributed.task import Task
 from runner.reports.progress import Progress
 
 
@@ -26,7 +26,7 @@ def produce(asked: Order, said: Any) -> int:
         store = opened(asked, said, emit)
         with timed(seconds, "imports"), progress, untracked():
             emit("begin", {"what": "importing torch, diffusers and ray"})
-            from runner.clusters import cluster
+            from runner.distributed.ray import cluster
         out = sys.stdout
         with cluster.connected(verbose=said.verbose) as ray:
             with timed(seconds, "plan"):

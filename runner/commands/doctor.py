@@ -13,9 +13,9 @@ import torch
 from runner.commands.order import default_store
 from runner.events import gib
 from stages import machine
-from stages.ability import ADVICE, computes, unbuilt
+from stages.card_test import ADVICE, computes, unbuilt
 from stages.machine import Device, Machine, probe
-from stages.placements.copies import garbled
+from stages.placement.copy_test import corrupted_pairs
 
 PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors")
 LEAST_DISK = 40 * 10**9
@@ -121,11 +121,11 @@ def _tried(name: str, well: str, attempt: Callable[[], bool], wrong: str) -> Che
 
 
 def _copies(here: Machine) -> Check:
-    bad = garbled([card.name for card in here.cards])
+    bad = corrupted_pairs([card.name for card in here.cards])
     if not bad:
         return Check("copies between cards", True, f"{len(here.cards) * (len(here.cards) - 1)} pairs arrive as sent")
     pairs = ", ".join(f"{source} to {target}" for source, target in bad)
-    return Check("copies between cards", False, f"garbled from {pairs}",
+    return Check("copies between cards", False, f"corrupted_pairs from {pairs}",
                  "runs go through host memory by themselves, or with --no-p2p; turn the IOMMU off to mend it")
 
 

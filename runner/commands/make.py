@@ -13,30 +13,30 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.artifacts.durable import explained
+from runner.artifacts.atomic_files import explained
 from runner.artifacts.garbage import tidy
-from runner.commands import names
+from runner.commands import distributed
 from runner.commands.order import Order, check_engine, devices, order
 from runner.commands.results import Results, Writer, say
 from runner.commands.resumption import command, lasts, record_of, resumable
+from runner.distributed.env import launched
 from runner.events import Emit, clean, json_lines, tee
-from runner.planning import tables
+from runner.media import paths
+from runner.media.previews import Beside
+from runner.planning import describe
 from runner.planning.parallel import wished
-from runner.ranks import together
-from runner.ranks.group import launched
-from runner.reports.previews import Beside
 from runner.reports.progress import Progress
 from runner.reports.report import lines
 from runner.request import read_whole, shown
-from stages.errors import LoadError, StageOutOfMemory
+from stages.errors import ModelError, StageOutOfMemory
 from stages.families import FAMILIES
-from stages.models.lora import Wanted
+from stages.models.lora import LoraRequest
 
 if TYPE_CHECKING:
     from runner.artifacts import Store
+    from runner.engine.run import Report
+    from runner.engine.stage_runner import Failure
     from runner.planning.plan import Plan
-    from runner.run import Report
-    from runner.shift import Failure
     from stages.machine import Machine
 
 TOLD = 20
@@ -48,7 +48,7 @@ def make(family: str, said: Any) -> int:
     check_family(family)
     check_engine(said)
     if said.ranks is not None or launched() is not None or wished(said.place) is not None:
-        return together.make(family, said)
+        return distributed.make(family, said)
     asked = order(family, said)
     if said.engine == "ray":
         from runner.commands import clustered
@@ -74,16 +74,16 @@ def produce(asked: Order, said: Any) -> int:
         # Before the imports: an answer about a bucket or a package that is not there should not take seconds.
         store = opened(asked, said, emit)
         if asked.resumed:
-            names.tidy(asked.paths)
+            paths.tidy(asked.paths)
         with timed(seconds, "imports"), progress, untracked():
             emit("begin", {"what": "importing torch and diffusers"})
+            from runner.engine.run import run_all
             from runner.planning.plan import fetched
-            from runner.run import run_all
         with timed(seconds, "plan"):
             job, asked = planned(asked, said, weights=False)
         complain(f"{line}" for line in asked.refused)
         if not said.quiet and (said.verbose or job.machine.cards):
-            say(sys.stderr, tables.lines(job))
+            say(sys.stderr, describe.lines(job))
         if job.checkpoint.absent:
             with timed(seconds, "download"):
                 job = fetched(job)
@@ -133,11 +133,11 @@ def foresee(family: str, said: Any) -> None:
     asked = order(family, replace(said, prompt=prompt, stop_after="encode"))
     job, asked = planned(asked, said, machine=said.machine, weights=False)
     complain(f"{line}" for line in asked.refused)
-    say(sys.stdout, [json.dumps(tables.document(job))] if said.json else tables.lines(job))
+    say(sys.stdout, [json.dumps(describe.document(job))] if said.json else describe.lines(job))
 
 
 def diagnose(*, as_json: bool, gpus: str | None) -> None:
-    """Print what is well and what is not with this machine; LoadError where something is not."""
+    """Print what is well and what is not with this machine; ModelError where something is not."""
     hush(verbose=False)
     from runner.commands import doctor
 
@@ -145,7 +145,7 @@ def diagnose(*, as_json: bool, gpus: str | None) -> None:
     say(sys.stdout, [json.dumps(doctor.document(checks))] if as_json else doctor.lines(checks))
     if not doctor.healthy(checks):
         bad = [check.name for check in checks if not check.ok]
-        raise LoadError(f"not well: {', '.join(bad)} -> the lines above say what to do")
+        raise ModelError(f"not well: {', '.join(bad)} -> the lines above say what to do")
 
 
 def planned(
@@ -153,9 +153,9 @@ def planned(
 ) -> tuple["Plan", Order]:
     """The plan of an order, its `weights` downloaded, and the order less the lines that the model cannot make.
 
-    Raises LoadError where it should repeat what another model made.
+    Raises ModelError where it should repeat what another model made.
     """
-    from runner.planning.remedy import plan_or_remedy
+    from runner.planning.suggestions import plan_or_remedy
 
     lost: dict[int, str] = {}
     job = plan_or_remedy(asked.family, asked.requests, machine=machine, weights=weights,
@@ -165,16 +165,16 @@ def planned(
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(job.places)}"
         raise ValueError(f"--dtype: the model has no component {shown(component)} -> {hint}")
     if asked.origin is not None and asked.origin.identity != job.checkpoint.identity:
-        raise LoadError(
+        raise ModelError(
             f"{asked.origin.what} was made by {asked.origin.identity}, but {asked.model or job.family.repo} is now "
             f"{job.checkpoint.identity} -> {asked.origin.advice}"
         )
     return job, replace(asked.without(lost), loras=known(job))
 
 
-def known(job: "Plan") -> tuple[Wanted, ...]:
+def known(job: "Plan") -> tuple[LoraRequest, ...]:
     """The LoRAs of a plan, so that whoever goes on with it takes the same files."""
-    return tuple(Wanted(lora.source, lora.scale, lora.digest) for lora in job.checkpoint.loras)
+    return tuple(LoraRequest(lora.source, lora.scale, lora.digest) for lora in job.checkpoint.loras)
 
 
 def options_of(asked: Order, said: Any) -> dict[str, Any]:

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runner import picture
-from runner.commands import names
 from runner.commands.batch import Batch, Defaults, Item, Refused, batch
 from runner.commands.prompts import Entry, read_prompts
-from runner.picture import Like
-from runner.ranks.group import launched
+from runner.distributed.env import launched
+from runner.media import image
+from runner.media.image import Like
+from runner.media.paths import Naming, Unnamed
 from runner.request import COUNT, PROMPT_BYTES, SEED, STEPS, Request, read_guidance, read_size, read_whole, shown
 from stages.families import FAMILIES
-from stages.models.lora import NONE, Wanted, read_wanted
+from stages.models.lora import NONE, LoraRequest, read_loras
 
 DTYPES = ("float32", "bfloat16", "float16")
 STAGES = ("encode", "denoise", "decode")
@@ -57,7 +57,7 @@ class Order:
     step_every: float = STEP_EVERY
     origin: Origin | None = None
     resumed: bool = False
-    loras: tuple[Wanted, ...] = ()
+    loras: tuple[LoraRequest, ...] = ()
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -79,7 +79,7 @@ class Order:
 
 def order(family: str, said: Any) -> Order:
     """The order in the options `said` of a command line; ValueError for the first thing that cannot be."""
-    like = picture.like(said.like) if said.like is not None else None
+    like = image.like(said.like) if said.like is not None else None
     model = said.model if said.model is not None or like is None else model_of(like)
     if model == "":
         raise ValueError("--model is empty -> name a hub id, a folder or demo")
@@ -105,7 +105,7 @@ def order(family: str, said: Any) -> Order:
         step_every=read_every(said.step_every),
         origin=None if like is None or said.model is not None else Origin(
             "the picture", like.identity, "name a model with --model to repeat it with other pixels"),
-        loras=read_loras(said.lora or (), like.loras if like is not None else ()),
+        loras=chosen_loras(said.lora or (), like.loras if like is not None else ()),
     )
 
 
@@ -132,13 +132,13 @@ def read_dtypes(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def read_loras(texts: Sequence[str], before: tuple[Wanted, ...]) -> tuple[Wanted, ...]:
+def chosen_loras(texts: Sequence[str], before: tuple[LoraRequest, ...]) -> tuple[LoraRequest, ...]:
     """The LoRAs that are asked for: those of a picture `before` unless some are named, or `none`."""
     if NONE in texts:
         if len(texts) > 1:
             raise ValueError(f"--lora {NONE} and other LoRAs contradict each other -> leave one of them out")
         return ()
-    return read_wanted(texts) or before
+    return read_loras(texts) or before
 
 
 def read_preview(text: str | None) -> int:
@@ -195,13 +195,13 @@ def read_seeds(texts: Sequence[str]) -> tuple[int, ...]:
 
 def _named(asked: Batch, said: Any, run: str) -> tuple[tuple[Item, ...], tuple[Path, ...], tuple[Refused, ...]]:
     """The items that have a name, their paths, and the lines refused so far; ValueError where no item is left."""
-    naming = names.Naming(said.out, run=run, total=asked.total, overwrite=said.overwrite)
+    naming = Naming(said.out, run=run, total=asked.total, overwrite=said.overwrite)
     items, paths, refused = list[Item](), list[Path](), list(asked.refused)
     for item in asked.items:
         try:
             paths += [] if said.stop_after else [naming.path(item.request, item.id, item.out)]
             items.append(item)
-        except names.Unnamed as error:
+        except Unnamed as error:
             if not item.line:
                 raise
             refused.append(Refused(item.line, str(error)))

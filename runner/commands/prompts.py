@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runner.request import shown
-from stages.strictness import strict_json
+from stages.strict_json import strict_json
 
 FILE_BYTES = 10 * 2**20
 LINE_BYTES = 128 * 2**10

@@ -9,12 +9,13 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from runner.commands.again import again
+from runner.distributed.watchdog import RankLost
 from runner.events import Tolerant, clean
-from runner.ranks.watch import RankLost
-from stages.errors import BadResult, LoadError, PlanError, StageOutOfMemory, StoreError
+from stages.errors import BadResult, DoesNotFit, ModelError, StageOutOfMemory, StoreError
 
 CODES: tuple[tuple[type[Exception], int], ...] = (
-    (LoadError, 3), (PlanError, 4), (MemoryError, 4), (StoreError, 5), (BadResult, 6), (RankLost, 7), (ValueError, 2),
+    (ModelError, 3), (DoesNotFit, 4), (MemoryError, 4), (StoreError, 5), (BadResult, 6), (RankLost, 7),
+    (ValueError, 2),
 )
 MESSAGE = 4000
 
@@ -36,7 +37,7 @@ def failed(app: typer.Typer, error: Exception, words: Sequence[str], *, verbose:
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
     if code != 1:
         # What a plan was refused for has a line for each rung.
-        head, *rungs = str(error).splitlines() if isinstance(error, PlanError) else [str(error)]
+        head, *rungs = str(error).splitlines() if isinstance(error, DoesNotFit) else [str(error)]
         told = [f"  {clean(rung)}" for rung in rungs] + [f"next: {line}" for line in better(app, error, words)]
         return refuse(head, code, error, "".join(f"{line}\n" for line in told))
     hint = "" if verbose else " -> run again with -v to see where"
@@ -56,7 +57,7 @@ def better(app: typer.Typer, error: Exception, words: Sequence[str]) -> list[str
 
     if not words:
         return []
-    if isinstance(error, PlanError):
+    if isinstance(error, DoesNotFit):
         return _changed(app, [words], error.options)
     ways = error.ways if isinstance(error, StageOutOfMemory) else ()
     return [line for way in ways for line in _changed(app, [resuming(error), words], way)]

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from runner.commands import names
 from runner.commands.order import Order
 from runner.events import Emit, Tolerant
-from runner.picture import card_of, png, shows
+from runner.media import paths
+from runner.media.image import card_of, png, shows
 from runner.reports.report import document
 
 if TYPE_CHECKING:
-    from runner.run import Picture, Report
-    from runner.shift import Failure
+    from runner.engine.run import Picture, Report
+    from runner.engine.stage_runner import Failure
 
 Tell = Callable[[int, Mapping[str, Any]], None]
 
@@ -35,7 +35,7 @@ class Writer:
 
     def keep(self, picture: "Picture") -> None:
         """Write a picture, or leave the same one that is there to a resumed run; StoreError where it cannot be."""
-        from runner.shift import Failure
+        from runner.engine.stage_runner import Failure
 
         begin = time.perf_counter()
         at = self._at[picture.index]
@@ -63,7 +63,7 @@ class Writer:
         pixels = picture.read()
         if self._asked.resumed and os.path.lexists(path) and shows(path, pixels):
             return True
-        names.write(path, png(pixels, card if self._metadata else None), overwrite=self._overwrite)
+        paths.write(path, png(pixels, card if self._metadata else None), overwrite=self._overwrite)
         return False
 
 

@@ -16,7 +16,7 @@ MEANS = ("max_memory", "place", "allow_offload", "lanes", "step_every")
 def resume(run: str, said: Any) -> int:
     """Finish the run named `run`, or the `last` one; the exit code. `said` may place it anew, or compute a stage anew.
 
-    Raises StoreError where the store has no such run, LoadError where its model is another now.
+    Raises StoreError where the store has no such run, ModelError where its model is another now.
     """
     if said.quiet and said.verbose:
         raise ValueError("--quiet and --verbose contradict each other -> leave one of them out")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from runner.commands.batch import Item, Refused
 from runner.commands.order import DTYPES, STAGES, Order, Origin, default_store
 from runner.events import Emit
-from runner.picture import commit
+from runner.media.image import commit
 from runner.request import Request
 from stages.errors import StoreError
 from stages.families import FAMILIES
-from stages.models.lora import Wanted
+from stages.models.lora import LoraRequest
 
 if TYPE_CHECKING:
     from runner.planning.plan import Plan
@@ -121,7 +121,7 @@ def _order(run: str, record: Mapping[str, Any], said: Mapping[str, Any], store: 
         store=store,
         origin=Origin(f"run {run}", identity, "bring that model back, or give the order anew"),
         resumed=True,
-        loras=tuple(Wanted(_near(_text(source)), float(scale), _text(digest))
+        loras=tuple(LoraRequest(_near(_text(source)), float(scale), _text(digest))
                     for source, scale, digest in said.get("loras", ())),
     )
 

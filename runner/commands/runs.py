@@ -9,7 +9,7 @@ from runner.artifacts import open_store
 from runner.artifacts.audit import audit
 from runner.artifacts.garbage import collect
 from runner.artifacts.store import Store
-from runner.commands.look import warn
+from runner.commands.inspect import warn
 from runner.commands.order import default_store
 from runner.events import Tolerant, gib
 from runner.reports.history import described, find_run, row, stages_of

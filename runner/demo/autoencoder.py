@@ -45,7 +45,7 @@ def _example(rng: random.Random, side: int) -> tuple[NDArray[np.float32], NDArra
     weight = 1 + sum(mask * (0.5 * CROP * CROP / mask.sum()) for _, mask in masks)
     pixels = paint(scene.background, masks)
     _, _, radius, (x, y) = rng.choice(things)
-    # Crops around a point on the shape's outline, at any phase of the latents' grid.
+    # Crops around a point on the shape's skeleton, at any phase of the latents' grid.
     left, top = (min(max(round(c + rng.uniform(-1, 1) * radius - side / 2), 0), SIDE - side) for c in (x, y))
     window = np.s_[top : top + side, left : left + side]
     return pixels[window], np.asarray(weight)[window]

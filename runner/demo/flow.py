@@ -128,7 +128,7 @@ class Studio:
 
     @torch.no_grad()
     def trail(self, steps: int) -> None:
-        """Move the average toward the weights, fast at first."""
+        """Transfer the average toward the weights, fast at first."""
         keep = min(AVERAGE, (steps + 1) / (steps + 20))
         for trailing, weights in zip(self.average.parameters(), self.painter.parameters(), strict=True):
             trailing.lerp_(weights, 1 - keep)

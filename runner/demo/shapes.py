@@ -49,7 +49,7 @@ def _heart(d: ImageDraw.ImageDraw, c: float, r: float) -> None:
     d.polygon([(c - r * 0.93, c - r * 0.08), (c, c - r * 0.3), (c + r * 0.93, c - r * 0.08), (c, c + r)], fill=255)
 
 
-def _outline(d: ImageDraw.ImageDraw, c: float, r: float, *, corners: tuple[Point, ...]) -> None:
+def _skeleton(d: ImageDraw.ImageDraw, c: float, r: float, *, corners: tuple[Point, ...]) -> None:
     d.polygon([(c + x * r, c + y * r) for x, y in corners], fill=255)
 
 
@@ -60,12 +60,12 @@ def _star_corners() -> tuple[Point, ...]:
 
 SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, float, float], None]] = {
     "circle": _circle,
-    "square": partial(_outline, corners=((-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88))),
-    "triangle": partial(_outline, corners=((0, -1), (0.98, 0.8), (-0.98, 0.8))),
-    "star": partial(_outline, corners=_star_corners()),
+    "square": partial(_skeleton, corners=((-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88))),
+    "triangle": partial(_skeleton, corners=((0, -1), (0.98, 0.8), (-0.98, 0.8))),
+    "star": partial(_skeleton, corners=_star_corners()),
     "ring": _ring,
     "cross": _cross,
-    "diamond": partial(_outline, corners=((0, -1), (0.72, 0), (0, 1), (-0.72, 0))),
+    "diamond": partial(_skeleton, corners=((0, -1), (0.72, 0), (0, 1), (-0.72, 0))),
     "heart": _heart,
 }
 

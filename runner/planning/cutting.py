@@ -5,35 +5,35 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from runner.events import gib
-from runner.planning.ladder import NoRung, Rung
+from runner.planning.ladder import NoStrategyFits, Strategy
 from runner.planning.parallel import spread
-from stages.errors import PlanError
-from stages.placements.parallel import TensorParallel, part_of
-from stages.placements.placement import Place, Resident
-from stages.rehearsals.rehearsal import Rehearsal
+from stages.errors import DoesNotFit
+from stages.estimate.dry_run import Estimate
+from stages.placement.placement import Place, Resident
+from stages.placement.tensor_parallel import TensorParallel, part_of
 
 if TYPE_CHECKING:
-    from runner.planning.placing import Placer, Task
+    from runner.planning.placer import Placer, Task
 
 
-def cut(placer: "Placer", task: "Task", count: int) -> tuple[dict[str, Place], Rehearsal, tuple[Rung, ...]]:
+def cut(placer: "Placer", task: "Task", count: int) -> tuple[dict[str, Place], Estimate, tuple[Strategy, ...]]:
     """The denoiser cut over the first `count` cards, or over all for 0, with what a rehearsal on one card took.
 
-    A part takes no more than that. Raises NoRung where it does not fit, PlanError or ValueError where it cannot be.
+    A part takes no more than that. Raises NoStrategyFits where that does not fit.
     """
     if placer.lanes not in (None, 1):
         raise ValueError(f"{placer.lanes} lanes and denoise=tensor_parallel contradict each other: its processes work "
                          f"on one picture together -> leave one of them out")
     cards = spread(placer.machine, count)
     if len(task.types) != 1:
-        raise PlanError(f"the denoise has {' and '.join(task.types)}, and one component can be cut over cards -> "
+        raise DoesNotFit(f"the denoise has {' and '.join(task.types)}, and one component can be cut over cards -> "
                         f"leave denoise=tensor_parallel out")
     component = task.stage.components[0]
     name = component.name
     if component.loras:
-        raise PlanError("denoise=tensor_parallel reads parts of weights, and LoRA is merged into whole ones -> "
+        raise DoesNotFit("denoise=tensor_parallel reads parts of weights, and LoRA is merged into whole ones -> "
                         "leave --place denoise or --lora out", {"--place denoise": ""})
-    part = part_of(component, task.types[name], task.folded.get(name, frozenset()), len(cards))
+    part = part_of(component, task.types[name], task.precomputed.get(name, frozenset()), len(cards))
     found = placer.rehearsed(task, task.places({name: Resident(cards[0])}))
     taken = found.peak[cards[0]]
     found = replace(found, peak={card: taken * times for card, times in Counter(cards).items()})
@@ -41,7 +41,7 @@ def cut(placer: "Placer", task: "Task", count: int) -> tuple[dict[str, Place], R
     for card, need in task.needs(places, found).items():
         room = placer.machine[card].room
         if need.total > room:
-            raise NoRung(f"denoise does not fit: {gib(part)} of weights and {gib(taken)} of activations in each of "
-                         f"{len(cards)} processes; {card} has {gib(room)} -> cut it over more cards, or "
-                         f"choose a smaller --size", ())
-    return places, found, (Rung("tensor_parallel"),)
+            raise NoStrategyFits(f"denoise does not fit: {gib(part)} of weights and {gib(taken)} of activations in "
+                                 f"each of {len(cards)} processes; {card} has {gib(room)} -> cut it over more "
+                                 f"cards, or choose a smaller --size", ())
+    return places, found, (Strategy("tensor_parallel"),)

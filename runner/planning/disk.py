@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runner.planning.plan import Plan
-    from stages.stage import Stage
+    from stages.pipeline.stage import Stage
 
 SAMPLE = 128 * 2**20
 CHUNK = 8 * 2**20

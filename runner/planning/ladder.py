@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from runner.events import gib
-from stages.errors import PlanError
+from stages.errors import DoesNotFit
 from stages.machine import Device, Machine
 from stages.models.weights import Weights
-from stages.placements.deal import Hand, deal
-from stages.placements.placement import DISK, Placement, Resident, Sharded
+from stages.placement.balance import Blocks, partition
+from stages.placement.placement import DISK, Placement, Resident, Sharded
 
 Rooms = dict[str, int]
 Placements = dict[str, Placement]
@@ -24,7 +24,7 @@ OFFLOADS = (None, "cpu", "disk")
 
 
 @dataclass(frozen=True)
-class Rung:
+class Strategy:
     """A way to place a stage that was tried; `refused` says why it does not fit, and is empty where it does."""
 
     name: str
@@ -65,25 +65,26 @@ class Ask:
         return sorted((w for name, w in self.weights.items() if name not in self.fixed), key=lambda w: -w.total)
 
 
-class NoRung(PlanError):
+class NoStrategyFits(DoesNotFit):
     """A stage that fits on no rung."""
 
-    def __init__(self, text: str, rungs: Sequence[Rung], options: Mapping[str, str] | None = None) -> None:
+    def __init__(self, text: str, rungs: Sequence[Strategy], options: Mapping[str, str] | None = None) -> None:
         super().__init__(text, options)
         self.rungs = tuple(rungs)
 
 
-def climb(ask: Ask, machine: Machine, only: str | None = None) -> tuple[Placements, tuple[Rung, ...]]:
+def choose(ask: Ask, machine: Machine, only: str | None = None) -> tuple[Placements, tuple[Strategy, ...]]:
     """The placements of the first rung that fits, and every rung that was tried.
 
-    `only` names the one rung to try. Raises NoRung with the arithmetic of each and the least change that would fit.
+    `only` names the one rung to try. Raises NoStrategyFits with the arithmetic of each and the least change that
+    would fit.
     """
     placements, rungs = _climbed(ask, machine, only)
     if placements is not None:
         return placements, rungs
     words, options = change(ask, machine, only)
     tried = "".join(f"\n  {rung.name}: {rung.refused}" for rung in rungs)
-    raise NoRung(f"{ask.stage} does not fit.{tried}\n-> {words}", rungs, options)
+    raise NoStrategyFits(f"{ask.stage} does not fit.{tried}\n-> {words}", rungs, options)
 
 
 def change(ask: Ask, machine: Machine, only: str | None = None) -> tuple[str, dict[str, str]]:
@@ -135,7 +136,7 @@ def lacking(ask: Ask, machine: Machine) -> int:
 
 def _climbed(
     ask: Ask, machine: Machine, only: str | None = None
-) -> tuple[Placements | None, tuple[Rung, ...]]:
+) -> tuple[Placements | None, tuple[Strategy, ...]]:
     rooms = {device.name: device.room - ask.reserve.get(device.name, 0) for device in _usable(machine)}
     # The host holds what is placed there by hand, and is no choice for the others.
     left = {"cpu": machine.host_room} | rooms
@@ -143,15 +144,15 @@ def _climbed(
         for device, size in placement.share(ask.weights[name]).items():
             left[device] -= size
     if short := [name for name, room in left.items() if room < 0 and ask.fixed]:
-        return None, (Rung("as placed", f"{short[0]} lacks {gib(-left[short[0]])}"),)
+        return None, (Strategy("as placed", f"{short[0]} lacks {gib(-left[short[0]])}"),)
     rooms = {name: left[name] for name in rooms}
-    rungs: list[Rung] = []
+    rungs: list[Strategy] = []
     for name in LADDER if only is None else [only]:
         found = LADDER[name](ask, machine, dict(rooms))
         if isinstance(found, dict):
-            return {**ask.fixed, **found}, (*rungs, Rung(name))
+            return {**ask.fixed, **found}, (*rungs, Strategy(name))
         if found:
-            rungs.append(Rung(name, found))
+            rungs.append(Strategy(name, found))
     return None, tuple(rungs)
 
 
@@ -207,12 +208,12 @@ def _streamed(ask: Ask, machine: Machine, rooms: Rooms) -> Placements | str:
         if placement is None:
             return f"not even one block of {weights.component} at a time; {_room(machine, rooms, best, ask)}"
         if isinstance(placement, Sharded):
-            waiting = sum(weights.blocks[name] for name in placement.hosted)
+            waiting = sum(weights.blocks[name] for name in placement.cpu_blocks)
             if waiting > host and ask.offload != "disk":
                 return (f"{gib(waiting)} of {weights.component} would wait in host memory, which has "
                         f"{gib(host)} for it")
             placement = _shelved(placement, weights, host)
-            host -= sum(weights.blocks[name] for name in placement.hosted)
+            host -= sum(weights.blocks[name] for name in placement.cpu_blocks)
         found[weights.component] = placement
         for device, size in placement.share(weights).items():
             if device in rooms:
@@ -225,23 +226,24 @@ LADDER: dict[str, Callable[[Ask, Machine, Rooms], Placements | str]] = {
 }
 
 
-def _dealt(ask: Ask, weights: Weights, rooms: Rooms, hosted: frozenset[str] = frozenset()) -> Sharded | None:
+def _dealt(ask: Ask, weights: Weights, rooms: Rooms, cpu_blocks: frozenset[str] = frozenset()) -> Sharded | None:
     """The blocks of one component over as few cards as fit, or as many as there are lanes."""
     if "" in weights.blocks:
         return None
-    passing = max((weights.blocks[name] for name in hosted), default=0)
-    loose = {name: 0 if name in hosted else size for name, size in weights.blocks.items() if name not in ask.pinned}
+    passing = max((weights.blocks[name] for name in cpu_blocks), default=0)
+    loose = {name: 0 if name in cpu_blocks else size
+             for name, size in weights.blocks.items() if name not in ask.pinned}
     held = sum(weights.rest.values()) + sum(size for name, size in weights.blocks.items() if name in ask.pinned)
-    hand = Hand(list(loose.values()), [ask.work[weights.component].get(name, 0) for name in loose])
+    hand = Blocks(list(loose.values()), [ask.work[weights.component].get(name, 0) for name in loose])
     order = sorted(rooms, key=lambda name: -rooms[name])
     for count in range(min(len(order), max(2, ask.lanes)), len(order) + 1):
         left = [rooms[name] - passing for name in order[:count]]
         left[0] -= held
-        cards = deal(hand, left)
+        cards = partition(hand, left)
         if cards is not None:
             at = {name: order[card] for name, card in zip(loose, cards, strict=True)}
             devices = {name: at.get(name, order[0]) for name in weights.blocks}
-            return Sharded(order[0], devices, ask.rest(weights.component), hosted)
+            return Sharded(order[0], devices, ask.rest(weights.component), cpu_blocks)
     return None
 
 
@@ -257,12 +259,12 @@ def _with_hosted(ask: Ask, weights: Weights, rooms: Rooms) -> Sharded | None:
 
 def _shelved(placement: Sharded, weights: Weights, room: int) -> Sharded:
     """With as few of the blocks that wait on the disk as leave the others `room` bytes of host memory."""
-    names = [name for name in weights.blocks if name in placement.hosted]
+    names = [name for name in weights.blocks if name in placement.cpu_blocks]
     for count in range(len(names) + 1):
-        shelved = _spread(names, count)
-        if sum(weights.blocks[name] for name in placement.hosted - shelved) <= room:
+        disk_blocks = _spread(names, count)
+        if sum(weights.blocks[name] for name in placement.cpu_blocks - disk_blocks) <= room:
             break
-    return replace(placement, hosted=placement.hosted - shelved, shelved=shelved)
+    return replace(placement, cpu_blocks=placement.cpu_blocks - disk_blocks, disk_blocks=disk_blocks)
 
 
 def _spread(names: Sequence[str], count: int) -> frozenset[str]:

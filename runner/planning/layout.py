@@ -20,10 +20,10 @@ def layout(plan: "Plan") -> Layout:
                 for device, size in placement.share(weights).items():
                     devices.setdefault(device, {})[component.name] = {component.name: size}
                 continue
-            at_rest = placement.at_rest
+            storage_devices = placement.storage_devices
             parts = {REST: sum(weights.rest.values()), **weights.blocks}
             for block, size in parts.items():
                 if size:
-                    there = devices.setdefault(at_rest.get(block, at_rest[""]), {})
+                    there = devices.setdefault(storage_devices.get(block, storage_devices[""]), {})
                     there.setdefault(component.name, {})[block or component.name] = size
     return found

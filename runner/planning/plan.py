@@ -7,26 +7,26 @@ from pathlib import Path
 import torch
 
 from runner.demo import CHECKPOINT
-from runner.planning.known import Known
-from runner.planning.ladder import Rung
-from runner.planning.limits import limited, read_machine
-from runner.planning.placing import Need, Placer
-from runner.planning.saving import Saving
-from runner.planning.wishes import read_wishes
-from runner.reports import display
+from runner.planning.cache import PlanCache
+from runner.planning.ladder import Strategy
+from runner.planning.memory_limits import limited, read_machine
+from runner.planning.place_option import read_wishes
+from runner.planning.placer import Need, Placer
+from runner.planning.precompute import Saving
+from runner.reports import notebook_html
 from runner.request import Request, check_tokens, nearest
-from stages.ability import able
+from stages.card_test import able
 from stages.families import FAMILIES, Family
-from stages.loading import merging
+from stages.loading import lora_merge
 from stages.machine import Machine, probe
 from stages.models.checkpoint import Checkpoint, check, find
-from stages.models.lora import Wanted, found, read_wanted
+from stages.models.lora import LoraRequest, found, read_loras
 from stages.models.weights import Weights
-from stages.placements.copies import rerouted
-from stages.placements.parallel import TensorParallel
-from stages.placements.placement import Place, Resident
-from stages.split import require, split
-from stages.stage import Stage
+from stages.pipeline.split import require, split
+from stages.pipeline.stage import Stage
+from stages.placement.copy_test import all_via_host
+from stages.placement.placement import Place, Resident
+from stages.placement.tensor_parallel import TensorParallel
 from stages.state import Value
 
 
@@ -47,7 +47,7 @@ class Plan:
     places: Mapping[str, Place]
     weights: Mapping[str, Weights]
     needs: Mapping[str, Mapping[str, Need]] = field(default_factory=dict)
-    rungs: Mapping[str, tuple[Rung, ...]] = field(default_factory=dict)
+    rungs: Mapping[str, tuple[Strategy, ...]] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     lanes: int = 1
     savings: Mapping[str, Saving] = field(default_factory=dict)
@@ -55,10 +55,10 @@ class Plan:
     placer: Placer | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        return display.plan_line(self)
+        return notebook_html.plan_line(self)
 
     def _repr_html_(self) -> str:
-        return display.plan_html(self)
+        return notebook_html.plan_html(self)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ class Plan:
 
         diffusers' own, `hf_device_map`, has one device for a component, and may lack one.
         """
-        return {name: dict(place.placement.at_rest) for name, place in self.places.items()}
+        return {name: dict(place.placement.storage_devices) for name, place in self.places.items()}
 
     @property
     def cut(self) -> bool:
@@ -100,10 +100,10 @@ def make_plan(
     lanes: int | None = None,
     modulation_table: bool = True,
     peer_copies: bool = True,
-    loras: Sequence[str | Path | Wanted] = (),
+    loras: Sequence[str | Path | LoraRequest] = (),
     weights: bool = True,
     lost: dict[int, str] | None = None,
-    known: Known | None = None,
+    known: PlanCache | None = None,
 ) -> Plan:
     """Find and check the model, and place every component where it fits together with its activations.
 
@@ -114,7 +114,7 @@ def make_plan(
     are not here are downloaded when all of them are placed; without `weights`, or for a machine that is not here,
     they stay where they are. `loras` are merged into the weights: files, folders or hub names, each with its scale
     behind an `=` unless it is 1. With `lost`, requests of a size that the model does not make are left out, and go
-    there by index with the reason. What other plans of the same model found is `known`. Raises LoadError, PlanError
+    there by index with the reason. What other plans of the same model found is `known`. Raises ModelError, DoesNotFit
     or ValueError.
     """
     chosen = family_of(family, model)
@@ -140,14 +140,14 @@ def make_plan(
     placer = Placer(there, inputs_of(most), dtype or {}, read_wishes(place, stages), allow_offload, lanes,
                     smaller(most, multiple), modulation_table, len(requests))
     placed = placer.place(stages, known)
-    places = placed.places if peer_copies else rerouted(placed.places)
+    places = placed.places if peer_copies else all_via_host(placed.places)
     plan = Plan(chosen, checkpoint, tuple(requests), there, stages, places, placed.weights, placed.needs,
                 placed.rungs, placed.reasons, placed.lanes, placed.savings, placed.reads, placer)
     return fetched(plan) if weights and there.here else plan
 
 
 def fetched(plan: Plan) -> Plan:
-    """The same plan with the model's weights on this machine: downloaded, where they are not; LoadError if not."""
+    """The same plan with the model's weights on this machine: downloaded, where they are not; ModelError if not."""
     if not plan.checkpoint.absent:
         return plan
     # Of the commit that was planned for, whatever has become of its branch.
@@ -157,15 +157,15 @@ def fetched(plan: Plan) -> Plan:
     return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, inputs_of(largest(plan.requests))))
 
 
-def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Path | Wanted]) -> Checkpoint:
-    """The checkpoint with these LoRAs; LoadError for one that is not there, or not made for it."""
-    loras = [found(each, checkpoint.pipeline) for each in read_wanted(wanted)]
+def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Path | LoraRequest]) -> Checkpoint:
+    """The checkpoint with these LoRAs; ModelError for one that is not there, or not made for it."""
+    loras = [found(each, checkpoint.pipeline) for each in read_loras(wanted)]
     if twice := [lora.source for lora in loras if loras.count(lora) > 1]:
         raise ValueError(f"--lora {twice[0]} is named twice -> name it once, with the sum of its scales")
-    with_them = checkpoint.adapted({lora: merging.reaches(lora, checkpoint) for lora in loras})
+    with_them = checkpoint.adapted({lora: lora_merge.reaches(lora, checkpoint) for lora in loras})
     for component in with_them.components.values():
         if component.loras:
-            merging.check(component)
+            lora_merge.check(component)
     return with_them
 
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.artifacts.document import Damaged
 from runner.artifacts.manifest import checked_run, is_run
+from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import History, Store
 from runner.events import clean, gib
 from runner.request import shown

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runner.events import gib
+from runner.media.previews import strips
 from runner.reports.charts.blocks import blocks
 from runner.reports.charts.drawing import Drawing
 from runner.reports.charts.gantt import gantt
@@ -11,7 +12,6 @@ from runner.reports.charts.style import STYLE
 from runner.reports.charts.timeline import memory
 from runner.reports.history import loras
 from runner.reports.markup import image, said
-from runner.reports.previews import strips
 from runner.reports.progress import pictures
 
 if TYPE_CHECKING:

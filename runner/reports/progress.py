@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 from runner.events import Tolerant, clean, gib
-from runner.reports.mosaic import can_show, mosaic
+from runner.reports.terminal_image import can_show, mosaic
 
 HEARTBEAT = 10.0
 

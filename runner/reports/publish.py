@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.commands import names
-from runner.commands.look import warn
+from runner.commands.inspect import warn
 from runner.commands.order import default_store
 from runner.events import Tolerant
+from runner.media import paths
 from runner.reports.history import find_run
 from runner.request import shown
 
@@ -24,7 +24,7 @@ def publish(run: str, out: str | None, artifacts: str | None, *, overwrite: bool
     store = open_store(artifacts or str(default_store()), warn=warn, readonly=True)
     name = find_run(store, run)
     path = path or Path(f"{name}.html")
-    names.write(path, page(name, store.load_run(name), store).encode(), overwrite=overwrite)
+    paths.write(path, page(name, store.load_run(name), store).encode(), overwrite=overwrite)
     Tolerant(sys.stdout).write(f"{path}\n")
 
 

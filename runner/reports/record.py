@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from runner.picture import versions
-from runner.planning import tables
+from runner.media.image import versions
+from runner.planning import describe
 from runner.planning.layout import layout
 
 if TYPE_CHECKING:
@@ -12,4 +12,4 @@ if TYPE_CHECKING:
 
 def described(plan: "Plan") -> dict[str, Any]:
     """The plan's figures, where each block lies, and the versions of what makes the pixels."""
-    return {"plan": tables.document(plan), "layout": layout(plan), "versions": versions()}
+    return {"plan": describe.document(plan), "layout": layout(plan), "versions": versions()}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from runner.events import gib
 
 if TYPE_CHECKING:
-    from runner.run import Report
+    from runner.engine.run import Report
 
 PARTS = ("load", "compute", "save", "flush")
 

@@ -11,32 +11,32 @@ from accelerate.hooks import remove_hook_from_module
 from safetensors import safe_open
 from torch import nn
 
-from stages.errors import LoadError
-from stages.loading.merging import Merger
+from stages.errors import ModelError
+from stages.loading.lora_merge import LoraMerger
+from stages.loading.pinned_copy import STAGED, PendingTensor, copy_to_devices
 from stages.loading.readahead import reading_ahead
-from stages.loading.staging import STAGED, Wanted, send
 from stages.models.checkpoint import Component
-from stages.models.shards import file_bytes
-from stages.models.weights import compare, float32, hollow, model_class, sources
-from stages.modulation.folding import folded
-from stages.placements.parallel import TensorParallel, divided
-from stages.placements.placement import DISK, Place, Placement, standing
+from stages.models.safetensors_header import file_bytes
+from stages.models.weights import compare, empty_model, float32, model_class, sources
+from stages.placement.placement import DISK, Place, Placement, device_of
+from stages.placement.tensor_parallel import TensorParallel, divided
+from stages.precompute.replay import precomputed
 
 
 def load(component: Component, place: Place) -> nn.Module:
-    """The component's model at its place; raises LoadError unless every parameter came from the files."""
+    """The component's model at its place; raises ModelError unless every parameter came from the files."""
     cls = model_class(component)
-    cls = folded(cls, place.folded) if place.folded else cls
+    cls = precomputed(cls, place.precomputed) if place.precomputed else cls
     with reading_ahead(component.files):
         if _straight(component, place.placement):
             model, missing = _read(component, cls, place), list[str]()
         else:
             model, missing = _by_library(component, cls, place)
     merge(component, model)
-    at_rest = place.placement.at_rest
-    missing += [n for n, p in model.named_parameters() if p.is_meta and standing(n, at_rest) != DISK]
+    storage_devices = place.placement.storage_devices
+    missing += [n for n, p in model.named_parameters() if p.is_meta and device_of(n, storage_devices) != DISK]
     if missing:
-        raise LoadError(
+        raise ModelError(
             f"{component.name}: {len(missing)} parameters are not in the files, first {missing[0]}: "
             f"download {component.folder} again"
         )
@@ -52,7 +52,7 @@ def passing(component: Component, placement: Placement) -> int:
     if component.library != "diffusers":
         return sum(sizes)
     added = sum(file_bytes(lora.path) for lora in component.loras)
-    through = not _straight(component, placement) or "cpu" in placement.at_rest.values()
+    through = not _straight(component, placement) or "cpu" in placement.storage_devices.values()
     return added + (max(sizes) if through else STAGED)
 
 
@@ -63,25 +63,25 @@ def _straight(component: Component, placement: Placement) -> bool:
 
 def _read(component: Component, cls: Any, place: Place) -> nn.Module:
     """The model with every tensor read straight to its device, one file after the other."""
-    model = hollow(component, cls, place.dtype)
+    model = empty_model(component, cls, place.dtype)
     found, stored = sources(component, model), model.state_dict()
     compare(component, model, found)
     there = {name: source for name, source in found.items() if name in stored and source is not None}
-    at_rest, kept = place.placement.at_rest, float32(component, model, place.dtype)
+    storage_devices, kept = place.placement.storage_devices, float32(component, model, place.dtype)
     for name, buffer in list(model.named_buffers()):
-        if name not in there and standing(name, at_rest) != DISK:
-            put(model, name, buffer.to(standing(name, at_rest)))
-    wanted: list[Wanted] = []
+        if name not in there and device_of(name, storage_devices) != DISK:
+            put(model, name, buffer.to(device_of(name, storage_devices)))
+    wanted: list[PendingTensor] = []
     for path in component.files:
         with safe_open(path, "pt") as file:
             for name, source in there.items():
                 if source.path == path:
-                    window, device = file.get_tensor(source.name), standing(name, at_rest)
+                    window, device = file.get_tensor(source.name), device_of(name, storage_devices)
                     data = _room(window, device, _type(window, kept(name), place.dtype))
                     put(model, name, data)
                     if device not in ("cpu", DISK):
-                        wanted.append(Wanted(source, window.dtype, data))
-    send(wanted)
+                        wanted.append(PendingTensor(source, window.dtype, data))
+    copy_to_devices(wanted)
     return model
 
 
@@ -94,7 +94,7 @@ def _room(window: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor
 
 def merge(component: Component, model: nn.Module) -> None:
     """Merge the component's LoRAs into all weights that are there; others wait on the disk, or are not loaded."""
-    merger = Merger(component)
+    merger = LoraMerger(component)
     for name, weight in list(model.named_parameters()):
         if name in merger and not weight.is_meta:
             put(model, name, merger.merged(name, weight))

@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stages.errors import LoadError
+from stages.errors import ModelError
 from stages.families import FAMILIES, Family
-from stages.models import headers, hub
+from stages.models import hub, remote_headers
 from stages.models.files import SMALL, Incomplete, head, read_json, size_of
 from stages.models.index import INDEX, MODULAR, Index, read_index
 from stages.models.lora import Lora
-from stages.models.shards import HEADER, file_bytes, read_header, weight_files
+from stages.models.safetensors_header import HEADER, file_bytes, read_header, weight_files
 
 WHOLE = 64 * 2**20
 _WEIGHTLESS = re.compile(r"(Tokenizer|TokenizerFast|Processor|ProcessorFast|FeatureExtractor|Scheduler)$")
@@ -79,7 +79,7 @@ def find(
 
     `components` defaults to all that the model has; `()` reads nothing but the index, which is enough for `check`.
     Without `weights` no more of them is read than the headers, which is enough to weigh and to plan. Raises
-    LoadError when the model is not found, not complete, damaged, or would run code of its own.
+    ModelError when the model is not found, not complete, damaged, or would run code of its own.
     """
     folder = Path(model).expanduser()
     if isinstance(model, str) and not folder.exists() and hub.is_id(model):
@@ -92,12 +92,12 @@ def find(
 
 
 def check(checkpoint: Checkpoint, *, family: Family) -> None:
-    """LoadError when the checkpoint is not of the family, naming both and what would work."""
+    """ModelError when the checkpoint is not of the family, naming both and what would work."""
     if checkpoint.pipeline.replace("ModularPipeline", "Pipeline") == family.pipeline:
         return
     fitting = [other.name for other in FAMILIES.values() if other.pipeline == checkpoint.pipeline]
     step = f"run the family {fitting[0]} instead, or" if fitting else "no family here runs it;"
-    raise LoadError(
+    raise ModelError(
         f"{checkpoint.source} is a {checkpoint.pipeline}, but family {family.name} runs a {family.pipeline}; "
         f"{step} give a {family.pipeline} model, such as --model {family.repo}"
     )
@@ -113,7 +113,7 @@ def _find_on_hub(
 ) -> Checkpoint:
     cached = hub.cached(model, revision)
     if cached is not None:
-        kept = None if weights else headers.kept(model, cached.name)
+        kept = None if weights else remote_headers.kept(model, cached.name)
         try:
             return _survey(cached, model, f"{model}@{cached.name}", components, kept)
         except Incomplete as missing:
@@ -130,7 +130,7 @@ def _find_on_hub(
         hub.fetch_weights(model, root, weighty, sizes)
     else:
         hub.fetch_headers(model, root, weighty, sizes)
-    kept = None if weights else headers.kept(model, root.name)
+    kept = None if weights else remote_headers.kept(model, root.name)
     return _survey(root, model, f"{model}@{root.name}", components, kept)
 
 
@@ -147,7 +147,7 @@ def _wanted(index: Index, source: str, names: Collection[str] | None) -> tuple[s
         return tuple(index.parts)
     for name in names:
         if name not in index.parts:
-            raise LoadError(f"{source} has no component {name}; it has {', '.join(index.parts)}")
+            raise ModelError(f"{source} has no component {name}; it has {', '.join(index.parts)}")
     return tuple(name for name in index.parts if name in names)
 
 
@@ -162,7 +162,7 @@ def _component(root: Path, name: str, index: Index, kept: Path | None) -> Compon
         _check_small(folder, class_name)
         return Component(name, library, class_name, folder, ())
     if read_json(folder / "config.json").get("quantization_config"):
-        raise LoadError(f"{folder} holds quantized weights, which are not run; use a model in bfloat16 or float32, "
+        raise ModelError(f"{folder} holds quantized weights, which are not run; use a model in bfloat16 or float32, "
                         f"such as the one that it was made from")
     files = weight_files(folder, library, kept / name if kept else None)
     for path in files:
@@ -171,17 +171,17 @@ def _component(root: Path, name: str, index: Index, kept: Path | None) -> Compon
 
 
 def _refuse_code(folder: Path) -> None:
-    """LoadError for what would make a library run code of the model's, or read files that were not checked."""
+    """ModelError for what would make a library run code of the model's, or read files that were not checked."""
     for path in sorted(folder.iterdir()):
         if path.suffix == ".py" or path.name == "adapter_config.json":
-            raise LoadError(f"{path} is refused: custom code and adapters are not run; use a model of the libraries' "
+            raise ModelError(f"{path} is refused: custom code and adapters are not run; use a model of the libraries' "
                             f"own classes")
         if path.suffix not in SMALL:
             continue
         size_of(path)
         table = read_json(path) if path.name.endswith("config.json") else {}
         if key := next((key for key in ("auto_map", "transformers_weights") if table.get(key)), None):
-            raise LoadError(f"{path} is refused for its {key}: custom code and foreign files are not read; use a "
+            raise ModelError(f"{path} is refused for its {key}: custom code and foreign files are not read; use a "
                             f"model of the libraries' own classes")
 
 

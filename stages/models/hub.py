@@ -10,11 +10,11 @@ from pathlib import Path
 
 import huggingface_hub.constants as settings
 
-from stages.errors import LoadError
-from stages.models import headers
+from stages.errors import ModelError
+from stages.models import remote_headers
 from stages.models.files import SMALL, Incomplete, hub_id
 from stages.models.index import INDEX, MODULAR
-from stages.models.shards import entrance, weight_files
+from stages.models.safetensors_header import entrance, weight_files
 
 SIZES = {"black-forest-labs/FLUX.1-dev": 33_740_000_000, "black-forest-labs/FLUX.1-schnell": 33_730_000_000}
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -56,13 +56,13 @@ def fetch_index(model: str, revision: str | None) -> Path:
                 return Path(hf_hub_download(model, name, revision=revision)).parent
             except RemoteEntryNotFoundError:
                 continue
-    raise LoadError(f"{model} has no {INDEX}, so it is no model in the diffusers layout; give the id of one that has")
+    raise ModelError(f"{model} has no {INDEX}, so it is no model in the diffusers layout; give the id of one that has")
 
 
 def fetch_small(model: str, root: Path, names: Collection[str], weighty: Mapping[str, str]) -> dict[str, int]:
     """Downloads all but the weights of the components `names`; gives the bytes of every file of the model.
 
-    `weighty` maps those that have weights to their library; LoadError when theirs are not safetensors.
+    `weighty` maps those that have weights to their library; ModelError when theirs are not safetensors.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -91,18 +91,18 @@ def fetch_headers(model: str, root: Path, weighty: Mapping[str, str], sizes: Map
     """Reads the headers of the safetensors of components that are not there; their configs are there already."""
     lacking = [path for path in _weights(model, root, weighty, sizes) if not (root / path).exists()]
     with _explained(model, root.name):
-        headers.fetch(model, root.name, lacking, sizes)
+        remote_headers.fetch(model, root.name, lacking, sizes)
 
 
 def _weights(model: str, root: Path, weighty: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
-    """The paths of the safetensors of components; LoadError for one that the model lacks."""
+    """The paths of the safetensors of components; ModelError for one that the model lacks."""
     paths = []
     for name, library in weighty.items():
         first = entrance(root / name, library, _inside(model, name, sizes))
         files = [first] if not first.endswith(".json") else [path.name for path in weight_files(root / name, library)]
         paths += [f"{name}/{file}" for file in files]
     if absent := [path for path in paths if path not in sizes]:
-        raise LoadError(f"{model} has no {absent[0]}, though its index names it: the model itself is incomplete")
+        raise ModelError(f"{model} has no {absent[0]}, though its index names it: the model itself is incomplete")
     return paths
 
 
@@ -110,9 +110,9 @@ def _inside(model: str, name: str, paths: Iterable[str]) -> list[str]:
     found = [path.removeprefix(f"{name}/") for path in paths if path.startswith(f"{name}/")]
     files = [file for file in found if "/" not in file]
     if not files:
-        raise LoadError(f"{model} has no folder {name}, though its index names it: the model itself is incomplete")
+        raise ModelError(f"{model} has no folder {name}, though its index names it: the model itself is incomplete")
     if code := [file for file in files if file.endswith(".py")]:
-        raise LoadError(
+        raise ModelError(
             f"{model} has custom code ({name}/{code[0]}): refused; use a model of the libraries' own classes"
         )
     return files
@@ -123,7 +123,7 @@ def _check_disk(model: str, root: Path, sizes: Mapping[str, int]) -> None:
     needed = sum(size for path, size in sizes.items() if not (root / path).exists()) - begun
     free = shutil.disk_usage(root).free
     if needed > free:
-        raise LoadError(
+        raise ModelError(
             f"{model} still needs {needed} bytes ({needed / 1e9:.1f} GB) on the disk of {settings.HF_HUB_CACHE}, "
             f"which has {free} free ({free / 1e9:.1f} GB): free {(needed - free) / 1e9:.1f} GB (hf cache prune), or "
             f"set HF_HOME to a folder on a larger disk"
@@ -161,41 +161,41 @@ def fetch_file(model: str, name: str) -> Path:
         try:
             return Path(hf_hub_download(model, name))
         except RemoteEntryNotFoundError as error:
-            raise LoadError(f"{model} has no file {name}; its files: {', '.join(files(model)[:9])}") from error
+            raise ModelError(f"{model} has no file {name}; its files: {', '.join(files(model)[:9])}") from error
 
 
 def refuse_offline(model: str, revision: str | None, missing: Incomplete) -> None:
-    """Raises LoadError about a half cached model when HF_HUB_OFFLINE forbids to fetch the rest."""
+    """Raises ModelError about a half cached model when HF_HUB_OFFLINE forbids to fetch the rest."""
     if settings.HF_HUB_OFFLINE:
-        raise LoadError(f"{model} is in the cache only in part ({missing}), and HF_HUB_OFFLINE is set; "
+        raise ModelError(f"{model} is in the cache only in part ({missing}), and HF_HUB_OFFLINE is set; "
                         f"{_get_it(model, revision)}") from missing
 
 
 @contextmanager
 def _explained(model: str, revision: str | None, file: str | None = None) -> Iterator[None]:
-    """What the hub refuses, as one LoadError with the next step: of a whole model, or of a `file` of it."""
+    """What the hub refuses, as one ModelError with the next step: of a whole model, or of a `file` of it."""
     from huggingface_hub import errors
 
     try:
         yield
     except errors.GatedRepoError as error:
-        raise LoadError(_gated(model)) from error
+        raise ModelError(_gated(model)) from error
     except errors.RevisionNotFoundError as error:
-        raise LoadError(f"{model} has no revision {revision}; choose one of "
+        raise ModelError(f"{model} has no revision {revision}; choose one of "
                         f"https://huggingface.co/{model}/commits/main, or leave --revision out") from error
     except errors.RepositoryNotFoundError as error:
-        raise LoadError(f"the hub knows no model {model}{_nearest(model)}, or it is private: check the spelling at "
+        raise ModelError(f"the hub knows no model {model}{_nearest(model)}, or it is private: check the spelling at "
                         f"https://huggingface.co/{model}, and for a private model: {_token()}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         why = "HF_HUB_OFFLINE is set" if settings.HF_HUB_OFFLINE else f"{settings.ENDPOINT} cannot be reached"
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             why = _answered(model, error.__cause__.response.status_code)
         what, near = (model, _nearest(model)) if file is None else (f"{model}/{file}", "")
-        raise LoadError(f"{what} is not in the cache{near} and {why}; {_get_it(model, revision, file)}") from error
+        raise ModelError(f"{what} is not in the cache{near} and {why}; {_get_it(model, revision, file)}") from error
     except errors.HfHubHTTPError as error:
-        raise LoadError(_answered(model, error.response.status_code)) from error
+        raise ModelError(_answered(model, error.response.status_code)) from error
     except errors.HTTPError as error:  # the HTTP library's own, which differs between versions of the hub's
-        raise LoadError(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
+        raise ModelError(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
                         f"again: what has arrived is kept") from error
 
 
@@ -229,12 +229,12 @@ def _get_it(model: str, revision: str | None, file: str | None = None) -> str:
     return f"{there} {model}{at} --include model_index.json --include '*/*'{size}"
 
 
-def no_folder(model: str, folder: Path) -> LoadError:
+def no_folder(model: str, folder: Path) -> ModelError:
     """The error for a path that is not there, or is no folder, with what is nearest to it."""
     if folder.exists():
-        return LoadError(f"{model} is a file; give a folder with model_index.json, or a hub id")
-    return LoadError(f"no model at {model}{_nearest(model)}; give a folder with model_index.json, or a hub id such as "
-                     f"black-forest-labs/FLUX.1-dev")
+        return ModelError(f"{model} is a file; give a folder with model_index.json, or a hub id")
+    return ModelError(f"no model at {model}{_nearest(model)}; give a folder with model_index.json, or a hub id such "
+                      f"as black-forest-labs/FLUX.1-dev")
 
 
 def _nearest(model: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.errors import LoadError
+from stages.errors import ModelError
 from stages.models.files import Incomplete, read_json
 
 INDEX, MODULAR = "model_index.json", "modular_model_index.json"
@@ -22,18 +22,18 @@ class Index:
     parts: Mapping[str, tuple[object, object]]
 
     def part(self, name: str) -> tuple[str, str]:
-        """Library and class of a component; LoadError when they are not of the libraries that are trusted."""
+        """Library and class of a component; ModelError when they are not of the libraries that are trusted."""
         library, class_name = self.parts[name]
         if library in LIBRARIES and isinstance(class_name, str) and _NAME.fullmatch(class_name):
             return str(library), class_name
-        raise LoadError(
+        raise ModelError(
             f"{self.path} takes {name} from {library!r} ({class_name!r}): custom code is refused, only "
             f"{' and '.join(LIBRARIES)} are allowed; use a model of their own classes"
         )
 
 
 def read_index(root: Path, source: str) -> Index:
-    """The index of a model folder; LoadError when there is none or when it names code from elsewhere."""
+    """The index of a model folder; ModelError when there is none or when it names code from elsewhere."""
     plain, modular = root / INDEX, root / MODULAR
     if not modular.exists():
         if not plain.exists():
@@ -46,18 +46,19 @@ def read_index(root: Path, source: str) -> Index:
     declared = _read(plain, source)
     for name, part in found.parts.items():
         if declared.parts.get(name, part) != part:
-            raise LoadError(f"{root}: {INDEX} and {MODULAR} disagree about {name}; use an untouched copy of the model")
+            raise ModelError(f"{root}: {INDEX} and {MODULAR} disagree about {name}; use an untouched copy of the "
+                             f"model")
     return declared
 
 
-def _no_index(root: Path) -> LoadError:
+def _no_index(root: Path) -> ModelError:
     names = sorted(path.name for path in root.iterdir())
     if not names:
         return Incomplete(f"{root} is empty; fill it: hf download ID --local-dir {root}")
     if inner := [name for name in names if (root / name / INDEX).is_file()]:
-        return LoadError(f"{root} has no {INDEX}, but {inner[0]} in it has: --model {root / inner[0]}")
+        return ModelError(f"{root} has no {INDEX}, but {inner[0]} in it has: --model {root / inner[0]}")
     if (root.parent / INDEX).is_file():
-        return LoadError(f"{root} is one component of a model; give the whole: --model {root.parent}")
+        return ModelError(f"{root} is one component of a model; give the whole: --model {root.parent}")
     single = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     what = f" (a single file such as {single[0]} cannot be run)" if single else ""
     return Incomplete(f"{root} has no {INDEX}, so it is no model in the diffusers layout{what}; "
@@ -68,9 +69,10 @@ def _read(path: Path, source: str) -> Index:
     table = read_json(path)
     pipeline = table.get("_class_name")
     if not isinstance(pipeline, str) or not _NAME.fullmatch(pipeline):
-        raise LoadError(f"{path} names the pipeline {pipeline!r}: custom code is refused; use a pipeline of diffusers")
+        raise ModelError(f"{path} names the pipeline {pipeline!r}: custom code is refused; use a pipeline of "
+                         f"diffusers")
     if "auto_map" in table:
-        raise LoadError(f"{path} has an auto_map: custom code is refused; use a model of diffusers' own classes")
+        raise ModelError(f"{path} has an auto_map: custom code is refused; use a model of diffusers' own classes")
     parts = {name: _part(path, name, value, source) for name, value in table.items() if _is_part(name, value)}
     return Index(path, pipeline, parts)
 
@@ -86,7 +88,7 @@ def _is_part(name: str, value: object) -> bool:
 def _part(path: Path, name: str, value: object, source: str) -> tuple[object, object]:
     assert isinstance(value, list)
     if not _NAME.fullmatch(name):
-        raise LoadError(f"{path} names a component {name!r}, which is no plain name: use an untouched copy")
+        raise ModelError(f"{path} names a component {name!r}, which is no plain name: use an untouched copy")
     return _modular(path, name, value, source) if len(value) == 3 else (value[0], value[1])
 
 
@@ -96,7 +98,7 @@ def _modular(path: Path, name: str, value: list[object], source: str) -> tuple[o
     repo = spec.get("pretrained_model_name_or_path")
     foreign = repo not in (None, "", source) and not (path.parent / name).is_dir()
     if foreign or spec.get("subfolder") != name or spec.get("variant"):
-        raise LoadError(
+        raise ModelError(
             f"{path} takes {name} from {repo!r}, folder {spec.get('subfolder')!r}, variant {spec.get('variant')!r}; "
             f"only models whose components lie in their own folders are run: save a copy with save_pretrained"
         )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from stages.errors import LoadError
-from stages.models.shards import PICKLES, read_header
+from stages.errors import ModelError
+from stages.models.safetensors_header import PICKLES, read_header
 
 MOST = 10.0
 NONE = "none"
@@ -18,7 +18,7 @@ _SCALE = re.compile(r"[+-]?([0-9]{1,3}(\.[0-9]{0,9})?|\.[0-9]{1,9})")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LoraRequest:
     """A LoRA that is asked for: a file, a folder with one, or one of the hub, and what it is multiplied by.
 
     `digest` is the sha256 that its file must have, where it was used before.
@@ -50,36 +50,36 @@ class Lora:
     pipeline: str
 
 
-def read_wanted(loras: Iterable[str | Path | Wanted]) -> tuple[Wanted, ...]:
+def read_loras(loras: Iterable[str | Path | LoraRequest]) -> tuple[LoraRequest, ...]:
     """The LoRAs that `style.safetensors` and `user/repo=0.8` spell; ValueError for a scale that cannot be.
 
     What follows the last `=` is the scale if it is a number, and part of the name if not.
     """
     if isinstance(loras, str | Path):
         raise ValueError(f"loras is {str(loras)!r}, which is one -> loras=[{str(loras)!r}]")
-    return tuple(lora if isinstance(lora, Wanted) else _wanted(str(lora)) for lora in loras)
+    return tuple(lora if isinstance(lora, LoraRequest) else _wanted(str(lora)) for lora in loras)
 
 
-def _wanted(text: str) -> Wanted:
+def _wanted(text: str) -> LoraRequest:
     source, sign, scale = text.rpartition("=")
-    return Wanted(source, float(scale)) if sign and _SCALE.fullmatch(scale) else Wanted(text)
+    return LoraRequest(source, float(scale)) if sign and _SCALE.fullmatch(scale) else LoraRequest(text)
 
 
-def found(wanted: Wanted, pipeline: str) -> Lora:
-    """The file of a LoRA, downloaded where it is one of the hub; LoadError where there is none or it is another."""
+def found(wanted: LoraRequest, pipeline: str) -> Lora:
+    """The file of a LoRA, downloaded where it is one of the hub; ModelError where there is none or it is another."""
     path = _path(wanted.source)
     read_header(path)
     digest = _digest_of(path)
     if wanted.digest not in (None, digest):
-        raise LoadError(f"{path} has the sha256 {digest[:12]}, and {str(wanted.digest)[:12]} was used then -> bring "
+        raise ModelError(f"{path} has the sha256 {digest[:12]}, and {str(wanted.digest)[:12]} was used then -> bring "
                         f"that file back, or name the LoRAs with --lora to make another picture")
     return Lora(path, digest, float(wanted.scale), wanted.source, pipeline)
 
 
 def check_same(lora: Lora) -> None:
-    """Raise LoadError where the file is another than when it was found: what is made goes by the hash of that one."""
+    """Raise ModelError where the file is another than when it was found: what is made goes by the hash of that one."""
     if not lora.path.exists() or _digest_of(lora.path) != lora.digest:
-        raise LoadError(f"{lora.source} was changed or taken away since the run was planned -> run the same command "
+        raise ModelError(f"{lora.source} was changed or taken away since the run was planned -> run the same command "
                         f"again once it stays as it is")
 
 
@@ -103,10 +103,10 @@ def _path(source: str) -> Path:
             return here
     except (OSError, RuntimeError) as error:  # of a folder or a name, and of a ~ that is nobody's
         why = error.strerror if isinstance(error, OSError) else error
-        raise LoadError(f"{source} cannot be looked at ({why}) -> check its name and the permissions") from error
+        raise ModelError(f"{source} cannot be looked at ({why}) -> check its name and the permissions") from error
     repo, name = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
     if not hub.is_id(repo) or source.startswith((".", "~")) or (source.endswith(SUFFIX) and not name):
-        raise LoadError(f"no LoRA at {source} -> give a {SUFFIX} file, a folder with one, or one of the hub such as "
+        raise ModelError(f"no LoRA at {source} -> give a {SUFFIX} file, a folder with one, or one of the hub such as "
                         f"user/repo or user/repo/file{SUFFIX}")
     if name:
         _check_suffix(source)
@@ -125,18 +125,18 @@ def _here(source: str) -> Path | None:
 
 
 def _check_suffix(source: str) -> None:
-    """Raise LoadError for a file that diffusers would take for a pickle: for all but one ending."""
+    """Raise ModelError for a file that diffusers would take for a pickle: for all but one ending."""
     suffix = Path(source).suffix
     if suffix in PICKLES:
-        raise LoadError(f"{source}: pickle refused, it can run code; give a LoRA as safetensors")
+        raise ModelError(f"{source}: pickle refused, it can run code; give a LoRA as safetensors")
     if suffix != SUFFIX:
-        raise LoadError(f"{source} does not end in {SUFFIX} -> rename it if it is such a file, or give one")
+        raise ModelError(f"{source} does not end in {SUFFIX} -> rename it if it is such a file, or give one")
 
 
 def _only(source: str, names: Iterable[str]) -> str:
     there = sorted(name for name in names if name.endswith(SUFFIX))
     if len(there) != 1:
         what = f"{len(there)} safetensors files: {', '.join(there[:5])}" if there else "no safetensors file"
-        raise LoadError(f"{source} has {what} -> name the one to use, such as {source}/"
+        raise ModelError(f"{source} has {what} -> name the one to use, such as {source}/"
                         f"{there[0] if there else 'file.safetensors'}")
     return there[0]

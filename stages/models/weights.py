@@ -19,11 +19,11 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from stages.errors import LoadError
+from stages.errors import ModelError
 from stages.models.checkpoint import Component
 from stages.models.hub import download
 from stages.models.listing import import_models
-from stages.models.shards import Entry, header_text, read_header
+from stages.models.safetensors_header import Entry, header_text, read_header
 
 # Before anything else imports them: a tenth of the time that the libraries take.
 import_models()
@@ -58,15 +58,15 @@ class Weights:
         return sum(self.blocks.values()) + sum(self.rest.values())
 
 
-def weigh(component: Component, dtype: torch.dtype, folded: Collection[str] = ()) -> Weights:
-    """The component's bytes at `dtype`, without loading it; those of the layers named in `folded` do not count.
+def weigh(component: Component, dtype: torch.dtype, precomputed: Collection[str] = ()) -> Weights:
+    """The component's bytes at `dtype`, without loading it; those of the layers named in `precomputed` do not count.
 
-    Raises LoadError when files and config do not belong together: a tensor that is missing or has another shape.
+    Raises ModelError when files and config do not belong together: a tensor that is missing or has another shape.
     """
     found = _inventory(component, dtype, _config_text(component), tuple(map(header_text, component.files)))
     blocks, rest = dict.fromkeys(found.blocks, 0), dict[str, int]()
     for name, size in found.sizes:
-        if name.rpartition(".")[0] in folded:
+        if name.rpartition(".")[0] in precomputed:
             continue
         block = next((block for block in _prefixes(name) if block in blocks), None)
         if block is not None:
@@ -89,32 +89,32 @@ class _Inventory:
 @lru_cache(maxsize=32)
 def _inventory(component: Component, dtype: torch.dtype, config: str, headers: tuple[bytes, ...]) -> _Inventory:
     """What `weigh` finds, for as long as the files say the same."""
-    model = outline(component, dtype)
+    model = skeleton(component, dtype)
     extra = compare(component, model, sources(component, model))
     return _Inventory(tuple(sizes(component, model, dtype)), tuple(_blocks(model)), extra)
 
 
-def outline(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
+def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The component's skeleton as all have it who only look at it: made once, and never gone through.
 
-    Models keep what they computed in a pass, which the next one would then not compute: a `twin` is for that.
+    Models keep what they computed in a pass, which the next one would then not compute: a `copy_skeleton` is for that.
     """
-    return _outline(component, dtype, _config_text(component))
+    return _skeleton(component, dtype, _config_text(component))
 
 
 @lru_cache(maxsize=16)
-def _outline(component: Component, dtype: torch.dtype, config: str) -> nn.Module:
-    return skeleton(component, dtype)
+def _skeleton(component: Component, dtype: torch.dtype, config: str) -> nn.Module:
+    return new_skeleton(component, dtype)
 
 
 def _config_text(component: Component) -> str:
     return (component.folder / "config.json").read_text(errors="replace")
 
 
-def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
+def new_skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The component's module on the meta device, as it is loaded at `dtype`: every shape and type, no data.
 
-    Raises LoadError when its config does not fit.
+    Raises ModelError when its config does not fit.
     """
     model = _built(component, model_class(component), dtype, torch.device("meta"))
     # Some models make a buffer elsewhere; to move a model that is there already takes as long as to make it.
@@ -128,13 +128,13 @@ def skeleton(component: Component, dtype: torch.dtype = torch.float32) -> nn.Mod
     return model.eval()
 
 
-def hollow(component: Component, cls: Any, dtype: torch.dtype) -> nn.Module:
+def empty_model(component: Component, cls: Any, dtype: torch.dtype) -> nn.Module:
     """A diffusers model before its weights are there: parameters on the meta device, buffers as `cls` makes them."""
     return _built(component, cls, dtype, init_empty_weights(include_buffers=False))
 
 
 def _built(component: Component, cls: Any, dtype: torch.dtype, where: AbstractContextManager[Any]) -> nn.Module:
-    """The component's module, made anew; LoadError when its config does not fit."""
+    """The component's module, made anew; ModelError when its config does not fit."""
     try:
         with _building(dtype), where:
             if component.library == "diffusers":
@@ -143,14 +143,14 @@ def _built(component: Component, cls: Any, dtype: torch.dtype, where: AbstractCo
                 model = cls(_config(cls, component, dtype))
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
-        raise LoadError(f"{component.folder / 'config.json'} does not fit {component.class_name} ({reason:.200}); "
+        raise ModelError(f"{component.folder / 'config.json'} does not fit {component.class_name} ({reason:.200}); "
                         f"fetch it again: {download(component.folder.parent, (component.name,))}") from error
     assert isinstance(model, nn.Module)
     return model
 
 
 def model_class(component: Component) -> Any:
-    """The library's class of the component; LoadError where the library has no model class of that name."""
+    """The library's class of the component; ModelError where the library has no model class of that name."""
     cls = class_of(component)
     if issubclass(cls, nn.Module):
         return cls
@@ -158,15 +158,15 @@ def model_class(component: Component) -> Any:
 
 
 def class_of(component: Component) -> type:
-    """The library's class of the component, with weights or without; LoadError where it has none of that name."""
+    """The library's class of the component, with weights or without; ModelError where it has none of that name."""
     cls = getattr(LIBRARIES[component.library], component.class_name, None)
     if isinstance(cls, type):
         return cls
     raise _foreign(component, "class")
 
 
-def _foreign(component: Component, what: str) -> LoadError:
-    return LoadError(f"{component.library} {LIBRARIES[component.library].__version__} has no {what} "
+def _foreign(component: Component, what: str) -> ModelError:
+    return ModelError(f"{component.library} {LIBRARIES[component.library].__version__} has no {what} "
                      f"{component.class_name}, which {component.name} needs; use a model made for this version")
 
 
@@ -234,7 +234,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def compare(component: Component, model: nn.Module, found: Mapping[str, Stored | None]) -> tuple[str, ...]:
-    """The names that only the files have; LoadError for what the model has and the files lack or shape otherwise."""
+    """The names that only the files have; ModelError for what the model has and the files lack or shape otherwise."""
     wanted = model.state_dict(keep_vars=True)
     there = {id(wanted[name]) for name in found if name in wanted}
     optional = _any_of(getattr(model, "_keys_to_ignore_on_load_missing", None))
@@ -247,7 +247,7 @@ def compare(component: Component, model: nn.Module, found: Mapping[str, Stored |
     for what, names in (("asks for {} tensors that the files lack", missing),
                         ("does not fit the shape of {} tensors in the files", wrong)):
         if names:
-            raise LoadError(
+            raise ModelError(
                 f"{component.folder / 'config.json'} {what.format(len(names))}: {_listed(names)}; config and weights "
                 f"are not of one model: {download(component.folder.parent, (component.name,))} --force-download"
             )

@@ -1,0 +1,304 @@
+"""Files that are there whole or not at all: strict reads, and writes that survive a kill at any moment.
+
+Every path is walked folder by folder without following symlinks, so nothing placed inside can lead outside.
+"""
+
+import errno
+import mmap
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+from runner.artifacts.background import Background
+from runner.artifacts.temp_files import hold, part_name
+from stages.errors import StoreError
+
+Chunks = Sequence[bytes | memoryview]
+Buffer = bytearray | mmap.mmap
+TMP = "tmp"
+SPARE = 1.2
+HUGE = 2**24
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# A FIFO would block the open without O_NONBLOCK.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored file: its path, its bytes, and when it was written."""
+
+    path: str
+    bytes: int
+    modified: float
+
+    def age(self) -> float:
+        """Seconds since it was written, or until then: a clock that jumped may date a file in the future."""
+        return abs(time.time() - self.modified)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file to write, below the folder `inside`: its chunks, and its path, which is asked for when they are written.
+
+    So it may be named by their hash, and the next file may tell of it.
+    """
+
+    inside: str
+    path: Callable[[], str]
+    chunks: Callable[[], Chunks]
+
+    @classmethod
+    def of(cls, path: str, *chunks: bytes | memoryview) -> "File":
+        """A file of which all is known."""
+        return cls(path.partition("/")[0], lambda: path, lambda: chunks)
+
+
+@contextmanager
+def folder(root: Path, inside: str, *, made: Callable[[int], None] | None = None) -> Iterator[int]:
+    """A descriptor of the folder `inside` (such as "objects/ab"); raises OSError.
+
+    With `made` what is missing is made, and `made` gets the descriptor of each folder that something was made in:
+    `os.fsync` puts it on the disk.
+    """
+    handle = os.open(root, _FOLDER)
+    try:
+        for part in filter(None, inside.split("/")):
+            assert part not in (".", ".."), inside
+            if made is not None and _make_folder(part, handle):
+                made(handle)
+            below = os.open(part, _FOLDER, dir_fd=handle)
+            os.close(handle)
+            handle = below
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def read(root: Path, path: str, *, most: int, first: int | None = None) -> Buffer | None:
+    """The file at `path`, whole or its `first` bytes; None where there is none; StoreError where it is no plain file
+    of at most `most` bytes.
+    """
+    inside, _, name = path.rpartition("/")
+    with explained(root / path, "read"):
+        try:
+            with folder(root, inside) as parent:
+                handle = os.open(name, _READ, dir_fd=parent)
+        except FileNotFoundError:
+            return None
+        try:
+            facts = os.fstat(handle)
+            if not stat.S_ISREG(facts.st_mode):
+                raise StoreError(f"{root / path} is not a plain file: remove it")
+            if facts.st_size > most:
+                raise StoreError(f"{root / path} has {facts.st_size:,} bytes, at most {most:,} are read: remove it")
+            return _read_all(handle, facts.st_size if first is None else min(first, facts.st_size))
+        finally:
+            os.close(handle)
+
+
+def write(root: Path, files: Sequence[File]) -> None:
+    """Put each file at its path, whole and in this order, all on the disk when it returns; or StoreError.
+
+    All are written in tmp/, fsynced and renamed, then their folders fsynced. While a file is on its way to the disk
+    the next one is written. Those under objects/ are read-only.
+    """
+    size = sum(memoryview(chunk).nbytes for chunk in files[0].chunks())
+    parts = [part_name() for _ in files]
+    with explained(root / files[0].inside, "write", size), ExitStack() as stack:
+        unsynced = Unsynced(stack)
+        tmp = stack.enter_context(folder(root, TMP, made=unsynced.add))
+        _check_room(tmp, size)
+        try:
+            for file, part in zip(files, parts, strict=True):
+                unsynced.begin()
+                unsynced.take(_write_part(tmp, part, file.chunks(), 0o444 if file.inside == "objects" else 0o600))
+            unsynced.sync()
+            for file, part in zip(files, parts, strict=True):
+                inside, _, name = file.path().rpartition("/")
+                parent = stack.enter_context(folder(root, inside, made=unsynced.add))
+                os.rename(part, name, src_dir_fd=tmp, dst_dir_fd=parent)
+                unsynced.add(parent)
+            unsynced.sync()
+        finally:
+            for part in parts:
+                with suppress(FileNotFoundError):
+                    os.unlink(part, dir_fd=tmp)
+
+
+class Unsynced:
+    """Descriptors that are to be on the disk."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack, self._handles, self._begun = stack, list[int](), list[Background[None]]()
+
+    def add(self, handle: int) -> None:
+        """Add a descriptor that someone else closes, perhaps soon."""
+        self.take(os.dup(handle))
+
+    def take(self, handle: int) -> None:
+        """Add a descriptor, to be closed with the stack."""
+        self._stack.callback(os.close, handle)
+        self._handles.append(handle)
+
+    def begin(self) -> None:
+        """Begin to wait for those that were added, in other threads."""
+        while self._handles:
+            self._begun.append(Background(partial(os.fsync, self._handles.pop())))
+            # No descriptor is closed under a thread that waits for it.
+            self._stack.callback(self._begun[-1].end)
+
+    def sync(self) -> None:
+        """Return when all are on the disk; raises OSError."""
+        # Of several folders, the first takes the changes of all with it in most file systems.
+        for handle in self._handles:
+            os.fsync(handle)
+        for begun in self._begun:
+            begun.result()
+        self._handles, self._begun = [], []
+
+
+def remove(root: Path, paths: Sequence[str]) -> None:
+    """Remove files, passing over those that are missing; all are gone from the disk when it returns."""
+    for inside, group in groupby(sorted(paths), key=lambda path: path.rpartition("/")[0]):
+        with explained(root / inside, "remove from"), suppress(FileNotFoundError), folder(root, inside) as parent:
+            for path in group:
+                with suppress(FileNotFoundError):
+                    os.unlink(path.rpartition("/")[2], dir_fd=parent)
+            os.fsync(parent)
+
+
+def names(root: Path, inside: str) -> list[str]:
+    """The names in a folder, sorted; none where the folder is missing."""
+    with explained(root / inside, "read"):
+        try:
+            with folder(root, inside) as handle:
+                return sorted(os.listdir(handle))
+        except FileNotFoundError:
+            return []
+
+
+def entries(root: Path, inside: str) -> Iterator[Entry]:
+    """Every plain file in a folder, and in the folders in it."""
+    below = []
+    for name, facts in _listing(root, inside):
+        if stat.S_ISDIR(facts.st_mode):
+            below.append(name)
+        elif stat.S_ISREG(facts.st_mode):
+            yield Entry(f"{inside}/{name}", facts.st_size, facts.st_mtime)
+    if "/" not in inside:
+        for name in below:
+            yield from entries(root, f"{inside}/{name}")
+
+
+def remove_folder(root: Path, path: str) -> None:
+    """Remove the folder at `path`, unless it is missing or something is left in it."""
+    inside, _, name = path.rpartition("/")
+    with explained(root / inside, "remove from"), folder(root, inside) as parent:
+        try:
+            os.rmdir(name, dir_fd=parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+@contextmanager
+def explained(path: Path, verb: str, needed: int = 0) -> Iterator[None]:
+    """DeviceTurns an OSError inside into a StoreError with path, cause and next step; the OSError stays its cause."""
+    try:
+        yield
+    except OSError as error:
+        code = errno.errorcode.get(error.errno or 0, "unknown")
+        cause = _cause(error, path, needed)
+        raise StoreError(f"cannot {verb} {path}: {error.strerror} [{code}]{cause}") from error
+
+
+def owner(path: Path) -> str:
+    """Who owns `path`, or the nearest folder above that is there."""
+    there = _existing(path)
+    facts = there.stat()
+    return f"{there} belongs to user {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}, we are user {os.geteuid()}"
+
+
+def _listing(root: Path, inside: str) -> list[tuple[str, os.stat_result]]:
+    found = []
+    with explained(root / inside, "read"), suppress(FileNotFoundError), folder(root, inside) as handle:
+        for name in sorted(os.listdir(handle)):
+            with suppress(FileNotFoundError):
+                found.append((name, os.stat(name, dir_fd=handle, follow_symlinks=False)))
+    return found
+
+
+def _cause(error: OSError, path: Path, needed: int) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        facts = os.statvfs(_existing(path))
+        room = facts.f_bavail * facts.f_frsize
+        return f"; needs {int(needed * SPARE):,} bytes, {room:,} are free: free some, or choose another --artifacts"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"; {owner(path)}: have it opened to you, or choose another --artifacts"
+    if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
+        return "; the store has plain files and folders alone, this is something else: remove it"
+    if error.errno == errno.EIO:
+        return "; the disk or its connection fails: see the system log, or choose another --artifacts"
+    return ": choose another --artifacts"
+
+
+def _existing(path: Path) -> Path:
+    return next(there for there in (path, *path.parents) if os.path.exists(there))
+
+
+def _read_all(handle: int, size: int) -> Buffer:
+    data = _room(size)
+    done, view = 0, memoryview(data)
+    while done < size and (count := os.readv(handle, [view[done:]])):
+        done += count
+    # Shorter than it was a moment ago: whoever asked finds that the hash is wrong.
+    return data
+
+
+def _room(size: int) -> Buffer:
+    if size < HUGE:
+        return bytearray(size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # To touch new memory page by page takes longer than to read the file.
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _make_folder(name: str, parent: int) -> bool:
+    try:
+        os.mkdir(name, 0o700, dir_fd=parent)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _check_room(tmp: int, size: int) -> None:
+    facts = os.fstatvfs(tmp)
+    # Some network file systems know no sizes and answer 0 for all of them.
+    if facts.f_blocks and facts.f_bavail * facts.f_frsize < size * SPARE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _write_part(tmp: int, part: str, chunks: Chunks, mode: int) -> int:
+    """The descriptor of a file with the chunks, which are not on the disk yet."""
+    while not hold(handle := os.open(part, _WRITE, 0o600, dir_fd=tmp)):
+        os.close(handle)
+    try:
+        for chunk in chunks:
+            left = memoryview(chunk)
+            while left:
+                left = left[os.write(handle, left) :]
+        os.fchmod(handle, mode)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle

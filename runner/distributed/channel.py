@@ -1,0 +1,215 @@
+"""How ranks talk: through a pipe to the process that spawned them, or through the key-value store of a launcher.
+
+Everything said is JSON, and there is little of it: the task once, a beat a second, and the share of each rank in the
+end.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from runner.distributed.env import Rank
+from runner.distributed.watchdog import TIMEOUT, RankLost, Watchdog
+from runner.events import Tolerant, clean
+
+PIPE = "STAGERUN_PIPE"
+LOST = 7
+_POLL = 0.2
+Said = Mapping[str, Any]
+
+
+class Channel(Protocol):
+    """What a rank needs of the others."""
+
+    def publish(self, task: Said) -> None:
+        """Give every other rank its task; the first rank's to do."""
+
+    def task(self) -> dict[str, Any]:
+        """The task that the first rank published; waits for it."""
+
+    def hand_in(self, share: Said) -> None:
+        """Give the first rank what this one did."""
+
+    def shares(self) -> list[dict[str, Any]]:
+        """What every other rank did, by rank; waits for all of it."""
+
+    def beat(self, beat: Said) -> None:
+        """Tell whoever watches that this rank lives."""
+
+    def fail(self, text: str) -> NoReturn:
+        """End this rank, and have whoever is to say so say why."""
+
+
+class Pipe:
+    """The link of a rank that `spawn` started: every message goes to that process, which passes it on."""
+
+    def __init__(self, connection: "Connection[Any, Any]") -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    @classmethod
+    def inherited(cls) -> "Pipe":
+        """The pipe that the environment names."""
+        return cls(Connection(int(os.environ.pop(PIPE))))
+
+    def send(self, kind: str, said: Said) -> None:
+        """Say something; the process ends where nobody is left to hear it."""
+        try:
+            with self._lock:
+                self._connection.send_bytes(json.dumps({"kind": kind, "said": said}, default=str).encode())
+        except OSError:
+            os._exit(LOST)
+
+    def receive(self, kind: str) -> Any:
+        """What the other end says next; None once it is closed."""
+        try:
+            message = json.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            return None
+        assert message["kind"] == kind, f"expected {kind}, got {message['kind']}"
+        return message["said"]
+
+    def publish(self, task: Said) -> None:
+        self.send("task", task)
+
+    def task(self) -> dict[str, Any]:
+        return self._expected("task")
+
+    def hand_in(self, share: Said) -> None:
+        self.send("share", share)
+
+    def shares(self) -> list[dict[str, Any]]:
+        return list(self._expected("shares")["shares"])
+
+    def beat(self, beat: Said) -> None:
+        self.send("beat", beat)
+
+    def fail(self, text: str) -> NoReturn:
+        self.send("failed", {"text": text})
+        raise SystemExit(LOST)
+
+    def _expected(self, kind: str) -> dict[str, Any]:
+        said = self.receive(kind)
+        if said is None:
+            os._exit(LOST)
+        return dict(said)
+
+
+class Launcher:
+    """The link of a rank that a launcher started: the key-value store that it keeps at MASTER_ADDR:MASTER_PORT.
+
+    The first rank watches over all others, and they over the first; who finds one lost says so and ends its own
+    process, upon which the launcher ends the rest.
+    """
+
+    def __init__(self, rank: Rank, timeout: float = TIMEOUT) -> None:
+        from torch.distributed.rendezvous import rendezvous
+
+        self._rank, self._timeout = rank, timeout
+        try:
+            self._store = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
+        except (ValueError, RuntimeError) as error:
+            text = str(error).splitlines()[0]
+            raise RankLost(f"rank {rank.rank} cannot reach the others: {text}") from None
+        self._others = range(1, rank.size) if rank.first else range(1)
+        self._watch = Watchdog(self._others, timeout)
+
+    def publish(self, task: Said) -> None:
+        self._set("task", task)
+
+    def task(self) -> dict[str, Any]:
+        return self._wait("task")
+
+    def hand_in(self, share: Said) -> None:
+        self._set(f"share/{self._rank.rank}", share)
+        self._set(f"end/{self._rank.rank}", {})
+
+    def shares(self) -> list[dict[str, Any]]:
+        found = [self._wait(f"share/{rank}") for rank in self._others]
+        self._set("end/0", {})
+        return found
+
+    def beat(self, beat: Said) -> None:
+        self._set(f"beat/{self._rank.rank}", {**beat, "pid": os.getpid()})
+        self._look()
+        lost = self._watch.lost()
+        if lost is None:
+            return
+        if self._speaks():
+            stderr = Tolerant(sys.stderr)
+            stderr.write(f"error: {clean(str(RankLost(lost[1])))}\n")
+            stderr.flush()
+        self._kill(lost[0])
+        os._exit(LOST)
+
+    def fail(self, text: str) -> NoReturn:
+        self._set(f"end/{self._rank.rank}", {})
+        raise RankLost(text)
+
+    def culprit(self) -> str | None:
+        """Which of those that this rank watches was gone before the launcher asked this one to stop, if one was."""
+        self._set(f"end/{self._rank.rank}", {})
+        deadline = time.monotonic() + 4.0
+        while time.monotonic() < deadline:
+            self._look()
+            if dead := self._watch.silent(3.0):
+                text = f"rank {dead[0]} was killed or left early, last {self._watch.where(dead[0])}"
+                return text if self._speaks() else None
+            if not self._watch.silent(-1.0):
+                break
+            time.sleep(_POLL)
+        return None
+
+    def _kill(self, rank: int) -> None:
+        """End a rank of this host that hangs: a launcher would only ask it to, and wait for half a minute."""
+        pid = int((self._get(f"beat/{rank}") or {}).get("pid", 0))
+        stat = Path(f"/proc/{pid}/stat")
+        # The number may be that of a process on another host: only a child of our own parent is meant.
+        if pid and stat.exists() and int(stat.read_text().rpartition(")")[2].split()[1]) == os.getppid():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _look(self) -> None:
+        for rank in self._others:
+            if (beat := self._get(f"beat/{rank}")) is not None:
+                self._watch.see(rank, beat)
+            if self._get(f"end/{rank}") is not None:
+                self._watch.end(rank)
+
+    def _speaks(self) -> bool:
+        """Whether it is on this rank to say what is wrong: several may find the first rank lost."""
+        me = str(self._rank.rank)
+        with _served():
+            return bool(self._store.compare_set("speaks", "", me) == me.encode())
+
+    def _set(self, key: str, said: Said) -> None:
+        with _served():
+            self._store.set(key, json.dumps(said, default=str))
+
+    def _get(self, key: str) -> dict[str, Any] | None:
+        with _served():
+            # `get` alone would wait for the key, and hold off the other threads meanwhile.
+            return dict(json.loads(self._store.get(key))) if self._store.check([key]) else None
+
+    def _wait(self, key: str) -> dict[str, Any]:
+        while (found := self._get(key)) is None:
+            time.sleep(_POLL)
+        return found
+
+
+@contextmanager
+def _served() -> Iterator[None]:
+    """Use the launcher's store; the process ends where the launcher is gone, as nobody else would end it."""
+    try:
+        yield
+    except RuntimeError:
+        os._exit(LOST)

@@ -1,0 +1,87 @@
+"""The pulse of a rank: once a second it says where it is, and whether it worked since."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+EVERY = 1.0
+ORPHAN = 7
+# Less of the processor than this is what threads take that only wait.
+_BUSY = 0.02
+
+
+class Heartbeat:
+    """An emit that follows a rank through its events, and, inside of `with`, tells `beat` of it every second.
+
+    A beat is `{"beat": number, "where": text, "idle": seconds without a sign of work}`. The process ends at once when
+    its parent does, so that no rank is left behind with a card.
+    """
+
+    def __init__(self, beat: Callable[[Mapping[str, Any]], None]) -> None:
+        self.where, self.stage = "at the start", ""
+        self._beat = beat
+        self._item = ""
+        self._worked = time.monotonic()
+        self._waiting = 0
+        self._parent = os.getppid()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+
+    def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
+        self._worked = time.monotonic()
+        if kind == "begin":
+            self.where = str(data["what"])
+        elif kind == "stage":
+            self.stage = str(data["stage"])
+            self.where = f"in {self.stage}"
+        elif kind == "load":
+            self.where = f"in {self.stage}, loading {data['component']}"
+        elif kind == "item":
+            self._item = self.where = f"in {self.stage}, picture {int(data['index']) + 1} of {data['of']}"
+        elif kind == "step":
+            self.where = f"{self._item}, step {data['step']} of {data['steps']}"
+        elif kind == "end":
+            self.where = f"after {data['stage']}"
+
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for another in the block, which is no idleness."""
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            self._worked = time.monotonic()
+
+    def _run(self) -> None:
+        number, used = 0, effort()
+        while not self._over.wait(EVERY):
+            if os.getppid() != self._parent:
+                os._exit(ORPHAN)
+            now = effort()
+            if self._waiting or now[0] - used[0] > _BUSY * EVERY or now[1] != used[1]:
+                self._worked = time.monotonic()
+            number, used = number + 1, now
+            self._beat({"beat": number, "where": self.where, "idle": time.monotonic() - self._worked})
+
+
+def effort() -> tuple[float, int]:
+    """Seconds of the processor that this process has used, and the bytes that it moved from and to disks."""
+    counts = Path("/proc/self/io")
+    moved = 0
+    if counts.exists():
+        lines = (line.split(": ") for line in counts.read_text().splitlines())
+        moved = sum(int(value) for name, value in lines if name in ("read_bytes", "write_bytes"))
+    return time.process_time(), moved

@@ -1,0 +1,179 @@
+"""A crew: ranks in processes of their own on this host, watched over by the process that started them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, BinaryIO
+
+from runner.distributed.channel import PIPE
+from runner.distributed.watchdog import TIMEOUT, RankLost, Watchdog
+from runner.events import clean
+
+WORKER = (sys.executable, "-P", "-m", "runner.distributed.worker")
+GRACE = 30.0
+_TAIL = 2000
+
+
+@dataclass
+class RankProcess:
+    """One rank as its crew sees it; `told` is what it said last of each kind."""
+
+    rank: int
+    process: "subprocess.Popen[bytes]"
+    line: "Connection[Any, Any]"
+    errors: BinaryIO | None
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def send(self, kind: str, said: Mapping[str, Any]) -> None:
+        """Say something without waiting until it is heard: a rank that is stopped does not listen."""
+        data = json.dumps({"kind": kind, "said": said}).encode()
+        threading.Thread(target=self._send, args=(data,), daemon=True).start()
+
+    def _send(self, data: bytes) -> None:
+        with suppress(OSError):
+            self.line.send_bytes(data)
+
+    def ending(self) -> str:
+        """How the process ended, in words."""
+        code = self.process.wait()
+        if code >= 0:
+            return f"left early with exit code {code}{self._last_words()}"
+        name = signal.Signals(-code).name
+        hint = " (by whoever sent it; the kernel does it where host memory runs out)" if name == "SIGKILL" else ""
+        return f"was killed by {name}{hint}{self._last_words()}"
+
+    def _last_words(self) -> str:
+        if self.errors is None:
+            return ""
+        self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - _TAIL))
+        words = self.errors.read().decode(errors="replace").strip()
+        return f"; its last words: {clean(words)}" if words else ""
+
+
+class RankProcesses:
+    """`size` ranks on this host, for a `with` statement; leaving it ends every one of them.
+
+    The ranks are new interpreters, not forks, so that it does not matter what this process did with its cards. Their
+    standard output goes nowhere; with `speaking`, that of the first rank, and all errors, go where this process's go.
+    """
+
+    def __init__(
+        self, size: int, *, timeout: float = TIMEOUT, speaking: bool = False, command: Sequence[str] = WORKER
+    ) -> None:
+        self.size, self._timeout, self._speaking, self._command = size, timeout, speaking, tuple(command)
+        self.members: list[RankProcess] = []
+
+    def __enter__(self) -> "RankProcesses":
+        try:
+            for rank in range(self.size):
+                self.members.append(self._started(rank))
+        except BaseException:
+            self._end(signal.SIGKILL)
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            for member in self.members:
+                # A rank that waits for its next job goes home when nobody is there to give it one.
+                member.line.close()
+        self._end(None if error is None else signal.SIGINT if kind is KeyboardInterrupt else signal.SIGTERM)
+
+    def work(self, job: Mapping[str, Any], hear: Callable[[str, Mapping[str, Any]], None]) -> Any:
+        """Have the crew do a job that the first rank is told of; what it gives back.
+
+        `hear` is called with what the ranks have to tell meanwhile. Raises RankLost naming the first rank that was
+        killed, failed, left or hangs.
+        """
+        watch = Watchdog(range(self.size), self._timeout)
+        for member in self.members:
+            member.told.clear()
+        self.members[0].send("job", job)
+        while "result" not in self.members[0].told:
+            self._listen(watch, hear)
+            if (lost := watch.lost()) is not None:
+                # One that hangs may be stopped, and would answer no other signal.
+                self.members[lost[0]].process.kill()
+                raise RankLost(lost[1])
+        return self.members[0].told["result"]
+
+    def _end(self, number: signal.Signals | None) -> None:
+        """Wait until every process is gone: first asked by a signal that it can answer, at last by one it cannot."""
+        try:
+            self._signal(number)
+            deadline = time.monotonic() + GRACE
+            for member in self.members:
+                with suppress(subprocess.TimeoutExpired):
+                    member.process.wait(max(0.0, deadline - time.monotonic()))
+        finally:
+            self._signal(signal.SIGKILL)
+            for member in self.members:
+                with suppress(subprocess.TimeoutExpired):
+                    member.process.wait(GRACE)
+                member.line.close()
+                if member.errors is not None:
+                    member.errors.close()
+
+    def _signal(self, number: signal.Signals | None) -> None:
+        for member in self.members:
+            if number is not None and member.process.poll() is None:
+                member.process.send_signal(number)
+
+    def _started(self, rank: int) -> RankProcess:
+        ours, theirs = socket.socketpair()
+        quiet = None if self._speaking else tempfile.TemporaryFile()  # noqa: SIM115  # closed by _end
+        numbers = {"RANK": rank, "WORLD_SIZE": self.size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.size,
+                   PIPE: theirs.fileno()}
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.size))}
+        paths = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))}
+        with theirs:
+            process = subprocess.Popen(
+                self._command,
+                env=threads | os.environ | paths | {name: str(value) for name, value in numbers.items()},
+                stdin=None if self._speaking and rank == 0 else subprocess.DEVNULL,
+                stdout=None if self._speaking and rank == 0 else subprocess.DEVNULL,
+                stderr=quiet,
+                pass_fds=[theirs.fileno()],
+                # A terminal's Ctrl-C goes to the whole group; here it is this process that passes it on, once.
+                start_new_session=True,
+            )
+        return RankProcess(rank, process, Connection(ours.detach()), quiet)
+
+    def _listen(self, watch: Watchdog, hear: Callable[[str, Mapping[str, Any]], None]) -> None:
+        ready = wait([member.line for member in self.members], timeout=0.5)
+        for member in self.members:
+            if member.line in ready:
+                try:
+                    message = json.loads(member.line.recv_bytes())
+                except (EOFError, OSError):
+                    raise RankLost(f"rank {member.rank} {member.ending()}, last {watch.where(member.rank)}") from None
+                self._heard(member, message["kind"], message["said"], watch, hear)
+
+    def _heard(
+        self, member: RankProcess, kind: str, said: Mapping[str, Any], watch: Watchdog,
+        hear: Callable[[str, Mapping[str, Any]], None],
+    ) -> None:
+        member.told[kind] = said
+        if kind == "beat":
+            watch.see(member.rank, said)
+        elif kind == "failed":
+            raise RankLost(str(said["text"]))
+        elif kind == "task":
+            for other in self.members[1:]:
+                other.send("task", said)
+        elif kind == "share":
+            watch.end(member.rank)
+            if all("share" in other.told for other in self.members[1:]):
+                self.members[0].send("shares", {"shares": [other.told["share"] for other in self.members[1:]]})
+        elif kind == "event":
+            hear(said["kind"], said["data"])

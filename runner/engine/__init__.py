@@ -1,0 +1,1 @@
+"""How a planned job runs: stage by stage, kept, checkpointed and flushed."""

@@ -1,0 +1,90 @@
+"""Several requests in flight over one loaded stage, so that no card waits for another.
+
+A sharded denoiser keeps one card busy at a time. Each lane is a thread with a pipeline, a scheduler and, on each
+card, a stream of its own; all share the one model, and take turns on the cards that it is dealt over.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from threading import Event, Lock
+from typing import TypeVar
+
+import torch
+
+from runner.events import Emit
+from stages.pipeline.stage import Loaded, detach
+from stages.placement.device_turns import DeviceTurns, taking
+
+T = TypeVar("T")
+
+
+def work(loaded: Loaded, lanes: int, cards: Sequence[str], items: Sequence[T], do: Callable[[Loaded, T], None],
+         halt: Event) -> None:
+    """Call `do` with each item and a lane, `lanes` at a time; one lane works in this thread.
+
+    The first error sets `halt`, lets the other lanes finish or notice it, and is raised.
+    """
+    lanes = min(lanes, len(items))
+    if lanes <= 1:
+        for item in items:
+            do(loaded, item)
+        return
+    for card in cards:
+        # The weights came in another stream.
+        torch.accelerator.synchronize(card)
+    queue, turns = Queue(items), DeviceTurns()
+    with ThreadPoolExecutor(lanes, "lane") as pool:
+        futures = [pool.submit(_drain, loaded.lane(), cards, turns, queue, do, halt) for _ in range(lanes)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            queue.close()
+            if any(future.done() and future.exception() is not None for future in futures):
+                halt.set()
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    # Lanes that stopped because of another one's error have none of their own.
+    own = [error for error in errors if isinstance(error, Exception)]
+    for error in errors:
+        detach(error)
+    if errors:
+        raise (own or errors)[0]
+
+
+class Queue(Iterator[T]):
+    """Items handed out one at a time to several threads, until it is closed."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items, self._lock, self._open = iter(items), Lock(), True
+
+    def __next__(self) -> T:
+        with self._lock:
+            if not self._open:
+                raise StopIteration
+            return next(self._items)
+
+    def close(self) -> None:
+        """Blocks out no more."""
+        with self._lock:
+            self._open = False
+
+
+def one_at_a_time(emit: Emit) -> Emit:
+    """The same emit for several threads: who listens need not know of lanes."""
+    lock = Lock()
+
+    def serial(kind: str, data: object) -> None:
+        with lock:
+            emit(kind, data)  # type: ignore[arg-type]
+
+    return serial
+
+
+def _drain(loaded: Loaded, cards: Sequence[str], turns: DeviceTurns, queue: Queue[T], do: Callable[[Loaded, T], None],
+           halt: Event) -> None:
+    for card in cards:
+        torch.accelerator.set_stream(torch.Stream(device=card))
+    for item in queue:
+        with taking(turns):
+            do(loaded, item)
+        if halt.is_set():
+            return

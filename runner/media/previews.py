@@ -1,0 +1,128 @@
+"""Rough pictures of a denoise under way: made every so many steps, written beside the picture, kept for the report."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.events import Emit
+from runner.media import paths
+from runner.media.image import png
+
+if TYPE_CHECKING:
+    from runner.artifacts import ArtifactStore
+    from runner.media.latent_rgb import Colors
+    from runner.request import Request
+
+SIDE = 256
+MOST_STRIPS, MOST_SHOTS = 6, 12
+Strip = list[tuple[int, Any]]
+
+
+class Previewer:
+    """An emit that adds a `preview` event after every `every` steps of a request, and after its last.
+
+    Its "pixels" are a function that gives uint8 [height, width, 3]. `colors` is asked, once, for the colors of
+    latents with so many features a token.
+    """
+
+    def __init__(
+        self, emit: Emit, every: int, requests: Sequence["Request"], colors: "Callable[[int], Colors | None]"
+    ) -> None:
+        self._emit, self._every, self._requests, self._find = emit, every, requests, colors
+        self._colors: Colors | None = None
+        self._asked = False
+
+    def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
+        self._emit(kind, data)
+        if kind == "step" and "latents" in data and (data["step"] % self._every == 0 or data["step"] == data["steps"]):
+            self._look(data)
+
+    def _look(self, data: Mapping[str, Any]) -> None:
+        from runner.media.latent_rgb import grid_of
+
+        request = self._requests[data["request"]]
+        size = request.width, request.height
+        latents = (data.get("clean") or data["latents"])()
+        grid = grid_of(latents, size)
+        if not self._asked:
+            self._asked, self._colors = True, None if grid is None else self._find(grid.rows.shape[1])
+            if self._colors is None:
+                self._emit("warning", {"text": NOTHING_YET})
+        pixels = None if self._colors is None else self._colors.picture(latents, size)
+        if pixels is not None:
+            self._emit("preview", {"stage": "denoise", "request": data["request"], "step": data["step"],
+                                   "steps": data["steps"], "pixels": pixels.numpy})
+
+
+NOTHING_YET = ("no preview yet: what latents look like is learned from pictures of the same model in the store, and "
+               "there is none; the next run will have previews")
+
+
+class Beside:
+    """A listener that keeps the last preview of each picture in a file beside it, until the picture is there."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
+        if kind == "preview" and data["request"] < len(self._paths):
+            paths.write(beside(self._paths[data["request"]]), png(enlarged(data["pixels"]()), None), overwrite=True)
+        elif kind == "picture":
+            with suppress(FileNotFoundError):
+                beside(Path(data["path"])).unlink()
+
+
+def beside(path: Path) -> Path:
+    """Where the preview of the picture at `path` lies: `fox.preview.png` for `fox.png`."""
+    return path.with_name(f"{path.stem[:200]}.preview.png")
+
+
+def enlarged(pixels: Any) -> Any:
+    """The pixels, smoothly enlarged to at least 256 along the longer side."""
+    import numpy as np
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    factor = -(-SIDE // max(height, width))
+    return np.asarray(Image.fromarray(pixels).resize((width * factor, height * factor), Image.Resampling.BICUBIC))
+
+
+class Strips:
+    """A listener that keeps the previews of the first pictures of a run, evenly thinned where there are many."""
+
+    def __init__(self) -> None:
+        self._strips: dict[int, Strip] = {}
+
+    def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
+        if kind != "preview" or (data["request"] not in self._strips and len(self._strips) == MOST_STRIPS):
+            return
+        strip = self._strips.setdefault(data["request"], [])
+        strip.append((data["step"], data["pixels"]()))
+        if len(strip) > MOST_SHOTS:
+            # Every second one, counted from the last.
+            strip[:] = strip[::-1][::2][::-1]
+
+    def keep(self, store: "ArtifactStore", run: str) -> dict[str, str]:
+        """Put the strips into the store; their keys by the number of the request, for the run's record."""
+        import torch
+
+        from runner.artifacts import key_of
+        from stages.state import State
+
+        kept = {}
+        for request, strip in self._strips.items():
+            key = kept[str(request)] = key_of({"previews": run, "request": request})
+            store.put(key, "preview", State({f"step_{step}": torch.from_numpy(shot) for step, shot in strip}), {})
+        return kept
+
+
+def strips(record: Mapping[str, Any], store: "ArtifactStore") -> dict[int, Strip]:
+    """The previews that the store still has: by the number of the request, steps and pixels [h, w, 3]."""
+    found: dict[int, Strip] = {}
+    for index, key in (record.get("previews") or {}).items():
+        state = store.get(key)
+        if state is not None:
+            found[int(index)] = [(int(name.removeprefix("step_")), tensor.numpy())
+                                 for name, tensor in state.tensors().items()]
+    return found

@@ -1,0 +1,53 @@
+"""What the modulation table saves of a denoiser, and whether it is worth it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from runner.events import gib
+from stages.errors import NotPrecomputable
+from stages.models.weights import weigh
+from stages.pipeline.stage import Inputs, Stage
+from stages.precompute.recorder import conditional
+from stages.state import State
+
+LEAST = 0.02
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Bytes of a component `whole`, and `left` of it without `layers`; a call takes `row` bytes of the table instead.
+
+    `refused` says why there is no table, and is empty where there is one.
+    """
+
+    component: str
+    whole: int
+    left: int
+    layers: frozenset[str] = frozenset()
+    row: int = 0
+    refused: str = ""
+
+    def __str__(self) -> str:
+        if self.refused:
+            return f"{self.component}: {gib(self.whole)}, no modulation table: {self.refused}"
+        return (f"{self.component}: {gib(self.left)} of {gib(self.whole)}; the modulation table stands in for "
+                f"{len(self.layers)} layers, {100 * (1 - self.left / self.whole):.1f} %, "
+                f"with {self.row / 2**20:.1f} MiB for a step")
+
+
+def saving(stage: Stage, dtype: torch.dtype, state: State, inputs: Inputs, wanted: bool) -> Saving:
+    """What a table would save of the stage's denoiser at `dtype`, for requests like this one; nothing is loaded."""
+    component = stage.components[0]
+    whole = weigh(component, dtype).total
+    if not wanted:
+        return Saving(component.name, whole, whole, refused="not wanted")
+    try:
+        layers = conditional(stage, dtype, state, inputs).layers
+    except NotPrecomputable as error:
+        return Saving(component.name, whole, whole, refused=str(error))
+    left = weigh(component, dtype, frozenset(layers)).total
+    if whole - left <= LEAST * whole:
+        return Saving(component.name, whole, whole, refused=f"it would save {100 * (1 - left / whole):.1f} %, which "
+                                                            f"is not more than {100 * LEAST:.0f} %")
+    return Saving(component.name, whole, left, frozenset(layers), sum(layer.bytes for layer in layers.values()))

@@ -1,0 +1,65 @@
+"""Weights of a hub model that are not here: the headers of their files, read by range and kept. No weights come."""
+
+import json
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from stages.errors import ModelError
+from stages.models.safetensors_header import HEADER
+
+CONNECTIONS = 8
+
+
+def kept(model: str, revision: str) -> Path:
+    """The folder for the headers of a model at a commit, laid out like the model."""
+    from huggingface_hub import cached_assets_path
+
+    return Path(cached_assets_path("stagerun", model, revision))
+
+
+def fetch(model: str, revision: str, paths: Collection[str], sizes: Mapping[str, int]) -> None:
+    """Read the headers of the files `paths`, whose bytes `sizes` tells, unless they are kept already.
+
+    Raises ModelError for a file that is no safetensors file of this size, and what the hub's client raises.
+    """
+    folder = kept(model, revision)
+    lacking = [path for path in paths if not (folder / f"{path}{HEADER}").exists()]
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for path, text in zip(lacking, pool.map(lambda path: _read(model, revision, path, sizes[path]), lacking),
+                              strict=True):
+            _keep(folder / f"{path}{HEADER}", text)
+
+
+def _read(model: str, revision: str, path: str, size: int) -> bytes:
+    """The beginning of a safetensors file of `size` bytes, up to its data."""
+    from huggingface_hub import parse_safetensors_file_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        found = parse_safetensors_file_metadata(model, path, revision=revision)
+    except (SafetensorsParsingError, NotASafetensorsRepoError) as error:
+        raise ModelError(f"{path} of {model} is no safetensors file ({error}); use a model that is whole") from error
+    table = {name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+             for name, info in found.tensors.items()}
+    data = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    # As long as the one in the file, which says more: so the data stand where they do there.
+    length = size - data - 8
+    if length < len(text):
+        raise ModelError(f"{path} of {model} has {size} bytes, fewer than its header tells of: the model itself is "
+                        f"incomplete")
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def _keep(path: Path, text: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            Path(file.name).replace(path)
+        finally:
+            with suppress(FileNotFoundError):
+                Path(file.name).unlink()

@@ -1,0 +1,38 @@
+"""Decode: latents become a picture."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from stages.errors import BadResult
+from stages.pipeline.stage import Emit, Inputs, Stage
+
+
+class Decode(Stage):
+    """The VAE."""
+
+    name = "decode"
+
+    def arguments(self, pipe: Any, inputs: Inputs, emit: Emit) -> dict[str, Any]:
+        """The inputs, and the wish for numbers: a non-finite value must be seen before it is rounded to a pixel."""
+        return {**super().arguments(pipe, inputs, emit), "output_type": "pt"}
+
+    def result(self, values: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+        """One picture as `pixels`, uint8 [height, width, 3]; raises BadResult for one that is none."""
+        images = values["images"]
+        if not bool(torch.isfinite(images).all()):
+            raise BadResult(
+                f"decode: the picture has non-finite values ({images.dtype}): the latents are kept, so run again "
+                f"with --dtype vae=float32"
+            )
+        pixels = (images[0].permute(1, 2, 0).float() * 255).round().to(torch.uint8)
+        height, width = pixels.shape[:2]
+        if (width, height) != (inputs["width"], inputs["height"]):
+            raise BadResult(
+                f"decode: the picture is {width}x{height}, asked for {inputs['width']}x{inputs['height']}"
+            )
+        if bool((pixels == pixels[0, 0]).all()):
+            raise BadResult(f"decode: every pixel is {pixels[0, 0].tolist()}: the latents are damaged or the type "
+                            f"overflowed; run again with --dtype float32")
+        return {"pixels": pixels}
