@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from runner.distributed.api import run_on_ray, spawn
     from runner.distributed.process_group import RankProcesses
     from runner.distributed.split_gather import gather, split_between_ranks
-    from runner.distributed.watchdog import RankLost
     from runner.engine.run import Picture, Report, run_all, run_stage
     from runner.planning.plan import Plan, make_plan
     from runner.request import Request
+    from stages.errors import RankLost
 
 __all__ = [
     "RankProcesses", "Picture", "Plan", "RankLost", "Report", "Request", "gather", "make_plan", "run_all",
@@ -21,19 +21,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "RankProcesses": "distributed.process_group",
-    "Picture": "engine.run",
-    "Plan": "planning.plan",
-    "RankLost": "distributed.watchdog",
-    "Report": "engine.run",
-    "Request": "request",
-    "gather": "distributed.split_gather",
-    "make_plan": "planning.plan",
-    "run_all": "engine.run",
-    "run_on_ray": "distributed.api",
-    "run_stage": "engine.run",
-    "spawn": "distributed.api",
-    "split_between_ranks": "distributed.split_gather",
+    "RankProcesses": "runner.distributed.process_group",
+    "Picture": "runner.engine.run",
+    "Plan": "runner.planning.plan",
+    "RankLost": "stages.errors",
+    "Report": "runner.engine.run",
+    "Request": "runner.request",
+    "gather": "runner.distributed.split_gather",
+    "make_plan": "runner.planning.plan",
+    "run_all": "runner.engine.run",
+    "run_on_ray": "runner.distributed.api",
+    "run_stage": "runner.engine.run",
+    "spawn": "runner.distributed.api",
+    "split_between_ranks": "runner.distributed.split_gather",
 }
 
 
@@ -41,5 +41,5 @@ def __getattr__(name: str) -> Any:
     # Lazy, because the command line imports this package and must answer before torch is imported.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"runner.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value

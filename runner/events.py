@@ -3,14 +3,10 @@
 import json
 import os
 import time
-import unicodedata
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
 Emit = Callable[[str, Mapping[str, object]], None]
-
-BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
 
 def silent(kind: str, data: Mapping[str, object]) -> None:
     """The emit that tells nobody."""
@@ -35,22 +31,6 @@ def json_lines(stream: TextIO) -> Emit:
         stream.flush()
 
     return emit
-
-
-def gib(count: int) -> str:
-    """Bytes for people: `1.5 GiB`, `12.0 MiB`, `0 B`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(count) >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
-
-
-def clean(text: str) -> str:
-    """`text` on one line without what moves a cursor or turns the reading direction."""
-    spaced = " ".join(text.split())
-    if spaced.isascii() and spaced.isprintable():
-        return spaced
-    return "".join(c for c in spaced if c not in BIDI and unicodedata.category(c) not in ("Cc", "Cs"))
 
 
 class Tolerant:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from runner.events import gib
 from runner.media.previews import enlarged
 from runner.reports.charts.blocks import blocks
 from runner.reports.charts.gantt import gantt
@@ -13,6 +12,7 @@ from runner.reports.charts.timeline import memory
 from runner.reports.markup import FAINT, block, image, said, table
 from runner.reports.memory_table import measured
 from runner.reports.progress import Status, Summary
+from runner.text import gib
 
 if TYPE_CHECKING:
     from runner.artifacts import ArtifactStore

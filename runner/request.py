@@ -8,6 +8,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
+from runner.text import shown
 from stages.families import Family
 
 PROMPT_BYTES = 16 * 2**10
@@ -140,11 +141,6 @@ def read_size(text: str) -> tuple[int, int]:
     size = int(match[1]), int(match[2])
     _check_size(*size)
     return size
-
-
-def shown(text: str) -> str:
-    """`text` quoted for an error message: ASCII, and cut where it is long."""
-    return ascii(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _around(side: int, multiple: int) -> list[int]:

@@ -1,51 +1,139 @@
-"""The errors that a user can meet; each message carries its arithmetic and the next step.
+"""What can go wrong, as data: an error says what is wrong, with its arithmetic, and which changes would help.
 
-    ValueError              a bad input                                  exit code 2
-    +- ModelError            the model: missing, gated, damaged, foreign  exit code 3
-    +- DoesNotFit            it does not fit these devices                exit code 4
-    +- StoreError           the artifact store                           exit code 5
-    +- BadResult            a result that is no picture                  exit code 6
-    MemoryError
-    +- StageOutOfMemory     a device ran out of memory                   exit code 4
+    StagerunError
+    +- InvalidInput       (ValueError)     what is asked for cannot be
+    +- ModelError                          the model: missing, gated, damaged, foreign
+    +- DoesNotFit                          it does not fit these devices
+    |  +- NotPrecomputable                 no modulation table for this denoiser
+    +- StageOutOfMemory   (MemoryError)    a device ran out of memory in a stage
+    +- StoreError                          the artifact store
+    +- BadResult                           a result that is no picture
+    +- RankLost           (RuntimeError)   one process of several was lost
+
+A message names what a job says in backquotes, as `size` or `allow_offload=cpu`. To Python that is a keyword argument,
+and a command line says its option instead: see `worded`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_REFERENCE = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 
 
-class ModelError(ValueError):
+@dataclass(frozen=True)
+class Fix:
+    """One change of a job that would help, together with the other fixes of the same error."""
+
+    field: str
+    """The name that the job has for it, such as `max_memory`."""
+    value: str | int | float | bool | None = None
+    """What it should be; None: not said at all."""
+    component: str = ""
+    """The stage or the component that is meant; empty for all of the job."""
+
+
+Fixes = tuple[Fix, ...]
+
+
+class StagerunError(Exception):
+    """The root of all errors that a user can meet.
+
+    `fixes` are changes of the job which together make it work, `alternatives` further such sets, the best first.
+    """
+
+    def __init__(self, text: str, fixes: Sequence[Fix] = (), alternatives: Sequence[Fixes] = ()) -> None:
+        super().__init__(text)
+        self.text, self.fixes, self.alternatives = text, tuple(fixes), tuple(alternatives)
+
+    def __str__(self) -> str:
+        return self.said(as_keyword)
+
+    def said(self, word: Callable[[str, str | None], str | None]) -> str:
+        """The message with what it names of the job in somebody's words, as `worded` has it."""
+        return worded(self.text, word)
+
+    def to_json(self) -> dict[str, Any]:
+        """The error as JSON, for another process; a subclass that is not of this module as what it is one of."""
+        kind = next(kind for kind in type(self).__mro__ if kind in KINDS.values())
+        return {"kind": kind.__name__, "text": self.text, "fixes": [asdict(fix) for fix in self.fixes],
+                "alternatives": [[asdict(fix) for fix in fixes] for fixes in self.alternatives], **self.details()}
+
+    def details(self) -> dict[str, Any]:
+        """What else an error of this kind is made of, by the names of its constructor."""
+        return {}
+
+
+class InvalidInput(StagerunError, ValueError):
+    """What is asked for cannot be, for any model or for this one."""
+
+
+class ModelError(StagerunError):
     """A model that is not found, not readable, not complete, or not of the family asked for."""
 
 
-class DoesNotFit(ValueError):
-    """A request that does not fit the devices.
-
-    `options` are those of the command line that would make it fit, with their values; "" leaves an option out.
-    """
-
-    def __init__(self, text: str, options: Mapping[str, str] | None = None) -> None:
-        super().__init__(text)
-        self.options = dict(options or {})
-
-
-class StoreError(ValueError):
-    """An artifact store that cannot be read or written."""
-
-
-class BadResult(ValueError):
-    """A non-finite, constant or wrongly sized result, stopped before it could become a picture."""
-
-
-class StageOutOfMemory(MemoryError):
-    """A device ran out of memory inside a stage; earlier artifacts are safe.
-
-    `ways` are sets of command line options with which the `stage` needs less, with their values.
-    """
-
-    def __init__(self, text: str, stage: str = "") -> None:
-        super().__init__(text)
-        self.stage = stage
-        self.ways: tuple[Mapping[str, str], ...] = ()
+class DoesNotFit(StagerunError):
+    """A job that does not fit the devices."""
 
 
 class NotPrecomputable(DoesNotFit):
     """A denoiser whose modulation cannot be computed ahead; the run goes without the table."""
+
+
+class StageOutOfMemory(StagerunError, MemoryError):
+    """A device ran out of memory inside a stage; earlier artifacts are safe."""
+
+    def __init__(
+        self, text: str, fixes: Sequence[Fix] = (), alternatives: Sequence[Fixes] = (), stage: str = ""
+    ) -> None:
+        super().__init__(text, fixes, alternatives)
+        self.stage = stage
+
+    def details(self) -> dict[str, Any]:
+        """The stage."""
+        return {"stage": self.stage}
+
+
+class StoreError(StagerunError):
+    """An artifact store that cannot be read or written."""
+
+
+class BadResult(StagerunError):
+    """A non-finite, constant or wrongly sized result, stopped before it could become a picture."""
+
+
+class RankLost(StagerunError, RuntimeError):
+    """A rank that was killed, failed, left early or hangs; the run ends, and what was finished is kept."""
+
+    def said(self, word: Callable[[str, str | None], str | None]) -> str:
+        """The message, and that nothing is lost."""
+        return f"{super().said(word)}; what was finished is kept, the same command goes on from there"
+
+
+KINDS: Mapping[str, type[StagerunError]] = {
+    kind.__name__: kind for kind in (StagerunError, InvalidInput, ModelError, DoesNotFit, NotPrecomputable,
+                                     StageOutOfMemory, StoreError, BadResult, RankLost)
+}
+
+
+def from_json(said: Mapping[str, Any]) -> StagerunError:
+    """The error that `StagerunError.to_json` described."""
+    more = {name: value for name, value in said.items() if name not in ("kind", "text", "fixes", "alternatives")}
+    return KINDS[said["kind"]](said["text"], [Fix(**fix) for fix in said["fixes"]],
+                               [tuple(Fix(**fix) for fix in fixes) for fixes in said["alternatives"]], **more)
+
+
+def worded(text: str, word: Callable[[str, str | None], str | None]) -> str:
+    """A message in somebody's words: `word` gives what stands for a name of the job and its value, if it has one.
+
+    Where it gives None the reference stays as it is.
+    """
+    return _REFERENCE.sub(lambda found: word(found[1], found[2]) or found[0], text)
+
+
+def as_keyword(name: str, value: str | None) -> str:
+    """A name of the job as Python has it."""
+    if value is None or value in ("True", "False", "None"):
+        return name if value is None else f"{name}={value}"
+    return f"{name}={value!r}"

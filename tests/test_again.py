@@ -92,9 +92,9 @@ def test_every_word_is_quoted_for_the_shell(word: str) -> None:
 def test_a_command_without_the_option_is_not_proposed() -> None:
     from runner.commands.cli import app
     from runner.commands.refusal import better
-    from stages.errors import DoesNotFit
+    from stages.errors import DoesNotFit, Fix
 
-    assert better(app, DoesNotFit("x", {"--size": "64x64"}), ["doctor"]) == []
+    assert better(app, DoesNotFit("x", (Fix("size", "64x64"),)), ["doctor"]) == []
     assert better(app, DoesNotFit("x"), ["flux"]) == []
-    assert better(app, DoesNotFit("x", {"--size": "64x64"}), ["flux", "--json", "a"]) == [
+    assert better(app, DoesNotFit("x", (Fix("size", "64x64"),)), ["flux", "--json", "a"]) == [
         "python -m runner flux --json a --size 64x64"]

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from runner.events import Tolerant, clean, gib, json_lines, silent, tee
+from runner.events import Tolerant, json_lines, silent, tee
 from runner.reports.progress import Progress, Status, minutes
+from runner.text import clean, gib
 
 GIB = 2**30
 RUN: list[tuple[str, Mapping[str, Any]]] = [

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.planning.ladder import Ask, NoStrategyFits, choose
+from stages.errors import Fix
 from stages.machine import Device, Machine
 from stages.models.weights import Weights
 from stages.placement.balance import Blocks, partition, runs
@@ -92,7 +93,7 @@ def test_every_refused_rung_shows_its_arithmetic_and_the_least_change() -> None:
     assert "resident: 22.2 GiB of weights on one device; sim:0 has 7.0 GiB for them (7.5 GiB free" in text
     assert "sim:0, sim:1 have 7.0 GiB + 7.0 GiB = 14.0 GiB for them" in text
     assert "streamed: what does not fit would wait in host memory, which nobody allowed" in text
-    assert refused.value.options == {"--allow-offload": "cpu"}
+    assert refused.value.fixes == (Fix("allow_offload", "cpu"),)
 
 
 def test_the_change_that_an_error_names_makes_it_fit() -> None:
@@ -118,7 +119,7 @@ def test_streaming_needs_the_host_memory_too() -> None:
         choose(ask(FLUX, offload="cpu"), machine(8 * GB, 8 * GB, host=4 * GB))
     text = str(refused.value)
     assert "3.2 GiB would wait in host memory and be copied to the card and 6.3 GiB would be read from the" in text
-    assert refused.value.options == {"--allow-offload": "disk"}
+    assert refused.value.fixes == (Fix("allow_offload", "disk"),)
 
 
 def test_what_the_host_cannot_hold_stays_on_the_disk_and_no_more() -> None:
@@ -137,7 +138,7 @@ def test_where_only_the_host_computes_blocks_stay_on_the_disk() -> None:
     host = Machine((Device("cpu", 8 * GB, 8 * GB, False),), 8 * GB, 8 * GB)
     with pytest.raises(NoStrategyFits) as refused:
         choose(ask(FLUX), host)
-    assert refused.value.options == {"--allow-offload": "disk"}
+    assert refused.value.fixes == (Fix("allow_offload", "disk"),)
     (placement,) = choose(ask(FLUX, offload="disk"), host)[0].values()
     assert isinstance(placement, Sharded) and not placement.cpu_blocks
     assert placement.share(FLUX)["cpu"] + DOUBLE < host.devices[0].room
@@ -146,14 +147,14 @@ def test_where_only_the_host_computes_blocks_stay_on_the_disk() -> None:
 def test_what_more_memory_is_said_to_do_it_does() -> None:
     with pytest.raises(NoStrategyFits, match=r"it would fit with 7\.8 GiB more on sim:0") as refused:
         choose(ask(FLUX, split=False), machine(16 * GB, host=GB))
-    assert refused.value.options == {}
+    assert refused.value.fixes == ()
     choose(ask(FLUX), machine(16 * GB + int(7.8 * 2**30)))
 
 
 def test_a_limit_that_is_the_only_hindrance_is_named() -> None:
     first = machine(30 * GB).devices[0]
     tight = Machine((Device("sim:0", first.total, first.free, True, limit=10 * GB),), GB, GB)
-    with pytest.raises(NoStrategyFits, match="it fits without --max-memory") as refused:
+    with pytest.raises(NoStrategyFits, match="it fits without max_memory") as refused:
         choose(ask(FLUX), tight)
     assert "limited to 9.3 GiB" in str(refused.value)
 
@@ -161,7 +162,7 @@ def test_a_limit_that_is_the_only_hindrance_is_named() -> None:
 def test_a_rung_that_is_asked_for_is_the_only_one_tried() -> None:
     placements, _ = choose(ask(FLUX), machine(30 * GB, 16 * GB), only="sharded")
     assert isinstance(placements["transformer"], Sharded)
-    with pytest.raises(NoStrategyFits, match="it fits without --place denoise"):
+    with pytest.raises(NoStrategyFits, match="it fits without place='denoise'"):
         choose(ask(FLUX), machine(30 * GB, 1 * GB), only="apart")
 
 

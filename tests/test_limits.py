@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from runner.planning.memory_limits import limited, read_bytes, read_machine
-from stages.errors import DoesNotFit
+from stages.errors import DoesNotFit, Fix
 from stages.machine import Device, Machine, probe
 
 GIB = 2**30
@@ -58,7 +58,7 @@ def test_a_limit_that_cannot_be_is_left_out_of_the_next_command() -> None:
     for text, left in (("0=20GiB,1=4GiB,cpu=8GiB", "cuda:1=4GiB,cpu=8GiB"), ("20GiB", ""), ("-20GiB", "")):
         with pytest.raises(DoesNotFit) as refused:
             limited(TWO, text)
-        assert refused.value.options == {"--max-memory": left}
+        assert refused.value.fixes == (Fix("max_memory", left or None),)
 
 
 def test_where_there_are_no_cards_the_host_is_named_once() -> None:

@@ -22,7 +22,7 @@ from runner.engine.keys import chain
 from runner.media.image import card_of, like, png
 from runner.planning.plan import adapted
 from runner.planning.suggestions import plan_or_remedy
-from stages.errors import DoesNotFit, ModelError
+from stages.errors import DoesNotFit, Fix, ModelError
 from stages.loading.load import load
 from stages.loading.lora_merge import LowRankUpdate, add, read
 from stages.models.checkpoint import Component, find
@@ -433,7 +433,7 @@ def test_one_that_is_named_twice_is_refused(flux: Path, style: Path) -> None:
 
 def test_a_denoiser_cut_over_cards_takes_none(flux: Path, style: Path, cards: Cards) -> None:
     """And what is proposed instead was planned, and fits."""
-    with pytest.raises(DoesNotFit, match=r"into whole ones -> leave --place denoise or --lora out$") as refused:
+    with pytest.raises(DoesNotFit, match=r"into whole ones -> leave place='denoise' or loras out$") as refused:
         plan_or_remedy("flux", REQUEST, model=flux, loras=[str(style)], devices=cards(40 * MIB, 40 * MIB),
                        place=["denoise=tensor_parallel"])
-    assert refused.value.options == {"--place denoise": ""}
+    assert refused.value.fixes == (Fix("place", None, "denoise"),)

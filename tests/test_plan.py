@@ -17,7 +17,7 @@ from runner.media.image import card_of
 from runner.planning.cache import PlanCache
 from runner.planning.ladder import NoStrategyFits
 from runner.planning.plan import largest
-from stages.errors import ModelError
+from stages.errors import Fix, ModelError
 from stages.families import FAMILIES
 from stages.machine import MIB, Machine
 from stages.machine import hypothetical as imagined_machine
@@ -111,7 +111,7 @@ def test_flux_on_cards_of_16_and_8_gb(flux_dev: Path) -> None:
     """14.93 + 6.93 - 2 x 0.5 GB leave 20.9 for 23.8; with 4.7 GB in host memory, 0.68 pass through each card."""
     with pytest.raises(NoStrategyFits, match=r"13\.4 GiB \+ 6\.0 GiB = 19\.4 GiB") as refused:
         hypothetical(flux_dev, "16GB+8GB")
-    assert refused.value.options == {"--allow-offload": "cpu"}
+    assert refused.value.fixes == (Fix("allow_offload", "cpu"),)
     job = hypothetical(flux_dev, "16GB+8GB", allow_offload="cpu")
     need = job.needs["denoise"]
     assert rung(job, "denoise") == "streamed" and sum(one.weights for one in need.values()) == FLUX
@@ -134,7 +134,7 @@ def test_flux_on_two_cards_of_8_gb(flux_dev: Path) -> None:
     """T5 alone has more than a card: it is sharded; 2 x 6.4 GB are not enough for the transformer."""
     with pytest.raises(NoStrategyFits, match=r"6\.0 GiB \+ 6\.0 GiB = 12\.0 GiB") as refused:
         hypothetical(flux_dev, "2x8GB")
-    assert refused.value.options == {"--allow-offload": "cpu"}
+    assert refused.value.fixes == (Fix("allow_offload", "cpu"),)
     job = hypothetical(flux_dev, "2x8GB", allow_offload="cpu")
     encode = job.places["text_encoder_2"].placement
     assert isinstance(encode, Sharded) and len(set(encode.devices.values())) == 2
@@ -166,9 +166,9 @@ def test_plans_that_share_what_they_know_are_those_that_do_not(flux_dev: Path) -
 
 
 def test_what_an_error_names_makes_it_fit(flux_dev: Path) -> None:
-    with pytest.raises(NoStrategyFits, match="it fits without --max-memory") as refused:
+    with pytest.raises(NoStrategyFits, match="it fits without max_memory") as refused:
         hypothetical(flux_dev, "2x16GB", max_memory="10GiB")
-    assert refused.value.options == {"--max-memory": ""}
+    assert refused.value.fixes == (Fix("max_memory"),)
     assert rung(hypothetical(flux_dev, "2x16GB"), "denoise") == "sharded"
 
 
@@ -313,7 +313,7 @@ def test_encoders_that_do_not_fit_a_card_are_dealt_like_a_denoiser(
 def test_what_does_not_fit_is_streamed_only_when_allowed(thousandth: Path, cards: Cards, sim: ModuleType) -> None:
     expected = measured(small(thousandth, cards(64 * MIB)))[1]
     devices = cards(8 * 10**6)
-    with pytest.raises(NoStrategyFits, match="--allow-offload cpu"):
+    with pytest.raises(NoStrategyFits, match="allow_offload='cpu'"):
         small(thousandth, devices)
     job = small(thousandth, devices, allow_offload="cpu")
     assert job.needs["denoise"]["cpu"].weights > 8 * 10**6
@@ -328,9 +328,9 @@ def test_what_not_even_host_memory_holds_is_read_from_the_disk(
     """17 MB of transformer: 8 on the card, 3 in host memory, and the rest read from the files in every step."""
     expected = measured(small(thousandth, cards(64 * MIB)))[1]
     devices = cards(8 * 10**6)
-    with pytest.raises(NoStrategyFits, match=r"which has 2\.9 MiB for it\n-> it fits without --max-memory") as refused:
+    with pytest.raises(NoStrategyFits, match=r"which has 2\.9 MiB for it\n-> it fits without max_memory") as refused:
         small(thousandth, devices, allow_offload="cpu", max_memory="cpu=3MB")
-    assert refused.value.options == {"--max-memory": ""}
+    assert refused.value.fixes == (Fix("max_memory"),)
     job = small(thousandth, devices, allow_offload="disk", max_memory="cpu=3MB")
     need = job.needs["denoise"]
     assert 2 * 10**6 < need["cpu"].weights <= 3 * 10**6 and need["disk"].weights > 5 * 10**6

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.request import PIXELS, SEED, Request, ask, nearest, read_guidance, read_size, read_whole, shown
+from runner.request import PIXELS, SEED, Request, ask, nearest, read_guidance, read_size, read_whole
+from runner.text import shown
 from stages.families import FAMILIES
 
 GOOD: dict[str, Any] = {

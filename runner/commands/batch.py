@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.commands.prompts import Entry
-from runner.request import COUNT, SEED, SEED_BITS, Request, ask, read_size, shown
+from runner.request import COUNT, SEED, SEED_BITS, Request, ask, read_size
+from runner.text import shown
 from stages.families import Family
 
 PICTURES = 10_000

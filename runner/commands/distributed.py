@@ -15,11 +15,13 @@ from runner.distributed.heartbeat import Heartbeat
 from runner.distributed.process_group import RankProcesses
 from runner.distributed.rank import RankWorker
 from runner.distributed.task import Task
-from runner.distributed.watchdog import TIMEOUT, RankLost
-from runner.events import Emit, Tolerant, clean, tee
+from runner.distributed.watchdog import TIMEOUT
+from runner.events import Emit, Tolerant, tee
 from runner.planning.parallel import RANKS, team, wished
 from runner.reports.progress import Progress
-from runner.request import read_whole, shown
+from runner.request import read_whole
+from runner.text import clean, shown
+from stages.errors import RankLost
 
 LONGEST = 24 * 3600
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from runner.commands.order import default_store
-from runner.events import gib
+from runner.text import gib
 from stages import machine
 from stages.card_test import ADVICE, computes, unbuilt
 from stages.machine import Device, Machine, probe

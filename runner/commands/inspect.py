@@ -4,7 +4,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from runner.commands.order import default_store
-from runner.events import Tolerant, clean, gib
+from runner.events import Tolerant
+from runner.text import clean, gib
 
 if TYPE_CHECKING:
     from runner.artifacts.inspection import Row

@@ -20,14 +20,15 @@ from runner.commands.order import Order, check_engine, devices, order
 from runner.commands.results import Results, Writer, say
 from runner.commands.resumption import command, lasts, record_of, resumable
 from runner.distributed.env import launched
-from runner.events import Emit, clean, json_lines, tee
+from runner.events import Emit, json_lines, tee
 from runner.media import paths
 from runner.media.previews import Beside
 from runner.planning import describe
 from runner.planning.parallel import wished
 from runner.reports.progress import Progress
 from runner.reports.report import lines
-from runner.request import read_whole, shown
+from runner.request import read_whole
+from runner.text import clean, shown
 from stages.errors import ModelError, StageOutOfMemory
 from stages.families import FAMILIES
 from stages.models.lora import LoraRequest
@@ -203,8 +204,10 @@ def advised(job: "Plan", asked: Order, said: Any) -> Iterator[None]:
         yield
     except StageOutOfMemory as error:
         from runner.commands.advice import ways_out
+        from runner.planning.options import fixes_of
 
-        error.ways = tuple(ways_out(job, error.stage, options_of(asked, said), degraded=not said.no_degrade))
+        ways = ways_out(job, error.stage, options_of(asked, said), degraded=not said.no_degrade)
+        error.alternatives = tuple(map(fixes_of, ways))
         raise
 
 

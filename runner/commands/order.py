@@ -16,7 +16,8 @@ from runner.distributed.env import launched
 from runner.media import image
 from runner.media.image import Like
 from runner.media.paths import Naming, Unnamed
-from runner.request import COUNT, PROMPT_BYTES, SEED, STEPS, Request, read_guidance, read_size, read_whole, shown
+from runner.request import COUNT, PROMPT_BYTES, SEED, STEPS, Request, read_guidance, read_size, read_whole
+from runner.text import shown
 from stages.families import FAMILIES
 from stages.models.lora import NONE, LoraRequest, read_loras
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runner.request import shown
+from runner.text import shown
 from stages.strict_json import strict_json
 
 FILE_BYTES = 10 * 2**20

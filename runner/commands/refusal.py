@@ -9,9 +9,17 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from runner.commands.again import again
-from runner.distributed.watchdog import RankLost
-from runner.events import Tolerant, clean
-from stages.errors import BadResult, DoesNotFit, ModelError, StageOutOfMemory, StoreError
+from runner.events import Tolerant
+from runner.text import clean
+from stages.errors import (
+    BadResult,
+    DoesNotFit,
+    ModelError,
+    RankLost,
+    StageOutOfMemory,
+    StagerunError,
+    StoreError,
+)
 
 CODES: tuple[tuple[type[Exception], int], ...] = (
     (ModelError, 3), (DoesNotFit, 4), (MemoryError, 4), (StoreError, 5), (BadResult, 6), (RankLost, 7),
@@ -37,7 +45,8 @@ def failed(app: typer.Typer, error: Exception, words: Sequence[str], *, verbose:
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
     if code != 1:
         # What a plan was refused for has a line for each rung.
-        head, *rungs = str(error).splitlines() if isinstance(error, DoesNotFit) else [str(error)]
+        text = error.said(as_option) if isinstance(error, StagerunError) else str(error)
+        head, *rungs = text.splitlines() if isinstance(error, DoesNotFit) else [text]
         told = [f"  {clean(rung)}" for rung in rungs] + [f"next: {line}" for line in better(app, error, words)]
         return refuse(head, code, error, "".join(f"{line}\n" for line in told))
     hint = "" if verbose else " -> run again with -v to see where"
@@ -54,12 +63,13 @@ def usage(error: typer.TyperException) -> str:
 def better(app: typer.Typer, error: Exception, words: Sequence[str]) -> list[str]:
     """The commands that would fit, or need less; those that go on with the run where they can."""
     from runner.commands.resumption import resuming
+    from runner.planning.options import options_of
 
     if not words:
         return []
     if isinstance(error, DoesNotFit):
-        return _changed(app, [words], error.options)
-    ways = error.ways if isinstance(error, StageOutOfMemory) else ()
+        return _changed(app, [words], options_of(error.fixes))
+    ways = map(options_of, error.alternatives) if isinstance(error, StageOutOfMemory) else ()
     return [line for way in ways for line in _changed(app, [resuming(error), words], way)]
 
 
@@ -73,3 +83,14 @@ def _changed(app: typer.Typer, lines: Sequence[Sequence[str]], options: Mapping[
         if not {change.partition(" ")[0] for change in options} - known.keys():
             return [again(words, options, [name for name, flag in known.items() if flag])]
     return []
+
+
+_OPTIONS = {"loras": "--lora", "devices": "--device", "store": "--artifacts", "modulation_table=False":
+            "--no-modulation-table", "peer_copies=False": "--no-p2p", "degrade=False": "--no-degrade"}
+
+
+def as_option(name: str, value: str | None) -> str:
+    """A name of the job as the command line has it."""
+    whole = _OPTIONS.get(f"{name}={value}")
+    option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+    return whole or (option if value is None else f"{option} {value}")

@@ -11,9 +11,9 @@ from runner.artifacts.garbage import collect
 from runner.artifacts.store import Store
 from runner.commands.inspect import warn
 from runner.commands.order import default_store
-from runner.events import Tolerant, gib
+from runner.events import Tolerant
 from runner.reports.history import described, find_run, row, stages_of
-from runner.request import shown
+from runner.text import gib, shown
 from stages.errors import StoreError
 
 HEAD = ("run", "age", "status", "model", "pictures", "stages done")

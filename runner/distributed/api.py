@@ -126,6 +126,6 @@ def _opened(path: str, emit: Emit) -> Any:
     return open_store(path, warn=lambda text: emit("warning", {"text": text}))
 
 
-def _refusal(refused: Mapping[str, str]) -> ValueError:
+def _refusal(refused: Mapping[str, str]) -> Exception:
     kind = next(kind for kind in REFUSALS if kind.__name__ == refused["kind"])
     return kind(refused["text"])

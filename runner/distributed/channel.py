@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from runner.distributed.env import Rank
-from runner.distributed.watchdog import TIMEOUT, RankLost, Watchdog
-from runner.events import Tolerant, clean
+from runner.distributed.watchdog import TIMEOUT, Watchdog
+from runner.events import Tolerant
+from runner.text import clean
+from stages.errors import RankLost
 
 PIPE = "STAGERUN_PIPE"
 LOST = 7

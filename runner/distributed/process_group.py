@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, BinaryIO
 
 from runner.distributed.channel import PIPE
-from runner.distributed.watchdog import TIMEOUT, RankLost, Watchdog
-from runner.events import clean
+from runner.distributed.watchdog import TIMEOUT, Watchdog
+from runner.text import clean
+from stages.errors import RankLost
 
 WORKER = (sys.executable, "-P", "-m", "runner.distributed.worker")
 GRACE = 30.0

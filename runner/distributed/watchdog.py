@@ -8,13 +8,6 @@ TIMEOUT = 120.0
 SILENCE = 20.0
 
 
-class RankLost(RuntimeError):
-    """A rank that was killed, failed, left early or hangs; the run ends, and what was finished is kept."""
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}; what was finished is kept, the same command goes on from there"
-
-
 class Watchdog:
     """The last signs of life of the ranks `others`.
 

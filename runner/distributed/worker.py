@@ -13,7 +13,7 @@ from runner.distributed.task import read_options, read_task
 from runner.events import Emit, tee
 from stages.errors import BadResult, DoesNotFit, ModelError, StoreError
 
-REFUSALS: tuple[type[ValueError], ...] = (ModelError, DoesNotFit, StoreError, BadResult, ValueError)
+REFUSALS: tuple[type[Exception], ...] = (ModelError, DoesNotFit, StoreError, BadResult, ValueError)
 
 
 def main() -> int:

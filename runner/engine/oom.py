@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from runner.events import gib
 from runner.planning.ladder import NoStrategyFits
 from runner.planning.placer import TILES
 from runner.planning.plan import Plan
+from runner.text import gib
 from stages.machine import probe
 from stages.placement.placement import Resident
 

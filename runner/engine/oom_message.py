@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
-from runner.events import gib
 from runner.planning.plan import Plan
+from runner.text import gib
 from stages import machine
 from stages.machine import Device, probe
 

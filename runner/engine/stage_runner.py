@@ -133,7 +133,8 @@ class StageRunner:
             if not out_of_memory(error):
                 raise
             doing = "computing" if self.seconds["load"] else "loading"
-            raise StageOutOfMemory(shortage(self.plan, name, doing, meter.peak(), error), name) from None
+            raise StageOutOfMemory(shortage(self.plan, name, doing, meter.peak(), error),
+                                   stage=name) from None
         finally:
             peak = meter.peak()
             with self._timed("flush"):

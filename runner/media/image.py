@@ -15,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runner.request import Request, shown
+from runner.request import Request
+from runner.text import shown
 from stages.families import FAMILIES
 from stages.models.lora import LoraRequest
 

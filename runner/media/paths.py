@@ -10,7 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from runner.artifacts.temp_files import hold, part_name, sweep
-from runner.request import Request, shown
+from runner.request import Request
+from runner.text import shown
 from stages.errors import StoreError
 
 ONE, MANY = "{prompt}-{seed}.png", "{index}-{prompt}-{seed}.png"

@@ -4,10 +4,10 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from runner.events import gib
 from runner.planning.ladder import NoStrategyFits, Strategy
 from runner.planning.parallel import spread
-from stages.errors import DoesNotFit
+from runner.text import gib
+from stages.errors import DoesNotFit, Fix
 from stages.estimate.dry_run import Estimate
 from stages.placement.placement import Place, Resident
 from stages.placement.tensor_parallel import TensorParallel, part_of
@@ -32,7 +32,7 @@ def cut(placer: "Placer", task: "Task", count: int) -> tuple[dict[str, Place], E
     name = component.name
     if component.loras:
         raise DoesNotFit("denoise=tensor_parallel reads parts of weights, and LoRA is merged into whole ones -> "
-                        "leave --place denoise or --lora out", {"--place denoise": ""})
+                        "leave `place=denoise` or `loras` out", (Fix("place", None, "denoise"),))
     part = part_of(component, task.types[name], task.precomputed.get(name, frozenset()), len(cards))
     found = placer.rehearsed(task, task.places({name: Resident(cards[0])}))
     taken = found.peak[cards[0]]
@@ -43,5 +43,5 @@ def cut(placer: "Placer", task: "Task", count: int) -> tuple[dict[str, Place], E
         if need.total > room:
             raise NoStrategyFits(f"denoise does not fit: {gib(part)} of weights and {gib(taken)} of activations in "
                                  f"each of {len(cards)} processes; {card} has {gib(room)} -> cut it over more "
-                                 f"cards, or choose a smaller --size", ())
+                                 f"cards, or choose a smaller `size`")
     return places, found, (Strategy("tensor_parallel"),)

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from runner.events import gib
 from runner.planning import disk
+from runner.text import gib
 
 if TYPE_CHECKING:
     from runner.planning.plan import Plan

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from runner.events import gib
-from stages.errors import DoesNotFit
+from runner.text import gib
+from stages.errors import DoesNotFit, Fix, Fixes
 from stages.machine import Device, Machine
 from stages.models.weights import Weights
 from stages.placement.balance import Blocks, partition
@@ -68,8 +68,8 @@ class Ask:
 class NoStrategyFits(DoesNotFit):
     """A stage that fits on no rung."""
 
-    def __init__(self, text: str, rungs: Sequence[Strategy], options: Mapping[str, str] | None = None) -> None:
-        super().__init__(text, options)
+    def __init__(self, text: str, rungs: Sequence[Strategy] = (), fixes: Fixes = ()) -> None:
+        super().__init__(text, fixes)
         self.rungs = tuple(rungs)
 
 
@@ -82,28 +82,28 @@ def choose(ask: Ask, machine: Machine, only: str | None = None) -> tuple[Placeme
     placements, rungs = _climbed(ask, machine, only)
     if placements is not None:
         return placements, rungs
-    words, options = change(ask, machine, only)
+    words, fixes = change(ask, machine, only)
     tried = "".join(f"\n  {rung.name}: {rung.refused}" for rung in rungs)
-    raise NoStrategyFits(f"{ask.stage} does not fit.{tried}\n-> {words}", rungs, options)
+    raise NoStrategyFits(f"{ask.stage} does not fit.{tried}\n-> {words}", rungs, fixes)
 
 
-def change(ask: Ask, machine: Machine, only: str | None = None) -> tuple[str, dict[str, str]]:
-    """The least change that makes a stage fit: in words, and as options of the command line."""
+def change(ask: Ask, machine: Machine, only: str | None = None) -> tuple[str, Fixes]:
+    """The least change that makes a stage fit: in words, and as changes of the job."""
     if (only or ask.fixed) and _climbed(replace(ask, fixed={}), machine)[0] is not None:
-        return f"it fits without --place {ask.stage}", {f"--place {ask.stage}": ""}
+        return f"it fits without `place={ask.stage}`", (Fix("place", None, ask.stage),)
     ask = replace(ask, fixed={})
     if machine.unlimited != machine and _climbed(ask, machine.unlimited)[0] is not None:
-        return "it fits without --max-memory", {"--max-memory": ""}
+        return "it fits without `max_memory`", (Fix("max_memory"),)
     for offload in OFFLOADS[OFFLOADS.index(ask.offload) + 1 :]:
         streamed = _climbed(replace(ask, offload=offload), machine)[0]
         if streamed is not None:
-            return f"--allow-offload {offload}: {_waiting(ask, streamed)}", {"--allow-offload": str(offload)}
+            return f"`allow_offload={offload}`: {_waiting(ask, streamed)}", (Fix("allow_offload", offload),)
     for size, part in ask.smaller.items():
         # What does not shrink with the picture, such as the prompt, is a small part.
         reserve = {name: int(held * min(1, part + 0.1)) for name, held in ask.reserve.items()}
         if _climbed(replace(ask, reserve=reserve), machine)[0] is not None:
-            return f"--size {size}: a smaller picture needs less for activations", {"--size": size}
-    return f"it would fit with {gib(lacking(ask, machine))} more on {_usable(machine)[0].name}", {}
+            return f"`size={size}`: a smaller picture needs less for activations", (Fix("size", size),)
+    return f"it would fit with {gib(lacking(ask, machine))} more on {_usable(machine)[0].name}", ()
 
 
 def _waiting(ask: Ask, streamed: Placements) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from stages.errors import DoesNotFit
+from stages.errors import DoesNotFit, Fix
 from stages.machine import Device, Machine, hypothetical
 
 UNITS = {
@@ -106,11 +106,12 @@ def _limit(device: Device, amount: str, others: str) -> int:
         left = read_bytes(amount[1:])
         if left >= device.free:
             raise DoesNotFit(f"--max-memory {amount} leaves nothing of {device.name}, which has {device.free} bytes "
-                            f"({device.free / 2**30:.1f} GiB) free: leave less free", {"--max-memory": others})
+                            f"({device.free / 2**30:.1f} GiB) free: leave less free",
+                             (Fix("max_memory", others or None),))
         return device.free - left
     limit = read_bytes(amount)
     if limit > device.total:
         raise DoesNotFit(f"--max-memory {amount} is {limit} bytes ({limit / 2**30:.1f} GiB), more than the "
                         f"{device.total} bytes ({device.total / 2**30:.1f} GiB) of {device.name}: lower it",
-                        {"--max-memory": others})
+                        (Fix("max_memory", others or None),))
     return limit

@@ -13,6 +13,7 @@ from runner.planning.ladder import LADDER, Ask, NoStrategyFits, Strategy, choose
 from runner.planning.parallel import processes
 from runner.planning.place_option import PlaceRequest, granted
 from runner.planning.precompute import Saving, saving
+from stages.errors import Fix
 from stages.estimate.dry_run import Estimate, dry_run, one_thread
 from stages.estimate.memory_tracker import MixedDevices
 from stages.loading.disk_weights import reading
@@ -158,8 +159,7 @@ class Placer:
         else:
             half = next((size for size, part in self.smaller.items() if part <= 0.5), None)
             raise NoStrategyFits(f"{task.stage.name}: its activations outgrow every reserve -> choose a smaller "
-                                 f"--size",
-                                 rungs, {"--size": half} if half else {})
+                                 f"`size`", rungs, (Fix("size", half),) if half else ())
         return places, found, rungs
 
     def _laned(

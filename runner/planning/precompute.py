@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.events import gib
+from runner.text import gib
 from stages.errors import NotPrecomputable
 from stages.models.weights import weigh
 from stages.pipeline.stage import Inputs, Stage

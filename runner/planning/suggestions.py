@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from runner.planning.cache import PlanCache
+from runner.planning.options import fixes_of, options_of
 from runner.planning.plan import Plan, make_plan
 from runner.request import Request, read_size
 from stages.errors import DoesNotFit
@@ -23,8 +24,8 @@ def plan_or_remedy(family: str, requests: Sequence[Request], **options: Any) -> 
         changes, last = remedy(error, family, requests, options | {"known": known})
         if last is not None and changes:
             tried = " ".join(" ".join(filter(None, change)) for change in changes.items())
-            error.args = (f"{error}\nThat is not enough, with {tried}: {last}",)
-        error.options = {} if last is not None else changes
+            error.text = f"{error.text}\nThat is not enough, with {tried}: {last.text}"
+        error.fixes = () if last is not None else fixes_of(changes)
         raise
 
 
@@ -38,9 +39,9 @@ def remedy(
     """
     changes: dict[str, str] = {}
     for _ in range(ROUNDS):
-        if not error.options:
+        if not error.fixes:
             break
-        changes |= error.options
+        changes |= options_of(error.fixes)
         sized, altered = changed(requests, options, changes)
         try:
             make_plan(family, sized, **(altered | {"weights": False}))

@@ -9,8 +9,7 @@ from typing import Any
 from runner.artifacts.manifest import checked_run, is_run
 from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import History, Store
-from runner.events import clean, gib
-from runner.request import shown
+from runner.text import clean, gib, shown
 from stages.errors import StoreError
 
 SHOWN = 10

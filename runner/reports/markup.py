@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from runner.events import BIDI
+from runner.text import BIDI
 
 LINE = "rgba(127,127,127,.35)"
 CELL = f"padding:2px 10px;border-bottom:1px solid {LINE};vertical-align:top"

@@ -2,12 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from runner.events import gib
 from runner.planning import describe
 from runner.reports.markup import FAINT, block, image, said, table
-from runner.reports.progress import pictures
 from runner.reports.report import PARTS
-from runner.request import shown
+from runner.text import gib, pictures, shown
 
 if TYPE_CHECKING:
     from runner.artifacts.manifest import Artifact

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runner.events import gib
 from runner.media.previews import strips
 from runner.reports.charts.blocks import blocks
 from runner.reports.charts.drawing import Drawing
@@ -12,7 +11,7 @@ from runner.reports.charts.style import STYLE
 from runner.reports.charts.timeline import memory
 from runner.reports.history import loras
 from runner.reports.markup import image, said
-from runner.reports.progress import pictures
+from runner.text import gib, pictures
 
 if TYPE_CHECKING:
     from runner.artifacts import ArtifactStore

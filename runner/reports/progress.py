@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
-from runner.events import Tolerant, clean, gib
+from runner.events import Tolerant
 from runner.reports.terminal_image import can_show, mosaic
+from runner.text import clean, gib, pictures
 
 HEARTBEAT = 10.0
 
@@ -203,11 +204,6 @@ def verbose(kind: str, data: Mapping[str, Any], line: Callable[[], str]) -> Iter
                f"{gib(int(data['bytes']))}")
     elif kind == "reuse":
         yield f"{data['stage']}: picture {int(data['index']) + 1} taken from the store"
-
-
-def pictures(count: int) -> str:
-    """Such as `1 picture`, `2 pictures`."""
-    return f"{count:,} picture{'' if count == 1 else 's'}"
 
 
 def _live(stream: Tolerant, line: Callable[[], str], preview: Callable[[], Any]) -> Any:

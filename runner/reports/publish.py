@@ -9,7 +9,7 @@ from runner.commands.order import default_store
 from runner.events import Tolerant
 from runner.media import paths
 from runner.reports.history import find_run
-from runner.request import shown
+from runner.text import shown
 
 if TYPE_CHECKING:
     pass

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runner.events import gib
+from runner.text import gib
 
 if TYPE_CHECKING:
     from runner.engine.run import Report

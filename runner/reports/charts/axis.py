@@ -2,7 +2,7 @@
 
 import math
 
-from runner.events import gib
+from runner.text import gib
 
 
 class Axis:

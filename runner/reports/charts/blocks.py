@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.events import gib
 from runner.planning.layout import REST
 from runner.reports.charts.axis import Axis
 from runner.reports.charts.drawing import Drawing, wide
 from runner.reports.charts.legend import legend
+from runner.text import gib
 
 PLOT = 270
 LEFT = 62

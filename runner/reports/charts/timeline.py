@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.events import gib
 from runner.reports.charts.axis import Axis
 from runner.reports.charts.drawing import Drawing, wide
 from runner.reports.charts.legend import legend
+from runner.text import gib
 
 LEFT = 72
 PANEL, GAP, TITLE = 118, 24, 20

@@ -1,0 +1,31 @@
+"""Words and numbers as people read them: bytes, counts, and text of others without what it could do to a terminal."""
+
+import unicodedata
+
+BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def gib(count: int) -> str:
+    """Bytes for people: `1.5 GiB`, `12.0 MiB`, `0 B`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def clean(text: str) -> str:
+    """`text` on one line without what moves a cursor or turns the reading direction."""
+    spaced = " ".join(text.split())
+    if spaced.isascii() and spaced.isprintable():
+        return spaced
+    return "".join(c for c in spaced if c not in BIDI and unicodedata.category(c) not in ("Cc", "Cs"))
+
+
+def shown(text: str) -> str:
+    """`text` quoted for an error message: ASCII, and cut where it is long."""
+    return ascii(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def pictures(count: int) -> str:
+    """Such as `1 picture`, `2 pictures`."""
+    return f"{count:,} picture{'' if count == 1 else 's'}"
