@@ -1,6 +1,6 @@
 """How a run happens: plan, run, keep, report.
 
-    from runner import Request, make_plan, run_all, run_stage
+    from runner import Job, Request, make_plan, run_all, run_stage
 """
 
 from importlib import import_module
@@ -10,25 +10,31 @@ if TYPE_CHECKING:
     from runner.distributed.api import run_on_ray, spawn
     from runner.distributed.process_group import RankProcesses
     from runner.distributed.split_gather import gather, split_between_ranks
-    from runner.engine.run import Picture, Report, run_all, run_stage
-    from runner.planning.plan import Plan, make_plan
+    from runner.engine.report import Picture, Report
+    from runner.engine.run import run_all, run_stage
+    from runner.job import Job, RunPolicy
+    from runner.planning.plan import Plan
+    from runner.planning.planner import make_plan
     from runner.request import Request
-    from stages.errors import RankLost
+    from stages.errors import RankLost, StagerunError
 
 __all__ = [
-    "RankProcesses", "Picture", "Plan", "RankLost", "Report", "Request", "gather", "make_plan", "run_all",
-    "run_on_ray", "run_stage", "spawn", "split_between_ranks",
+    "Job", "Picture", "Plan", "RankLost", "RankProcesses", "Report", "Request", "RunPolicy", "StagerunError", "gather",
+    "make_plan", "run_all", "run_on_ray", "run_stage", "spawn", "split_between_ranks",
 ]
 
 _HOMES = {
-    "RankProcesses": "runner.distributed.process_group",
-    "Picture": "runner.engine.run",
+    "Job": "runner.job",
+    "Picture": "runner.engine.report",
     "Plan": "runner.planning.plan",
     "RankLost": "stages.errors",
-    "Report": "runner.engine.run",
+    "RankProcesses": "runner.distributed.process_group",
+    "Report": "runner.engine.report",
     "Request": "runner.request",
+    "RunPolicy": "runner.job",
+    "StagerunError": "stages.errors",
     "gather": "runner.distributed.split_gather",
-    "make_plan": "runner.planning.plan",
+    "make_plan": "runner.planning.planner",
     "run_all": "runner.engine.run",
     "run_on_ray": "runner.distributed.api",
     "run_stage": "runner.engine.run",

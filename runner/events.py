@@ -1,15 +1,46 @@
-"""What happens in a run is told through one callable; here it is, and the text that it may carry."""
+"""What happens in a run, told through one callable: the kinds of events, and ways to pass them on."""
 
+import base64
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
-from typing import TextIO
+from collections.abc import Mapping
+from threading import Lock
+from typing import Any, TextIO
 
-Emit = Callable[[str, Mapping[str, object]], None]
+from stages.events import Emit, silent
 
-def silent(kind: str, data: Mapping[str, object]) -> None:
-    """The emit that tells nobody."""
+__all__ = ["EVENTS", "Emit", "from_wire", "json_lines", "one_at_a_time", "silent", "tee", "to_wire"]
+
+EVENTS: Mapping[str, Mapping[str, str]] = {
+    "begin": {"what": "what is done before the first stage, such as planning",
+              "workers": "of Ray alone: by stage, the worker that did it last"},
+    "run": {"run": "its name", "requests": "how many", "model": "where it comes from", "seed": "of the first request"},
+    "warning": {"text": "what to know"},
+    "stage": {"stage": "its name", "requests": "how many", "reused": "how many of them the store has"},
+    "table": {"stage": "its name", "layers": "how many were computed ahead", "bytes": "of the table",
+              "seconds": "that it took"},
+    "load": {"stage": "its name", "component": "that is loaded", "device": "where its inputs go", "bytes": "of files"},
+    "loaded": {"stage": "its name", "seconds": "that all components took"},
+    "readahead": {"stage": "the next one", "bytes": "of its files that are read into the page cache"},
+    "item": {"stage": "its name", "index": "of the artifact, from 0", "of": "how many artifacts",
+             "request": "the first that it is for"},
+    "resumed": {"stage": "its name", "request": "that goes on", "step": "after which it goes on"},
+    "step": {"stage": "its name", "step": "that is done, from 1", "steps": "of the loop", "index": "of the artifact",
+             "of": "how many artifacts", "request": "the first that it is for",
+             "latents": "a function that gives them on the host",
+             "clean": "a function that gives what they would be if the last direction led to the end"},
+    "preview": {"stage": "its name", "request": "that it is of", "step": "that is done", "steps": "of the loop",
+                "pixels": "a function that gives them: uint8 [height, width, 3]"},
+    "part": {"stage": "its name", "part": "compute, save, flush or table", "seconds": "that it took"},
+    "failure": {"stage": "where", "request": "that came to nothing", "text": "why", "line": "of the prompt file",
+                "id": "that the line gave"},
+    "picture": {"path": "where it was written", "index": "of the request in the whole run", "seed": "of the request",
+                "position": "of the request in the job", "kept": "whether the same picture was there already",
+                "card": "what its metadata say", "line": "of the prompt file", "id": "that the line gave"},
+    "flush": {"stage": "its name", "freed": "bytes given back", "left": "bytes above the baseline",
+              "leftovers": "the largest tensors that are left"},
+    "end": {"stage": "its name", "seconds": "by part", "peak": "bytes at most, by device"},
+}
 
 
 def tee(*emits: Emit) -> Emit:
@@ -20,6 +51,17 @@ def tee(*emits: Emit) -> Emit:
             each(kind, data)
 
     return emit
+
+
+def one_at_a_time(emit: Emit) -> Emit:
+    """The same emit for several threads: who listens need not know of lanes."""
+    lock = Lock()
+
+    def serial(kind: str, data: Mapping[str, object]) -> None:
+        with lock:
+            emit(kind, data)
+
+    return serial
 
 
 def json_lines(stream: TextIO) -> Emit:
@@ -33,38 +75,25 @@ def json_lines(stream: TextIO) -> Emit:
     return emit
 
 
-class Tolerant:
-    """A text stream that goes quiet, instead of raising, once nobody reads it any more."""
+def to_wire(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """An event as JSON for another process: without functions, but with the pixels of a preview."""
+    said = {name: value for name, value in data.items() if not callable(value)}
+    if kind == "preview":
+        pixels = data["pixels"]()
+        said["pixels"] = [list(pixels.shape), base64.b64encode(pixels.tobytes()).decode()]
+    return {"kind": kind, "data": said}
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self.encoding = stream.encoding or "utf-8"
 
-    def write(self, text: str) -> int:
-        """Write what the encoding of the stream can say; nothing once the other end is gone."""
-        try:
-            return self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
-        except OSError:
-            self._leave()
-            return len(text)
+def from_wire(event: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The kind and the data of an event that `to_wire` wrote."""
+    kind, data = event["kind"], dict(event["data"])
+    if kind == "preview":
+        shape, text = data["pixels"]
 
-    def flush(self) -> None:
-        """Flush, unless the other end is gone."""
-        try:
-            self._stream.flush()
-        except OSError:
-            self._leave()
+        def pixels() -> Any:
+            import numpy as np
 
-    def isatty(self) -> bool:
-        """Whether a person is likely to watch."""
-        return self._stream.isatty()
+            return np.frombuffer(base64.b64decode(text), np.uint8).reshape(shape)
 
-    def fileno(self) -> int:
-        """The number of the file below."""
-        return self._stream.fileno()
-
-    def _leave(self) -> None:
-        # What the stream still holds would be written, and fail, once more when the process ends.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        data["pixels"] = pixels
+    return kind, data

@@ -46,3 +46,6 @@ def _fault(card: Device) -> str:
         return ""
     except RuntimeError as error:
         return f"{card.name} ({card.label}) does not compute: {str(error).strip().splitlines()[0]}"
+
+
+check_cards, missing_kernels = able, unbuilt

@@ -226,3 +226,6 @@ def _linux() -> bool:
 
 def _kibibytes(text: str | None) -> int:
     return int(text.split()[0]) * 1024 if text else 0
+
+
+memory_users = users

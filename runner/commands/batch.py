@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.commands.prompts import Entry
-from runner.request import COUNT, SEED, SEED_BITS, Request, ask, read_size
+from runner.inputs import SEED, read_size
+from runner.job import RefusedLine
+from runner.request import COUNT, SEED_BITS, Request, requests_for
 from runner.text import shown
+from stages.errors import InvalidInput
 from stages.families import Family
 
 PICTURES = 10_000
@@ -20,35 +23,28 @@ PROMPT_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: its request, and the line (0: the command line), id and name that its line gave it."""
+    """One picture that is asked for."""
 
     request: Request
+    """What to make."""
     line: int = 0
+    """The line that asks for it; 0: the command line."""
     id: str | None = None
+    """The id that the line gave it."""
     out: str | None = None
-
-
-@dataclass(frozen=True, order=True)
-class Refused:
-    """A line that makes no picture, and why."""
-
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.text}"
+    """The name that the line gave it."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds for every line that does not say otherwise: `options` of `ask`, seeds, and pictures per line.
-
-    One seed is that of picture 0 of all, and -1 draws it; several make a picture each, of every prompt.
-    """
+    """What holds for every line that does not say otherwise."""
 
     options: Mapping[str, Any]
+    """Arguments of `requests_for`."""
     seeds: tuple[int, ...]
+    """One seed is that of picture 0 of all, and -1 draws it; several make a picture each, of every prompt."""
     count: int
+    """Pictures of a line, where there is one seed."""
 
     @property
     def pictures(self) -> int:
@@ -58,32 +54,35 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Batch:
-    """The pictures asked for, the lines that cannot be, and how many pictures there would be with those."""
+    """The pictures that a command line asks for."""
 
     items: tuple[Item, ...]
-    refused: tuple[Refused, ...]
+    """Those that can be made."""
+    refused: tuple[RefusedLine, ...]
+    """The lines that cannot."""
     total: int
+    """How many pictures there would be with those."""
 
 
 def batch(entries: Sequence[Entry], family: Family, defaults: Defaults) -> Batch:
-    """Every picture of the entries; ValueError for a bad entry of the command line, or far too many pictures."""
+    """Every picture of the entries; InvalidInput for a bad entry of the command line, or far too many pictures."""
     total = sum(pictures(entry, defaults) for entry in entries)
     if total > PICTURES:
-        raise ValueError(f"that is {total:,} pictures; the limit is {PICTURES:,} -> split the file")
+        raise InvalidInput(f"that is {total:,} pictures; the limit is {PICTURES:,} -> split the file")
     first = secrets.randbelow(2**SEED_BITS - total + 1) if defaults.seeds == (-1,) else defaults.seeds[0]
-    index, items, refused, ids = 0, list[Item](), list[Refused](), dict[str, int]()
+    index, items, refused, ids = 0, list[Item](), list[RefusedLine](), dict[str, int]()
     for entry in entries:
         try:
             items += _items(entry, family, defaults, index, first, ids)
-        except ValueError as error:
+        except InvalidInput as error:
             if not entry.line:
                 raise
-            refused.append(Refused(entry.line, str(error)[:400]))
+            refused.append(RefusedLine(entry.line, error.text[:400]))
         index += pictures(entry, defaults)
     size = sum(len(f"{item.request.prompt}{item.request.negative_prompt or ''}".encode()) for item in items)
     if size > PROMPT_BYTES:
-        raise ValueError(f"the prompts of {len(items):,} pictures have {size:,} bytes; the limit is {PROMPT_BYTES:,} "
-                         f"-> split the file")
+        raise InvalidInput(f"the prompts of {len(items):,} pictures have {size:,} bytes; the limit is "
+                           f"{PROMPT_BYTES:,} -> split the file")
     return Batch(tuple(items), tuple(refused), total)
 
 
@@ -101,18 +100,18 @@ def _items(
     entry: Entry, family: Family, defaults: Defaults, index: int, first: int, ids: dict[str, int]
 ) -> list[Item]:
     if entry.fault:
-        raise ValueError(entry.fault)
+        raise InvalidInput(entry.fault)
     said = {name: value for name, value in entry.options.items() if value is not None}
     if "prompt" not in said:
-        raise ValueError('there is no prompt -> {"prompt": "a red circle"}')
+        raise InvalidInput('there is no prompt -> {"prompt": "a red circle"}')
     name, out = _identifier(said.pop("id", None), entry.line, ids), said.pop("out", None)
     if not isinstance(out, str | None):
-        raise ValueError(f"out must be text, got {type(out).__name__}")
+        raise InvalidInput(f"out must be text, got {type(out).__name__}")
     seeds = _seeds(said, defaults, index, first)
     options = {**defaults.options, **_read(said)}
     prompt = options.pop("prompt")
     requests = [request for at, seed, count in seeds
-                for request in ask(prompt, family, seed=seed, count=count, index=index + at, **options)]
+                for request in requests_for(prompt, family, seed=seed, count=count, index=index + at, **options)]
     return [Item(request, entry.line, name, out) for request in requests]
 
 
@@ -122,19 +121,19 @@ def _seeds(said: dict[str, Any], defaults: Defaults, index: int, first: int) -> 
     if isinstance(seed, list) or (seed is None and len(defaults.seeds) > 1):
         listed = seed or defaults.seeds
         if count is not None:
-            raise ValueError("count and several seeds contradict each other -> leave one of them out")
+            raise InvalidInput("count and several seeds contradict each other -> leave one of them out")
         if seed == [] or len(listed) > COUNT or not all(type(one) is int and 0 <= one <= SEED for one in listed):
-            raise ValueError(f"seed must list 1 to {COUNT} whole numbers from 0 to {SEED}")
+            raise InvalidInput(f"seed must list 1 to {COUNT} whole numbers from 0 to {SEED}")
         return [(at, one, 1) for at, one in enumerate(listed)]
     return [(0, first + index if seed is None else seed, defaults.count if count is None else count)]
 
 
 def _read(said: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a line as `ask` takes them; what those must be is checked there."""
+    """The options of a line as `requests_for` takes them; what those must be is checked there."""
     options = dict(said)
     if "size" in said:
         if not isinstance(said["size"], str):
-            raise ValueError(f'size must be text, such as "1024x768", got {type(said["size"]).__name__}')
+            raise InvalidInput(f'size must be text, such as "1024x768", got {type(said["size"]).__name__}')
         options["size"] = read_size(said["size"])
     if type(said.get("guidance")) is int:
         options["guidance"] = float(said["guidance"])
@@ -146,8 +145,8 @@ def _identifier(value: Any, line: int, ids: dict[str, int]) -> str | None:
         return None
     text = str(value) if type(value) is int else value
     if not isinstance(text, str) or not re.fullmatch("[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", text):
-        raise ValueError(f"id must be 1 to 64 of A-Z a-z 0-9 . _ - with neither . nor - in front, got "
+        raise InvalidInput(f"id must be 1 to 64 of A-Z a-z 0-9 . _ - with neither . nor - in front, got "
                          f"{shown(repr(value))}")
     if ids.setdefault(text, line) != line:
-        raise ValueError(f"id {text} is that of line {ids[text]} -> ids are unique")
+        raise InvalidInput(f"id {text} is that of line {ids[text]} -> ids are unique")
     return text

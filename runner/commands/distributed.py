@@ -1,71 +1,91 @@
-"""A command line that several ranks answer: one of them speaks, the others are heard when something is wrong."""
+"""Several processes behind one command line: ranks of its own, ranks that a launcher started, and Ray."""
 
 import signal
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
-from runner.commands.order import Order, order
+from runner.commands.options import RunOptions
+from runner.commands.refusal import as_option, complain
 from runner.commands.results import Results
-from runner.distributed.channel import Channel, Launcher
-from runner.distributed.env import Rank, launched
+from runner.distributed import api
+from runner.distributed.channel import Launcher
+from runner.distributed.env import Rank
 from runner.distributed.heartbeat import Heartbeat
-from runner.distributed.process_group import RankProcesses
-from runner.distributed.rank import RankWorker
-from runner.distributed.task import Task
+from runner.distributed.results import joined
 from runner.distributed.watchdog import TIMEOUT
-from runner.events import Emit, Tolerant, tee
-from runner.planning.parallel import RANKS, team, wished
-from runner.reports.progress import Progress
-from runner.request import read_whole
+from runner.engine.report import Failure, Report
+from runner.engine.session import open_job_store, prepared
+from runner.events import Emit
+from runner.inputs import read_whole
+from runner.job import Job
+from runner.media.writer import PictureWriter
+from runner.placement_options import PROCESSES
+from runner.startup import untracked
+from runner.terminal import say
 from runner.text import clean, shown
-from stages.errors import RankLost
+from stages.errors import InvalidInput, RankLost
 
 LONGEST = 24 * 3600
 
+# Does a job and gives the report of it; seconds of parts outside of the stages go into the mapping.
+Engine = Callable[[Job, Emit, Results, dict[str, float]], Report]
 
-def make(family: str, said: Any) -> int:
-    """Make the pictures that the options ask for, with ranks that a launcher started, or with --ranks of our own."""
-    rank, told = launched(), said.rank_timeout
-    timeout = TIMEOUT if told is None else float(read_whole("rank-timeout", told, 1, LONGEST))
-    if said.artifacts == "memory":
-        raise ValueError("ranks share a store, and each has a memory of its own -> --artifacts DIR, or leave it out")
-    if rank is None:
-        alone = wished(said.place) is None
-        return supervise(family, said, read_whole("ranks", said.ranks, 1, RANKS) if alone else team(said), timeout)
+
+def on_ranks(said: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
+    """Do a job with ranks of this command's own, all of which end with it."""
+    count = None if said.ranks is None else read_whole("ranks", said.ranks, 1, PROCESSES)
+    report = api.spawn(job, count, emit=emit, timeout=rank_timeout(said), verbose=said.verbose)
+    complain(report.job.refused)
+    return report
+
+
+def on_ray(said: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
+    """Do a job with workers of a Ray cluster; its pictures are written here."""
+    failed: list[tuple[int, str]] = []
+    writer = PictureWriter(job, emit, lambda position, text: failed.append((job.requests[position].index, text)))
+    report = api.run_on_ray(job, emit=emit, done=writer.write if job.output.paths else None, verbose=said.verbose)
+    complain(report.job.refused)
+    seconds["pictures"] = writer.seconds
+    lost = (Failure(report.job.positions[index], "decode", text) for index, text in failed)
+    return replace(report, failures=(*report.failures, *lost))
+
+
+def join(
+    rank: Rank, said: RunOptions, parse: Callable[[], Job], produce: Callable[[Job, Engine], int]
+) -> int:
+    """Be one of the ranks that a launcher started; the exit code.
+
+    The first of them parses the command line and says how all of it goes; the others take what it publishes, and say
+    warnings alone.
+    """
     if said.ranks is not None:
-        raise ValueError(f"--ranks {shown(said.ranks)}: a launcher started {rank.size} ranks already -> leave it out")
-    return join(family, said, rank, timeout)
-
-
-def supervise(family: str, said: Any, ranks: int, timeout: float) -> int:
-    """Start ranks of our own, and see to it that all of them end with this process."""
-    options = {name: value for name, value in vars(replace(said, ranks=None)).items() if name != "ctx"}
-    with RankProcesses(ranks, timeout=timeout, speaking=True) as crew:
-        return int(crew.work({"family": family, "said": options}, aloud)["code"])
-
-
-def join(family: str, said: Any, rank: Rank, timeout: float) -> int:
-    """Be one of the ranks that a launcher started."""
-    # Refused by the first rank before anything heavy is imported; the others take what it publishes.
-    asked = order(family, said) if rank.first else None
-    link = Launcher(rank, timeout)
-    pulse = Heartbeat(link.beat)
+        raise InvalidInput(f"--ranks {shown(said.ranks)}: a launcher started {rank.size} ranks already -> leave it "
+                           f"out")
+    timeout = rank_timeout(said)
+    # Refused by the first rank before anything heavy is imported.
+    job = prepared(parse()) if rank.first else None
+    if job is not None and job.store == "memory":
+        raise InvalidInput("ranks share a store, and each has a memory of its own -> `store=DIR`, or leave it out")
+    channel = Launcher(rank, _tell_lost, timeout)
+    heartbeat = Heartbeat(channel.beat)
     try:
-        with pulse:
-            if asked is not None:
-                return speak(asked, said, rank, link, pulse)
-            with pulse.waiting():
-                task = link.task()
-            share = RankWorker(rank, link, pulse, tee(pulse, warnings(rank))).follow(task)
-        # After the last beat: the first rank may leave as soon as it has all shares, and the store with it.
-        link.hand_in(share)
+        with heartbeat:
+            if job is not None:
+                return produce(job, partial(_as_rank0, rank, channel, heartbeat))
+            with heartbeat.waiting():
+                message = channel.receive_job()
+            with untracked():
+                from runner.distributed.tensor_parallel import worker_for
+            worker = worker_for(Job.from_json(message["job"]), rank, channel, heartbeat, _warnings_of(rank))
+            result = worker.run_rank(message)
+        # After the last beat: the first rank may leave as soon as it has all results, and the store with it.
+        channel.hand_in(result.to_json())
         return 0
     except KeyboardInterrupt as stopped:
         # A launcher stops all ranks when it lost one.
-        culprit = link.culprit()
+        culprit = channel.culprit()
         if culprit is not None:
             raise RankLost(culprit) from None
         if rank.first:
@@ -74,44 +94,32 @@ def join(family: str, said: Any, rank: Rank, timeout: float) -> int:
         raise SystemExit(128 + number) from None
 
 
-def speak(asked: Order, said: Any, rank: Rank, link: Channel, pulse: Heartbeat) -> int:
-    """Do the first rank's part, and say how all of it goes."""
-    from runner.commands.make import complain, hush, logged, opened, tell, timed, untracked
-
-    begin = time.perf_counter()
-    hush(said.verbose)
-    progress = Progress(sys.stderr, verbosity=-1 if said.quiet else int(said.verbose))
-    seconds: dict[str, float] = {}
-    with logged(said.log, progress) as told, progress:
-        emit = tee(pulse, told)
-        with timed(seconds, "imports"), untracked():
-            emit("begin", {"what": "importing torch and diffusers"})
-            from runner.distributed.results import cards_of, differing, joined
-        store = opened(asked, said, emit)
-        asked, shares = RankWorker(rank, link, pulse, emit).lead(Task(asked, said), store)
-        if (warning := differing(shares)) is not None:
-            emit("warning", {"text": warning})
-    report = joined(asked.run, asked.requests, shares, store)
-    seconds["total"] = time.perf_counter() - begin
-    complain(f"{line}" for line in asked.refused)
-    results = Results(asked, said, sys.stdout)
-    for position, card in cards_of(shares):
-        results.tell(position, card)
-    return tell(report, report.failures, results, seconds, said)
+def rank_timeout(said: RunOptions) -> float:
+    """Seconds in which a rank may do nothing."""
+    return TIMEOUT if said.rank_timeout is None else float(read_whole("rank-timeout", said.rank_timeout, 1, LONGEST))
 
 
-def warnings(rank: Rank) -> Emit:
+def _as_rank0(
+    rank: Rank, channel: Launcher, heartbeat: Heartbeat, job: Job, emit: Emit, results: Results,
+    seconds: dict[str, float],
+) -> Report:
+    with untracked():
+        emit("begin", {"what": "importing torch and diffusers"})
+        from runner.distributed.tensor_parallel import worker_for
+    made, found = worker_for(job, rank, channel, heartbeat, emit).run_rank0(job)
+    complain(made.refused)
+    return joined(made, found, open_job_store(made, emit))
+
+
+def _warnings_of(rank: Rank) -> Emit:
     """An emit that says warnings, and nothing else, with the number of the rank."""
 
     def emit(kind: str, data: Mapping[str, object]) -> None:
         if kind == "warning":
-            aloud(kind, {"text": f"rank {rank.rank}: {data['text']}"})
+            say(sys.stderr, [f"warning: {clean(f'rank {rank.rank}: ' + str(data['text']))}"])
 
     return emit
 
 
-def aloud(kind: str, data: Mapping[str, Any]) -> None:
-    """Say on standard error what a rank has to tell."""
-    stderr = Tolerant(sys.stderr)
-    stderr.write(f"{kind}: {clean(str(data['text']))}\n")
-    stderr.flush()
+def _tell_lost(error: RankLost) -> None:
+    say(sys.stderr, [f"error: {clean(error.said(as_option))}"])

@@ -1,8 +1,10 @@
 """Is this machine able: every card tried, every pair of them, memory, disk, cache and token."""
 
+import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +12,14 @@ from typing import Any
 
 import torch
 
-from runner.commands.order import default_store
+from runner.commands.parse import devices
+from runner.job import default_store
+from runner.startup import hush
+from runner.terminal import say
 from runner.text import gib
 from stages import machine
 from stages.card_test import ADVICE, computes, unbuilt
+from stages.errors import ModelError
 from stages.machine import Device, Machine, probe
 from stages.placement.copy_test import corrupted_pairs
 
@@ -23,17 +29,31 @@ LEAST_DISK = 40 * 10**9
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: what was found and, where it is not `ok`, the next step."""
+    """One thing that was looked at."""
 
     name: str
+    """What it is."""
     ok: bool
+    """Whether it is well."""
     found: str
+    """What was found."""
     advice: str = ""
+    """The next step, where it is not well."""
 
 
-def examine(devices: Sequence[str] = ()) -> list[Check]:
-    """Every check of this machine, on the devices that `devices` selects; ValueError for one that is not there."""
-    here = probe(devices)
+def diagnose(*, as_json: bool, gpus: str | None) -> None:
+    """Print what is well and what is not with this machine; ModelError where something is not."""
+    hush()
+    checks = examine(devices((), gpus))
+    say(sys.stdout, [json.dumps(document(checks))] if as_json else lines(checks))
+    if not healthy(checks):
+        bad = [check.name for check in checks if not check.ok]
+        raise ModelError(f"not well: {', '.join(bad)} -> the lines above say what to do")
+
+
+def examine(names: Sequence[str] = ()) -> list[Check]:
+    """Every check of this machine, on the devices that `names` selects; InvalidInput for one that is not there."""
+    here = probe(names)
     checks = [_versions(), _host(here)]
     for card in here.cards:
         checks += [_memory(card), _architecture(card), _kernel(card), _bfloat16(card)]

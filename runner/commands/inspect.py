@@ -3,8 +3,8 @@
 import sys
 from typing import TYPE_CHECKING
 
-from runner.commands.order import default_store
-from runner.events import Tolerant
+from runner.job import default_store
+from runner.terminal import say, warn
 from runner.text import clean, gib
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HEAD = ("name", "shape", "type", "min", "max", "mean", "non-finite")
 
 
-def look(what: str, folder: str | None) -> None:
+def inspect(what: str, folder: str | None) -> None:
     """Print what the artifact `what` holds: a path in a store, a key or the start of one, or RUN:STAGE."""
     from runner.artifacts import open_store
     from runner.artifacts.inspection import is_place, open_artifact
@@ -23,7 +23,7 @@ def look(what: str, folder: str | None) -> None:
     where = folder if folder is not None else str(default_store())
     store = None if is_place(what) else open_store(where, warn=warn, readonly=True)
     # What is not finite is what people come to see.
-    Tolerant(sys.stdout).write("".join(f"{line}\n" for line in lines(*open_artifact(what, store))))
+    say(sys.stdout, lines(*open_artifact(what, store)))
 
 
 def lines(artifact: "Artifact", state: "State") -> list[str]:
@@ -45,8 +45,3 @@ def cells(row: "Row") -> tuple[str, ...]:
 
 def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
-
-
-def warn(text: str) -> None:
-    """A warning on standard error."""
-    Tolerant(sys.stderr).write(f"warning: {clean(text)}\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runner.text import shown
+from stages.errors import InvalidInput
 from stages.strict_json import strict_json
 
 FILE_BYTES = 10 * 2**20
@@ -20,29 +21,33 @@ KEYS = ("prompt", "negative_prompt", "id", "size", "steps", "guidance", "seed", 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one line asks for, by option; the values are not checked yet. `fault` says why it cannot be read."""
+    """What one line asks for."""
 
     line: int
+    """Its number, from 1; 0 for the command line."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    """What it says, by option; the values are not checked yet."""
     fault: str = ""
+    """Why it cannot be read; empty where it can."""
 
 
 def read_prompts(name: str) -> list[Entry]:
-    """The lines of the file `name` (`-`: standard input) that ask for something; ValueError where it is no such file.
+    """The lines of the file `name` (`-`: standard input) that ask for something; InvalidInput for another file.
 
     A line that cannot be read is an entry with a fault, so that the others can go on without it.
     """
     data = _standard_input() if name == "-" else _file(name)
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        raise ValueError(f"--prompt-file {shown(name)}: line {line} has a NUL byte: it is no UTF-8 text -> save it as "
-                         f"UTF-8")
+        raise InvalidInput(f"--prompt-file {shown(name)}: line {line} has a NUL byte: it is no UTF-8 text -> save it "
+                           f"as UTF-8")
     lines = [(number, line.strip()) for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)]
     told = [(number, line) for number, line in lines if line and not line.startswith(b"#")]
     if not told:
-        raise ValueError(f"--prompt-file {shown(name)} has no prompt in it -> write one on each line")
+        raise InvalidInput(f"--prompt-file {shown(name)} has no prompt in it -> write one on each line")
     if len(told) > LINES:
-        raise ValueError(f"--prompt-file {shown(name)} has {len(told):,} prompts; the limit is {LINES:,} -> split it")
+        raise InvalidInput(f"--prompt-file {shown(name)} has {len(told):,} prompts; the limit is {LINES:,} -> split "
+                           f"it")
     as_json = name.endswith(".jsonl") or (name == "-" and told[0][1].startswith(b"{"))
     return [_entry(number, line, as_json) for number, line in told]
 
@@ -53,22 +58,22 @@ def _standard_input() -> bytes:
 
 def _file(name: str) -> bytes:
     if not name.endswith((".txt", ".jsonl")):
-        raise ValueError(f"--prompt-file {shown(name)} must end in .txt (a prompt a line) or .jsonl (an object a "
+        raise InvalidInput(f"--prompt-file {shown(name)} must end in .txt (a prompt a line) or .jsonl (an object a "
                          f"line), or be - for standard input")
     try:
         # O_NONBLOCK: a FIFO would wait for ever.
         with open(os.open(Path(name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"--prompt-file {shown(name)} is not a plain file -> - reads standard input")
+                raise InvalidInput(f"--prompt-file {shown(name)} is not a plain file -> - reads standard input")
             return _at_most(file, name)
     except OSError as error:
-        raise ValueError(f"cannot read --prompt-file {shown(name)}: {error.strerror}") from None
+        raise InvalidInput(f"cannot read --prompt-file {shown(name)}: {error.strerror}") from None
 
 
 def _at_most(file: BinaryIO, name: str) -> bytes:
     data = file.read(FILE_BYTES + 1)
     if len(data) > FILE_BYTES:
-        raise ValueError(f"--prompt-file {shown(name)} has more than {FILE_BYTES:,} bytes -> split it")
+        raise InvalidInput(f"--prompt-file {shown(name)} has more than {FILE_BYTES:,} bytes -> split it")
     return data
 
 

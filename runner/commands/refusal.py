@@ -1,39 +1,50 @@
 """What a command line ends with when it fails: a line and an exit code, and commands that would do better."""
 
+import shlex
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from runner.commands.again import again
-from runner.events import Tolerant
+from runner.events import Emit
+from runner.job import RefusedLine, default_store
+from runner.terminal import TolerantStream, say
 from runner.text import clean
 from stages.errors import (
     BadResult,
     DoesNotFit,
+    Fixes,
+    InvalidInput,
     ModelError,
     RankLost,
     StageOutOfMemory,
     StagerunError,
     StoreError,
+    worded,
 )
 
 CODES: tuple[tuple[type[Exception], int], ...] = (
     (ModelError, 3), (DoesNotFit, 4), (MemoryError, 4), (StoreError, 5), (BadResult, 6), (RankLost, 7),
-    (ValueError, 2),
+    (InvalidInput, 2),
 )
 MESSAGE = 4000
+TOLD = 20
+RESUME = "; go on with: "
+# What the command line calls differently than a job does.
+_OPTIONS = {"loras": "--lora", "devices": "--device", "store": "--artifacts", "output": "--out",
+            "modulation_table=False": "--no-modulation-table", "peer_copies=False": "--no-p2p",
+            "degrade=False": "--no-degrade", "download=True": "no plan command"}
 
 
 def refuse(message: str, code: int, error: BaseException | None = None, more: str = "") -> int:
     """Say in a line what is wrong, and how to go on if the error knows, and then `more`; the exit code."""
-    from runner.commands.resumption import noted
-
-    stderr = Tolerant(sys.stderr)
-    stderr.write(f"error: {clean(message[: 2 * MESSAGE])}{'' if error is None else noted(error)}\n{more}")
+    stderr = TolerantStream(sys.stderr)
+    stderr.write(f"error: {clean(message[: 2 * MESSAGE])}{'' if error is None else resume_note(error)}\n{more}")
     stderr.flush()
     return code
 
@@ -41,13 +52,13 @@ def refuse(message: str, code: int, error: BaseException | None = None, more: st
 def failed(app: typer.Typer, error: Exception, words: Sequence[str], *, verbose: bool) -> int:
     """Say what an error was, with commands made of the `words` of this one that would do better; the exit code."""
     if verbose:
-        Tolerant(sys.stderr).write("".join(traceback.format_exception(error)))
+        TolerantStream(sys.stderr).write("".join(traceback.format_exception(error)))
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
     if code != 1:
-        # What a plan was refused for has a line for each rung.
         text = error.said(as_option) if isinstance(error, StagerunError) else str(error)
-        head, *rungs = text.splitlines() if isinstance(error, DoesNotFit) else [text]
-        told = [f"  {clean(rung)}" for rung in rungs] + [f"next: {line}" for line in better(app, error, words)]
+        # What a plan was refused for has a line for each strategy.
+        head, *lines = text.splitlines() if isinstance(error, DoesNotFit) else [text]
+        told = [f"  {clean(line)}" for line in lines] + [f"next: {line}" for line in better(app, error, words)]
         return refuse(head, code, error, "".join(f"{line}\n" for line in told))
     hint = "" if verbose else " -> run again with -v to see where"
     return refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code, error)
@@ -60,17 +71,107 @@ def usage(error: typer.TyperException) -> str:
     return f"{error.message}. Did you mean {close[0]}?" if close else error.format_message()
 
 
+def as_option(name: str, value: str | None) -> str:
+    """A name of the job as the command line has it."""
+    if (whole := _OPTIONS.get(f"{name}={value}")) is not None:
+        return whole
+    option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+    return option if value is None else f"{option} {value if value.startswith(chr(34)) else shlex.quote(value)}"
+
+
+def complain(refused: Iterable[RefusedLine]) -> None:
+    """Say what is left out of a run, the first of it by name."""
+    told = [worded(str(line), as_option) for line in refused]
+    more = [f"error: and {len(told) - TOLD:,} more lines"] if len(told) > TOLD else []
+    say(sys.stderr, [*(f"error: {clean(line)}" for line in told[:TOLD]), *more])
+
+
+def in_options(emit: Emit) -> Emit:
+    """The emit, with what warnings and failures name of a job in the words of the command line."""
+
+    def heard(kind: str, data: Mapping[str, object]) -> None:
+        emit(kind, {**data, "text": worded(str(data["text"]), as_option)} if "text" in data else data)
+
+    return heard
+
+
 def better(app: typer.Typer, error: Exception, words: Sequence[str]) -> list[str]:
     """The commands that would fit, or need less; those that go on with the run where they can."""
-    from runner.commands.resumption import resuming
-    from runner.planning.options import options_of
-
-    if not words:
+    if not words or not isinstance(error, StagerunError):
         return []
-    if isinstance(error, DoesNotFit):
-        return _changed(app, [words], options_of(error.fixes))
-    ways = map(options_of, error.alternatives) if isinstance(error, StageOutOfMemory) else ()
-    return [line for way in ways for line in _changed(app, [resuming(error), words], way)]
+    if isinstance(error, StageOutOfMemory):
+        lines = [_resume_words(error), words]
+        return [line for fixes in error.alternatives for line in _changed(app, lines, options_of(fixes))]
+    return _changed(app, [words], options_of(error.fixes))
+
+
+def options_of(fixes: Fixes) -> dict[str, str]:
+    """Fixes as options with their values; "" leaves an option out, "--place denoise" those for that stage."""
+    return {f"{as_option(fix.field, None)}{f' {fix.component}' if fix.component else ''}":
+            "" if fix.value is None else str(fix.value) for fix in fixes}
+
+
+def again(words: Sequence[str], changes: Mapping[str, str], flags: Collection[str]) -> str:
+    """The shell line of `words` with the `changes`: option to value, "" to leave it out; `flags` take no value.
+
+    "--place denoise" stands for the values of --place for that stage.
+    """
+    dropped = {name: stage for name, _, stage in (change.partition(" ") for change in changes)}
+    kept = [pair for pair in _pairs(words, flags) if not _is_dropped(pair, dropped)]
+    added = [word for name, value in changes.items() if value for word in (name, value)]
+    # What stands behind "--" is no option.
+    at = next((at for at, pair in enumerate(kept) if pair == ("--",)), len(kept))
+    line = ["python", "-m", "runner", *(word for pair in kept[:at] for word in pair), *added,
+            *(word for pair in kept[at:] for word in pair)]
+    return " ".join(map(quoted, line))
+
+
+def quoted(word: str) -> str:
+    """A word as shells read it; what would move the cursor or turn the reading direction is spelled out."""
+    if word.isprintable():
+        return shlex.quote(word)
+    spelled = (f"\\{c}" if c in "\\'" else c if c.isprintable() else f"\\U{ord(c):08x}" for c in word)
+    return f"$'{''.join(spelled)}'"
+
+
+def resume_command(run: str, store: str) -> str:
+    """What to type to go on with a run."""
+    program = ["stagerun"] if Path(sys.argv[0]).name == "stagerun" else ["python", "-m", "runner"]
+    return shlex.join([*program, "resume", run, *(() if store == str(default_store()) else ("--artifacts", store))])
+
+
+@contextmanager
+def resumable(run: str, store: str, emit: Emit) -> Iterator[Emit]:
+    """The emit; an error that comes once the run is recorded leaves with a note that says how to go on."""
+    recorded = False
+
+    def heard(kind: str, data: Mapping[str, object]) -> None:
+        nonlocal recorded
+        recorded = recorded or kind == "stage"
+        emit(kind, data)
+
+    try:
+        yield heard
+    except BaseException as error:
+        if recorded and lasts(store):
+            error.add_note(RESUME + resume_command(run, store))
+        raise
+
+
+def lasts(store: str) -> bool:
+    """Whether a store is there when this process is not."""
+    return store != "memory" and not store.startswith("memory:")
+
+
+def resume_note(error: BaseException) -> str:
+    """How to go on after an error, where `resumable` noted it."""
+    return next((note for note in getattr(error, "__notes__", ()) if note.startswith(RESUME)), "")
+
+
+def _resume_words(error: BaseException) -> list[str]:
+    """The words of the command that goes on after an error, behind the program's; none where there is none."""
+    words = shlex.split(resume_note(error).removeprefix(RESUME))
+    return words[words.index("resume") :] if words else []
 
 
 def _changed(app: typer.Typer, lines: Sequence[Sequence[str]], options: Mapping[str, str]) -> list[str]:
@@ -85,12 +186,22 @@ def _changed(app: typer.Typer, lines: Sequence[Sequence[str]], options: Mapping[
     return []
 
 
-_OPTIONS = {"loras": "--lora", "devices": "--device", "store": "--artifacts", "modulation_table=False":
-            "--no-modulation-table", "peer_copies=False": "--no-p2p", "degrade=False": "--no-degrade"}
+def _pairs(words: Sequence[str], flags: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """The words, each option together with its value."""
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            yield (word,)
+            yield from ((other,) for other in rest)
+        elif word.startswith("--") and "=" not in word and word not in flags:
+            yield word, *(value for value in (next(rest, None),) if value is not None)
+        else:
+            yield (word,)
 
 
-def as_option(name: str, value: str | None) -> str:
-    """A name of the job as the command line has it."""
-    whole = _OPTIONS.get(f"{name}={value}")
-    option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
-    return whole or (option if value is None else f"{option} {value}")
+def _is_dropped(pair: tuple[str, ...], dropped: Mapping[str, str]) -> bool:
+    name, sign, value = pair[0].partition("=")
+    stage = dropped.get(name)
+    if stage is None or (len(pair) == 1 and not sign):
+        return False
+    return not stage or (value if sign else pair[1]).startswith((f"{stage}=", f"{stage}."))

@@ -3,18 +3,18 @@
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from runner.artifacts import open_store
 from runner.artifacts.audit import audit
 from runner.artifacts.garbage import collect
+from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store
-from runner.commands.inspect import warn
-from runner.commands.order import default_store
-from runner.events import Tolerant
+from runner.job import default_store
 from runner.reports.history import described, find_run, row, stages_of
+from runner.terminal import say, warn
 from runner.text import gib, shown
-from stages.errors import StoreError
+from stages.errors import InvalidInput, StoreError
 
 HEAD = ("run", "age", "status", "model", "pictures", "stages done")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -27,9 +27,9 @@ def ls(artifacts: str | None, *, as_json: bool, last: int | None) -> None:
     keys = frozenset(store.keys())
     rows = [row(store, run, keys) for run in (runs if last is None else runs[-last:])]
     if as_json:
-        say([json.dumps({"runs": [each.document() for each in rows]})])
+        say(sys.stdout, [json.dumps({"runs": [each.document() for each in rows]})])
     else:
-        say(table([HEAD, *(each.cells() for each in rows)]) if rows else ["no runs yet"])
+        say(sys.stdout, table([HEAD, *(each.cells() for each in rows)]) if rows else ["no runs yet"])
 
 
 def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
@@ -39,9 +39,9 @@ def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
     sizes = {key: _bytes(store, key) for keys in stages_of(found.record).values() for key in keys}
     facts = row(store, found.run, {key for key, size in sizes.items() if size is not None}, found)
     if as_json:
-        say([json.dumps({**facts.document(), "sizes": sizes, "record": found.record})])
+        say(sys.stdout, [json.dumps({**facts.document(), "sizes": sizes, "record": found.record})])
     else:
-        say(described(facts, found, sizes))
+        say(sys.stdout, described(facts, found, sizes))
 
 
 def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
@@ -53,7 +53,7 @@ def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
             raise StoreError(f"run {run} is going on -> stop it first, with Ctrl-C or by its process")
     for run in found:
         store.drop_run(run)
-    say([json.dumps({"removed": found})] if as_json else found)
+    say(sys.stdout, [json.dumps({"removed": found})] if as_json else found)
 
 
 def gc(artifacts: str | None, *, as_json: bool, older: str, dry: bool) -> None:
@@ -61,10 +61,10 @@ def gc(artifacts: str | None, *, as_json: bool, older: str, dry: bool) -> None:
     garbage = collect(opened(artifacts), older=seconds(older), dry=dry)
     if as_json:
         told = {"artifacts": garbage.artifacts, "files": len(garbage.files), "bytes": garbage.bytes, "dry": dry}
-        say([json.dumps(told)])
+        say(sys.stdout, [json.dumps(told)])
         return
     what = f"{len(garbage.artifacts)} artifacts, {len(garbage.files)} files: {gib(garbage.bytes)}"
-    say([f"would free {what}" if dry else f"freed {what}"])
+    say(sys.stdout, [f"would free {what}" if dry else f"freed {what}"])
 
 
 def verify(artifacts: str | None, *, as_json: bool) -> None:
@@ -74,33 +74,34 @@ def verify(artifacts: str | None, *, as_json: bool) -> None:
     for finding in audit(store):
         found.append(finding)
         if finding.trouble is not None and not as_json:
-            say([f"{finding.kind} {finding.name}: {finding.trouble}"])
+            say(sys.stdout, [f"{finding.kind} {finding.name}: {finding.trouble}"])
     bad = [finding for finding in found if finding.trouble is not None]
     counts = {kind: sum(finding.kind == kind for finding in found) for kind in ("run", "artifact", "object")}
     total = sum(finding.bytes for finding in found)
     if as_json:
-        say([json.dumps({"looked_at": counts, "bytes": total, "damaged": [vars(finding) for finding in bad]})])
+        damaged = [vars(finding) for finding in bad]
+        say(sys.stdout, [json.dumps({"looked_at": counts, "bytes": total, "damaged": damaged})])
     if bad:
         raise StoreError(
             f"{len(bad)} of {len(found)} are damaged: a damaged artifact is computed again when a run needs it, a "
             f"damaged record goes with `runner runs rm`"
         )
     if not as_json:
-        say([f"{counts['artifact']} artifacts and {counts['run']} runs are whole ({gib(total)} read)"])
+        say(sys.stdout, [f"{counts['artifact']} artifacts and {counts['run']} runs are whole ({gib(total)} read)"])
 
 
 def opened(artifacts: str | None, *, readonly: bool = False) -> Store:
     """The store that --artifacts names, or the user's own; StoreError where there is none."""
     if artifacts == "memory":
-        raise StoreError("--artifacts memory is gone with the process that had it -> name a folder or a URL")
+        raise StoreError("`store=memory` is gone with the process that had it -> name a folder or a URL")
     return open_store(artifacts or str(default_store()), warn=warn, readonly=readonly)
 
 
 def seconds(text: str) -> float:
-    """The seconds in a text such as 90s, 30m, 1h, 7d or 0; ValueError for another."""
+    """The seconds in a text such as 90s, 30m, 1h, 7d or 0; InvalidInput for another."""
     match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
     if match is None or (not match[2] and int(match[1])):
-        raise ValueError(f"--older-than {shown(text)}: write such as 90s, 30m, 1h, 7d or 0")
+        raise InvalidInput(f"--older-than {shown(text)}: write such as 90s, 30m, 1h, 7d or 0")
     return float(int(match[1]) * _UNITS[match[2] or "s"])
 
 
@@ -110,17 +111,10 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows]
 
 
-def say(lines: Iterable[str]) -> None:
-    """Write lines to standard output."""
-    out = Tolerant(sys.stdout)
-    out.write("".join(f"{line}\n" for line in lines))
-    out.flush()
-
-
 def _bytes(store: Store, key: str) -> int | None:
-    """The bytes of an artifact; None where it is not there, or damaged."""
+    """The bytes of an artifact; None where it is not there, or damaged; StoreError where it cannot be read."""
     try:
         artifact = store.manifest(key)
-    except ValueError:
+    except Damaged:
         return None
     return None if artifact is None else artifact.bytes

@@ -1,131 +1,85 @@
-"""Ranks and Ray from Python, without a launcher: from a script or a notebook."""
+"""Jobs done by several processes: ranks of this host, or workers of a Ray cluster.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+The process that asks for ranks need not import torch, and has no context on any card.
+"""
 
-import torch
+from collections.abc import Callable
 
-from runner.artifacts import open_store
-from runner.commands.batch import Item
-from runner.commands.cli import Options
-from runner.commands.clustered import absolute
-from runner.commands.make import opened, planned
-from runner.commands.order import Order, default_store, new_run
-from runner.commands.resumption import record_of
 from runner.distributed.process_group import RankProcesses
-from runner.distributed.ray import cluster
-from runner.distributed.results import differing, joined
-from runner.distributed.task import Task
+from runner.distributed.results import RankResult, joined
 from runner.distributed.watchdog import TIMEOUT
-from runner.distributed.worker import REFUSALS
-from runner.engine.run import Report
-from runner.request import Request
-from stages.models.lora import LoraRequest, read_loras
-from stages.pipeline.stage import Emit, silent
+from runner.engine.report import Picture, Report
+from runner.engine.session import open_job_store, prepared
+from runner.events import Emit, silent
+from runner.job import Job
+from runner.placement_options import PROCESSES
+from stages.errors import InvalidInput, from_json
+
+Done = Callable[[Picture], None]
 
 
 def spawn(
-    family: str,
-    requests: Sequence[Request],
-    *,
-    ranks: int | RankProcesses = 2,
-    store: str | Path | None = None,
-    emit: Emit = silent,
-    timeout: float = TIMEOUT,
-    model: str | Path | None = None,
-    revision: str | None = None,
-    dtype: Mapping[str, torch.dtype] | None = None,
-    devices: Sequence[str] = (),
-    max_memory: str | None = None,
-    place: Sequence[str] = (),
-    allow_offload: Literal["cpu", "disk"] | None = None,
-    modulation_table: bool = True,
-    stop_after: str | None = None,
-    loras: Sequence[str | Path | LoraRequest] = (),
+    job: Job, ranks: int | RankProcesses | None = None, *, emit: Emit = silent, done: Done | None = None,
+    timeout: float = TIMEOUT, verbose: bool = False,
 ) -> Report:
-    """Make pictures with several processes, each with its own cards; the report of all of it.
+    """Do a job with several processes of this host, each with its own cards; the report of all of it.
 
-    `ranks` are as many new ones, or `RankProcesses` that are at work already; `store` is a folder or a URL, by default
-    the folder of the command line; the other arguments are those of `make_plan` and `run_all`. Raises what those
-    raise, and RankLost, naming rank, stage and step, for a rank that was killed, failed, left early or hangs for
-    `timeout` seconds.
+    `ranks` are as many new processes (by default 2, or those of a denoise that is tensor parallel), or RankProcesses
+    that are at work already. Pictures go to the files that the job's output names; `done` is told of each in the end.
+    Raises what `make_plan` and `run_all` raise, and RankLost, naming rank, stage and step, for a rank that was killed,
+    failed, left early or does nothing for `timeout` seconds.
     """
+    if job.store == "memory":
+        raise InvalidInput("ranks share a store, and each has a memory of its own -> `store=DIR`, or leave it out")
     if not isinstance(ranks, RankProcesses):
-        with RankProcesses(ranks, timeout=timeout) as crew:
-            return spawn(family, requests, ranks=crew, store=store, emit=emit, model=model, revision=revision,
-                         dtype=dtype, devices=devices, max_memory=max_memory, place=place, stop_after=stop_after,
-                         allow_offload=allow_offload, modulation_table=modulation_table, loras=loras)
-    task = called(family, requests, store=store, model=model, revision=revision, dtype=dtype, devices=devices,
-                  max_memory=max_memory, place=place, allow_offload=allow_offload, stop_after=stop_after,
-                  modulation_table=modulation_table, loras=loras)
-    answer = ranks.work(task.document(), emit)
-    if "refused" in answer:
-        raise _refusal(answer["refused"])
-    if (text := differing(answer["shares"])) is not None:
-        emit("warning", {"text": text})
-    return joined(task.order.run, task.order.requests, answer["shares"], _opened(task.order.store, emit))
+        with RankProcesses(process_count(job, ranks), timeout=timeout, verbose=verbose) as processes:
+            return spawn(job, processes, emit=emit, done=done)
+    outcome = ranks.run(prepared(job).to_json(), emit)
+    if "error" in outcome:
+        raise from_json(outcome["error"])
+    made = Job.from_json(outcome["job"])
+    results = [RankResult.from_json(result) for result in outcome["results"]]
+    report = joined(made, results, open_job_store(made, emit))
+    if done is not None:
+        for picture in report.pictures:
+            done(picture)
+    return report
 
 
-def run_on_ray(
-    family: str,
-    requests: Sequence[Request],
-    *,
-    store: str | Path | None = None,
-    emit: Emit = silent,
-    model: str | Path | None = None,
-    revision: str | None = None,
-    dtype: Mapping[str, torch.dtype] | None = None,
-    devices: Sequence[str] = (),
-    max_memory: str | None = None,
-    place: Sequence[str] = (),
-    allow_offload: Literal["cpu", "disk"] | None = None,
-    modulation_table: bool = True,
-    stop_after: str | None = None,
-    loras: Sequence[str | Path | LoraRequest] = (),
-) -> Report:
-    """Make pictures with workers of a Ray cluster, or of a Ray of this machine's own; the report of all of it.
+def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbose: bool = False) -> Report:
+    """Do a job with workers of a Ray cluster, or of a Ray of this machine's own; the report of all of it.
 
-    The arguments are those of `runner.spawn`; `store` is a folder or URL that all nodes see. Raises what
-    `runner.run_all` raises, and ValueError where Ray is not installed.
+    The job's store is a folder or URL that all nodes see; `done` is told of each picture as soon as it is there.
+    Raises what `run_all` raises, and InvalidInput where Ray is not installed.
     """
-    task = called(family, requests, store=store, model=model, revision=revision, dtype=dtype, devices=devices,
-                  max_memory=max_memory, place=place, allow_offload=allow_offload, stop_after=stop_after,
-                  modulation_table=modulation_table, loras=loras)
-    task = replace(task, order=absolute(task.order))
-    there = opened(task.order, task.said, emit)
-    with cluster.connected() as ray:
-        job, _ = planned(task.order, task.said, machine=cluster.machine(ray, task.order.devices))
-        return cluster.run_all(ray, task, job, store=there, emit=emit, record=record_of(task.order, task.said, job))
+    if job.store == "memory":
+        raise InvalidInput("Ray needs a store that all its workers share -> `store=DIR` or a URL")
+    if job.tensor_parallel is not None:
+        raise InvalidInput("Ray and denoise=tensor_parallel contradict each other -> leave one of them out")
+    # After what can be refused without them: torch and Ray take seconds.
+    from runner.distributed.ray import cluster
+
+    return cluster.run_job(prepared(job), emit=emit, done=done, verbose=verbose)
 
 
-def called(
-    family: str, requests: Sequence[Request], *, store: str | Path | None, model: str | Path | None,
-    revision: str | None, dtype: Mapping[str, torch.dtype] | None, devices: Sequence[str], max_memory: str | None,
-    place: Sequence[str], allow_offload: Literal["cpu", "disk"] | None, modulation_table: bool,
-    stop_after: str | None, loras: Sequence[str | Path | LoraRequest],
-) -> Task:
-    """What a call asks for, as a command line would have said it."""
-    said = Options(
-        ctx=None,  # type: ignore[arg-type]  # no command line is behind them
-        max_memory=max_memory, place=list(place), allow_offload=allow_offload,
-        no_modulation_table=not modulation_table, stop_after=stop_after,  # type: ignore[arg-type]
-    )
-    order = Order(
-        family=family, model=None if model is None else str(model), revision=revision, refused=(),
-        items=tuple(Item(request) for request in requests), run=new_run(), paths=(), devices=tuple(devices),
-        loras=read_loras(loras),
-        dtype={name: str(type_).removeprefix("torch.") for name, type_ in (dtype or {}).items()},
-        store=str(store) if "://" in str(store) else str(Path(store or default_store()).absolute()),
-    )
-    return Task(order, said)
+def process_count(job: Job, ranks: int | None) -> int:
+    """How many processes a job takes; InvalidInput where different counts are asked for, or one alone."""
+    if ranks is not None and not 1 <= ranks <= PROCESSES:
+        raise InvalidInput(f"ranks must be a whole number from 1 to {PROCESSES}, got {ranks}")
+    asked = job.tensor_parallel
+    if asked is None:
+        return 2 if ranks is None else ranks
+    if ranks is not None and asked not in (0, ranks):
+        raise InvalidInput(f"`place=denoise=tensor_parallel:{asked}` and `ranks={ranks}` contradict each other -> "
+                           f"leave one of them out")
+    found = asked or ranks or len(job.devices) or _devices()
+    if found < 2:
+        raise InvalidInput("`place=denoise=tensor_parallel` needs several cards, and there is one device -> leave it "
+                           "out; on a CPU, `ranks=2` says how many processes")
+    return found
 
 
-def _opened(path: str, emit: Emit) -> Any:
-    return open_store(path, warn=lambda text: emit("warning", {"text": text}))
+def _devices() -> int:
+    from stages.machine import probe
 
-
-def _refusal(refused: Mapping[str, str]) -> Exception:
-    kind = next(kind for kind in REFUSALS if kind.__name__ == refused["kind"])
-    return kind(refused["text"])
+    return len(probe().devices)

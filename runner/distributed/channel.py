@@ -1,58 +1,56 @@
 """How ranks talk: through a pipe to the process that spawned them, or through the key-value store of a launcher.
 
-Everything said is JSON, and there is little of it: the task once, a beat a second, and the share of each rank in the
+Everything said is JSON, and there is little of it: the job once, a beat a second, and the result of each rank in the
 end.
 """
 
 import json
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NoReturn, Protocol
+
+import psutil
 
 from runner.distributed.env import Rank
 from runner.distributed.watchdog import TIMEOUT, Watchdog
-from runner.events import Tolerant
-from runner.text import clean
 from stages.errors import RankLost
 
 PIPE = "STAGERUN_PIPE"
 LOST = 7
 _POLL = 0.2
-Said = Mapping[str, Any]
+Message = Mapping[str, Any]
 
 
 class Channel(Protocol):
     """What a rank needs of the others."""
 
-    def publish(self, task: Said) -> None:
-        """Give every other rank its task; the first rank's to do."""
+    def publish(self, job: Message) -> None:
+        """Give every other rank its job; the first rank's to do."""
 
-    def task(self) -> dict[str, Any]:
-        """The task that the first rank published; waits for it."""
+    def receive_job(self) -> dict[str, Any]:
+        """The job that the first rank published; waits for it."""
 
-    def hand_in(self, share: Said) -> None:
+    def hand_in(self, result: Message) -> None:
         """Give the first rank what this one did."""
 
-    def shares(self) -> list[dict[str, Any]]:
+    def results(self) -> list[dict[str, Any]]:
         """What every other rank did, by rank; waits for all of it."""
 
-    def beat(self, beat: Said) -> None:
+    def beat(self, beat: Message) -> None:
         """Tell whoever watches that this rank lives."""
 
-    def fail(self, text: str) -> NoReturn:
+    def fail(self, error: RankLost) -> NoReturn:
         """End this rank, and have whoever is to say so say why."""
 
 
 class Pipe:
-    """The link of a rank that `spawn` started: every message goes to that process, which passes it on."""
+    """The channel of a rank that `spawn` started: every message goes to that process, which passes it on."""
 
     def __init__(self, connection: "Connection[Any, Any]") -> None:
         self._connection = connection
@@ -63,99 +61,97 @@ class Pipe:
         """The pipe that the environment names."""
         return cls(Connection(int(os.environ.pop(PIPE))))
 
-    def send(self, kind: str, said: Said) -> None:
+    def send(self, kind: str, message: Message) -> None:
         """Say something; the process ends where nobody is left to hear it."""
         try:
             with self._lock:
-                self._connection.send_bytes(json.dumps({"kind": kind, "said": said}, default=str).encode())
+                self._connection.send_bytes(json.dumps({"kind": kind, "message": message}, default=str).encode())
         except OSError:
             os._exit(LOST)
 
     def receive(self, kind: str) -> Any:
         """What the other end says next; None once it is closed."""
         try:
-            message = json.loads(self._connection.recv_bytes())
+            received = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             return None
-        assert message["kind"] == kind, f"expected {kind}, got {message['kind']}"
-        return message["said"]
+        assert received["kind"] == kind, f"expected {kind}, got {received['kind']}"
+        return received["message"]
 
-    def publish(self, task: Said) -> None:
-        self.send("task", task)
+    def publish(self, job: Message) -> None:
+        self.send("published", job)
 
-    def task(self) -> dict[str, Any]:
-        return self._expected("task")
+    def receive_job(self) -> dict[str, Any]:
+        return self._expected("published")
 
-    def hand_in(self, share: Said) -> None:
-        self.send("share", share)
+    def hand_in(self, result: Message) -> None:
+        self.send("result", result)
 
-    def shares(self) -> list[dict[str, Any]]:
-        return list(self._expected("shares")["shares"])
+    def results(self) -> list[dict[str, Any]]:
+        return list(self._expected("results")["results"])
 
-    def beat(self, beat: Said) -> None:
+    def beat(self, beat: Message) -> None:
         self.send("beat", beat)
 
-    def fail(self, text: str) -> NoReturn:
-        self.send("failed", {"text": text})
+    def fail(self, error: RankLost) -> NoReturn:
+        self.send("failed", error.to_json())
         raise SystemExit(LOST)
 
     def _expected(self, kind: str) -> dict[str, Any]:
-        said = self.receive(kind)
-        if said is None:
+        message = self.receive(kind)
+        if message is None:
             os._exit(LOST)
-        return dict(said)
+        return dict(message)
 
 
 class Launcher:
-    """The link of a rank that a launcher started: the key-value store that it keeps at MASTER_ADDR:MASTER_PORT.
+    """The channel of a rank that a launcher started: the key-value store that it keeps at MASTER_ADDR:MASTER_PORT.
 
-    The first rank watches over all others, and they over the first; who finds one lost says so and ends its own
-    process, upon which the launcher ends the rest.
+    The first rank watches over all others, and they over the first; who finds one lost says so to `tell` and ends its
+    own process, upon which the launcher ends the rest.
     """
 
-    def __init__(self, rank: Rank, timeout: float = TIMEOUT) -> None:
+    def __init__(self, rank: Rank, tell: Callable[[RankLost], None], timeout: float = TIMEOUT) -> None:
         from torch.distributed.rendezvous import rendezvous
 
-        self._rank, self._timeout = rank, timeout
+        self._rank, self._tell = rank, tell
         try:
             self._store = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
         except (ValueError, RuntimeError) as error:
             text = str(error).splitlines()[0]
             raise RankLost(f"rank {rank.rank} cannot reach the others: {text}") from None
         self._others = range(1, rank.size) if rank.first else range(1)
-        self._watch = Watchdog(self._others, timeout)
+        self._watchdog = Watchdog(self._others, timeout)
 
-    def publish(self, task: Said) -> None:
-        self._set("task", task)
+    def publish(self, job: Message) -> None:
+        self._set("job", job)
 
-    def task(self) -> dict[str, Any]:
-        return self._wait("task")
+    def receive_job(self) -> dict[str, Any]:
+        return self._wait("job")
 
-    def hand_in(self, share: Said) -> None:
-        self._set(f"share/{self._rank.rank}", share)
+    def hand_in(self, result: Message) -> None:
+        self._set(f"result/{self._rank.rank}", result)
         self._set(f"end/{self._rank.rank}", {})
 
-    def shares(self) -> list[dict[str, Any]]:
-        found = [self._wait(f"share/{rank}") for rank in self._others]
+    def results(self) -> list[dict[str, Any]]:
+        found = [self._wait(f"result/{rank}") for rank in self._others]
         self._set("end/0", {})
         return found
 
-    def beat(self, beat: Said) -> None:
+    def beat(self, beat: Message) -> None:
         self._set(f"beat/{self._rank.rank}", {**beat, "pid": os.getpid()})
         self._look()
-        lost = self._watch.lost()
+        lost = self._watchdog.lost()
         if lost is None:
             return
         if self._speaks():
-            stderr = Tolerant(sys.stderr)
-            stderr.write(f"error: {clean(str(RankLost(lost[1])))}\n")
-            stderr.flush()
+            self._tell(RankLost(lost[1]))
         self._kill(lost[0])
         os._exit(LOST)
 
-    def fail(self, text: str) -> NoReturn:
+    def fail(self, error: RankLost) -> NoReturn:
         self._set(f"end/{self._rank.rank}", {})
-        raise RankLost(text)
+        raise error
 
     def culprit(self) -> str | None:
         """Which of those that this rank watches was gone before the launcher asked this one to stop, if one was."""
@@ -163,10 +159,10 @@ class Launcher:
         deadline = time.monotonic() + 4.0
         while time.monotonic() < deadline:
             self._look()
-            if dead := self._watch.silent(3.0):
-                text = f"rank {dead[0]} was killed or left early, last {self._watch.where(dead[0])}"
+            if dead := self._watchdog.silent(3.0):
+                text = f"rank {dead[0]} was killed or left early, last {self._watchdog.where(dead[0])}"
                 return text if self._speaks() else None
-            if not self._watch.silent(-1.0):
+            if not self._watchdog.silent(-1.0):
                 break
             time.sleep(_POLL)
         return None
@@ -174,18 +170,17 @@ class Launcher:
     def _kill(self, rank: int) -> None:
         """End a rank of this host that hangs: a launcher would only ask it to, and wait for half a minute."""
         pid = int((self._get(f"beat/{rank}") or {}).get("pid", 0))
-        stat = Path(f"/proc/{pid}/stat")
         # The number may be that of a process on another host: only a child of our own parent is meant.
-        if pid and stat.exists() and int(stat.read_text().rpartition(")")[2].split()[1]) == os.getppid():
-            with suppress(ProcessLookupError):
+        with suppress(psutil.Error, ProcessLookupError):
+            if pid and psutil.Process(pid).ppid() == os.getppid():
                 os.kill(pid, signal.SIGKILL)
 
     def _look(self) -> None:
         for rank in self._others:
             if (beat := self._get(f"beat/{rank}")) is not None:
-                self._watch.see(rank, beat)
+                self._watchdog.see(rank, beat)
             if self._get(f"end/{rank}") is not None:
-                self._watch.end(rank)
+                self._watchdog.end(rank)
 
     def _speaks(self) -> bool:
         """Whether it is on this rank to say what is wrong: several may find the first rank lost."""
@@ -193,9 +188,9 @@ class Launcher:
         with _served():
             return bool(self._store.compare_set("speaks", "", me) == me.encode())
 
-    def _set(self, key: str, said: Said) -> None:
+    def _set(self, key: str, message: Message) -> None:
         with _served():
-            self._store.set(key, json.dumps(said, default=str))
+            self._store.set(key, json.dumps(message, default=str))
 
     def _get(self, key: str) -> dict[str, Any] | None:
         with _served():

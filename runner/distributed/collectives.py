@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,33 +18,31 @@ from torch import distributed
 
 from runner.distributed.env import Rank
 from runner.distributed.heartbeat import Heartbeat
+from runner.engine.stage_runner import WorkItem
 
-# Whoever is lost is noticed by its pulse, long before.
+# Whoever is lost is noticed by its heartbeat, long before.
 _LONGEST = timedelta(days=7)
 _PATIENCE = 10.0
 
 
-@dataclass
-class Collectives:
-    """One of the ranks that meet at the file `meeting`, for a `with` statement; it computes on `device`."""
+class RankCollectives:
+    """The process group of ranks that meet at the file `rendezvous`, for a `with` statement; this is on `device`."""
 
-    rank: Rank
-    device: str
-    meeting: Path
-    pulse: Heartbeat
+    def __init__(self, rank: Rank, device: str, rendezvous: Path, heartbeat: Heartbeat) -> None:
+        self._rank, self._device, self._rendezvous, self._heartbeat = rank, device, rendezvous, heartbeat
 
-    def __enter__(self) -> "Collectives":
+    def __enter__(self) -> "RankCollectives":
         # Names of hosts may lead anywhere, and all of these processes are on this one.
         if Path("/sys/class/net/lo").exists():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        device = torch.device(self.device)
+        device = torch.device(self._device)
         backend = "cpu:gloo"
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index)
             backend += f",{device.type}:{distributed.get_default_backend_for_device(device)}"
-        with self.pulse.waiting():
-            distributed.init_process_group(backend, init_method=f"file://{self.meeting}", rank=self.rank.rank,
-                                           world_size=self.rank.size, timeout=_LONGEST)
+        with self._heartbeat.waiting():
+            distributed.init_process_group(backend, init_method=f"file://{self._rendezvous}", rank=self._rank.rank,
+                                           world_size=self._rank.size, timeout=_LONGEST)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -54,40 +52,41 @@ class Collectives:
             # A rank whose others are gone knows least of why: whoever watches over all should see those first.
             time.sleep(_PATIENCE)
 
-    def begin(self, keys: Sequence[str], before: Sequence[str] | None, todo: Sequence[int]) -> None:
-        """The first rank tells the others what it begins; of those nothing is heard."""
-        if self.rank.first:
-            self._tell({"keys": list(keys), "before": list(before or ()), "todo": list(todo)})
+    def begin(self, items: Sequence[WorkItem]) -> None:
+        """The first rank tells the others what is to be made; of those nothing is heard."""
+        if self._rank.first:
+            self._send({"items": [asdict(item) for item in items]})
 
-    def over(self) -> None:
+    def end(self) -> None:
         """The first rank tells the others that there is nothing more to do."""
-        self._tell({})
+        self._send({})
 
-    def next(self) -> Mapping[str, Any] | None:
-        """What the first rank begins; None when it is over."""
-        return self._told() or None
+    def next_items(self) -> list[WorkItem] | None:
+        """What the first rank begins; None when there is no more."""
+        said = self._receive()
+        return [WorkItem(**{**item, "requests": tuple(item["requests"])}) for item in said["items"]] if said else None
 
-    def agreed(self, wish: bool) -> bool:
-        """What the first rank wishes."""
-        if not self.rank.first:
-            return bool(self._told()["agreed"])
-        self._tell({"agreed": wish})
-        return wish
+    def broadcast_flag(self, flag: bool) -> bool:
+        """The flag of the first rank."""
+        if not self._rank.first:
+            return bool(self._receive()["flag"])
+        self._send({"flag": flag})
+        return flag
 
-    def stopping(self, wish: bool) -> bool:
+    def any_stopping(self, stopping: bool) -> bool:
         """Whether any of the ranks must stop."""
-        asked = torch.tensor([int(wish)])
+        asked = torch.tensor([int(stopping)])
         distributed.all_reduce(asked, distributed.ReduceOp.MAX)
         return bool(asked.item())
 
-    def _tell(self, said: Mapping[str, Any]) -> None:
-        data = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+    def _send(self, message: Mapping[str, Any]) -> None:
+        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
         distributed.broadcast(torch.tensor([len(data)]), 0)
         distributed.broadcast(data, 0)
 
-    def _told(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         length = torch.zeros(1, dtype=torch.int64)
-        with self.pulse.waiting():
+        with self._heartbeat.waiting():
             distributed.broadcast(length, 0)
         data = torch.empty(int(length.item()), dtype=torch.uint8)
         distributed.broadcast(data, 0)

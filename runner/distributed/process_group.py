@@ -1,4 +1,4 @@
-"""A crew: ranks in processes of their own on this host, watched over by the process that started them."""
+"""Ranks in processes of their own on this host, watched over by the process that started them."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 
 from runner.distributed.channel import PIPE
 from runner.distributed.watchdog import TIMEOUT, Watchdog
+from runner.events import Emit, from_wire
 from runner.text import clean
-from stages.errors import RankLost
+from stages.errors import RankLost, from_json
 
 WORKER = (sys.executable, "-P", "-m", "runner.distributed.worker")
 GRACE = 30.0
@@ -27,17 +28,22 @@ _TAIL = 2000
 
 @dataclass
 class RankProcess:
-    """One rank as its crew sees it; `told` is what it said last of each kind."""
+    """One rank as the process that started it sees it."""
 
     rank: int
+    """Its number."""
     process: "subprocess.Popen[bytes]"
+    """The process that it is."""
     line: "Connection[Any, Any]"
-    errors: BinaryIO | None
+    """What it is told and heard through."""
+    errors: BinaryIO
+    """What it wrote to its standard error."""
     told: dict[str, Any] = field(default_factory=dict)
+    """What it said last, by kind."""
 
-    def send(self, kind: str, said: Mapping[str, Any]) -> None:
+    def send(self, kind: str, message: Mapping[str, Any]) -> None:
         """Say something without waiting until it is heard: a rank that is stopped does not listen."""
-        data = json.dumps({"kind": kind, "said": said}).encode()
+        data = json.dumps({"kind": kind, "message": message}).encode()
         threading.Thread(target=self._send, args=(data,), daemon=True).start()
 
     def _send(self, data: bytes) -> None:
@@ -54,8 +60,6 @@ class RankProcess:
         return f"was killed by {name}{hint}{self._last_words()}"
 
     def _last_words(self) -> str:
-        if self.errors is None:
-            return ""
         self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - _TAIL))
         words = self.errors.read().decode(errors="replace").strip()
         return f"; its last words: {clean(words)}" if words else ""
@@ -64,14 +68,15 @@ class RankProcess:
 class RankProcesses:
     """`size` ranks on this host, for a `with` statement; leaving it ends every one of them.
 
-    The ranks are new interpreters, not forks, so that it does not matter what this process did with its cards. Their
-    standard output goes nowhere; with `speaking`, that of the first rank, and all errors, go where this process's go.
+    The ranks are new interpreters, not forks, so that it does not matter what this process did with its cards. What
+    they write goes nowhere, or with `verbose` to this process's standard error.
     """
 
     def __init__(
-        self, size: int, *, timeout: float = TIMEOUT, speaking: bool = False, command: Sequence[str] = WORKER
+        self, size: int, *, timeout: float = TIMEOUT, verbose: bool = False, command: Sequence[str] = WORKER
     ) -> None:
-        self.size, self._timeout, self._speaking, self._command = size, timeout, speaking, tuple(command)
+        """A rank is lost after `timeout` seconds in which it does nothing."""
+        self.size, self._timeout, self._verbose, self._command = size, timeout, verbose, tuple(command)
         self.members: list[RankProcess] = []
 
     def __enter__(self) -> "RankProcesses":
@@ -90,23 +95,53 @@ class RankProcesses:
                 member.line.close()
         self._end(None if error is None else signal.SIGINT if kind is KeyboardInterrupt else signal.SIGTERM)
 
-    def work(self, job: Mapping[str, Any], hear: Callable[[str, Mapping[str, Any]], None]) -> Any:
-        """Have the crew do a job that the first rank is told of; what it gives back.
+    def run(self, job: Mapping[str, Any], emit: Emit) -> Any:
+        """Have the ranks do a job that the first of them is told of; what comes of it, as JSON.
 
-        `hear` is called with what the ranks have to tell meanwhile. Raises RankLost naming the first rank that was
-        killed, failed, left or hangs.
+        `emit` hears what the ranks have to tell meanwhile. Raises RankLost naming the first rank that was killed,
+        failed, left or hangs.
         """
-        watch = Watchdog(range(self.size), self._timeout)
+        watchdog = Watchdog(range(self.size), self._timeout)
         for member in self.members:
             member.told.clear()
         self.members[0].send("job", job)
-        while "result" not in self.members[0].told:
-            self._listen(watch, hear)
-            if (lost := watch.lost()) is not None:
+        while "outcome" not in self.members[0].told:
+            self.listen(watchdog, emit)
+            if (lost := watchdog.lost()) is not None:
                 # One that hangs may be stopped, and would answer no other signal.
                 self.members[lost[0]].process.kill()
                 raise RankLost(lost[1])
-        return self.members[0].told["result"]
+        return self.members[0].told["outcome"]
+
+    def listen(self, watchdog: Watchdog, emit: Emit) -> None:
+        """Take in what the ranks say, or wait for half a second."""
+        ready = wait([member.line for member in self.members], timeout=0.5)
+        for member in self.members:
+            if member.line in ready:
+                try:
+                    received = json.loads(member.line.recv_bytes())
+                except (EOFError, OSError):
+                    raise RankLost(
+                        f"rank {member.rank} {member.ending()}, last {watchdog.where(member.rank)}") from None
+                self._take(member, received["kind"], received["message"], watchdog, emit)
+
+    def _take(
+        self, member: RankProcess, kind: str, message: Mapping[str, Any], watchdog: Watchdog, emit: Emit
+    ) -> None:
+        member.told[kind] = message
+        if kind == "beat":
+            watchdog.see(member.rank, message)
+        elif kind == "failed":
+            raise from_json(message)
+        elif kind == "published":
+            for other in self.members[1:]:
+                other.send("published", message)
+        elif kind == "result":
+            watchdog.end(member.rank)
+            if all("result" in other.told for other in self.members[1:]):
+                self.members[0].send("results", {"results": [other.told["result"] for other in self.members[1:]]})
+        elif kind == "event":
+            emit(*from_wire(message))
 
     def _end(self, number: signal.Signals | None) -> None:
         """Wait until every process is gone: first asked by a signal that it can answer, at last by one it cannot."""
@@ -122,8 +157,7 @@ class RankProcesses:
                 with suppress(subprocess.TimeoutExpired):
                     member.process.wait(GRACE)
                 member.line.close()
-                if member.errors is not None:
-                    member.errors.close()
+                member.errors.close()
 
     def _signal(self, number: signal.Signals | None) -> None:
         for member in self.members:
@@ -132,7 +166,7 @@ class RankProcesses:
 
     def _started(self, rank: int) -> RankProcess:
         ours, theirs = socket.socketpair()
-        quiet = None if self._speaking else tempfile.TemporaryFile()  # noqa: SIM115  # closed by _end
+        errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by _end
         numbers = {"RANK": rank, "WORLD_SIZE": self.size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.size,
                    PIPE: theirs.fileno()}
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.size))}
@@ -141,40 +175,11 @@ class RankProcesses:
             process = subprocess.Popen(
                 self._command,
                 env=threads | os.environ | paths | {name: str(value) for name, value in numbers.items()},
-                stdin=None if self._speaking and rank == 0 else subprocess.DEVNULL,
-                stdout=None if self._speaking and rank == 0 else subprocess.DEVNULL,
-                stderr=quiet,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=None if self._verbose else errors,
                 pass_fds=[theirs.fileno()],
                 # A terminal's Ctrl-C goes to the whole group; here it is this process that passes it on, once.
                 start_new_session=True,
             )
-        return RankProcess(rank, process, Connection(ours.detach()), quiet)
-
-    def _listen(self, watch: Watchdog, hear: Callable[[str, Mapping[str, Any]], None]) -> None:
-        ready = wait([member.line for member in self.members], timeout=0.5)
-        for member in self.members:
-            if member.line in ready:
-                try:
-                    message = json.loads(member.line.recv_bytes())
-                except (EOFError, OSError):
-                    raise RankLost(f"rank {member.rank} {member.ending()}, last {watch.where(member.rank)}") from None
-                self._heard(member, message["kind"], message["said"], watch, hear)
-
-    def _heard(
-        self, member: RankProcess, kind: str, said: Mapping[str, Any], watch: Watchdog,
-        hear: Callable[[str, Mapping[str, Any]], None],
-    ) -> None:
-        member.told[kind] = said
-        if kind == "beat":
-            watch.see(member.rank, said)
-        elif kind == "failed":
-            raise RankLost(str(said["text"]))
-        elif kind == "task":
-            for other in self.members[1:]:
-                other.send("task", said)
-        elif kind == "share":
-            watch.end(member.rank)
-            if all("share" in other.told for other in self.members[1:]):
-                self.members[0].send("shares", {"shares": [other.told["share"] for other in self.members[1:]]})
-        elif kind == "event":
-            hear(said["kind"], said["data"])
+        return RankProcess(rank, process, Connection(ours.detach()), errors)

@@ -1,154 +1,140 @@
-"""What a rank does: its share of an order, on its own cards, with the others told of nothing but the result."""
+"""What a rank does: its share of a job, on its own cards, with the others told of nothing but the result."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from runner.commands.order import Order
-from runner.commands.results import Writer
-from runner.commands.resumption import record_of
+from runner.artifacts import ForwardingStore, Store
 from runner.distributed.channel import Channel
 from runner.distributed.env import Rank, part, share
 from runner.distributed.heartbeat import Heartbeat
-from runner.distributed.task import Task, read_task
-from runner.events import Emit
-from runner.planning.parallel import wished
-from stages.errors import BadResult, StoreError
+from runner.distributed.results import RankResult, differing, recorded
+from runner.engine.keys import artifact_keys
+from runner.engine.report import Failure
+from runner.engine.run import record_of, run_all
+from runner.engine.session import open_job_store
+from runner.engine.stage_runner import Collectives
+from runner.events import Emit, tee
+from runner.job import Job
+from runner.media.writer import PictureWriter, labelled
+from runner.planning.plan import Plan
+from runner.planning.planner import make_plan
+from stages.card_test import check_cards
+from stages.errors import BadResult, RankLost, StagerunError, StoreError
+from stages.machine import Machine, probe
 
-if TYPE_CHECKING:
-    from runner.artifacts import ArtifactStore
-    from runner.distributed.collectives import Collectives
-    from runner.planning.plan import Plan
-    from stages.machine import Machine
 
-
-class RankStore:
+class RankStore(ForwardingStore):
     """A store as one rank uses it: a wait for another is no idleness, and there is one record for the whole run.
 
-    Only the first rank, which knows `whole`, writes the record.
+    Only the first rank, which knows what the record says of the `whole` run, writes it.
     """
 
-    def __init__(self, store: "ArtifactStore", pulse: Heartbeat, whole: Mapping[str, Any] | None) -> None:
-        self._store, self._pulse, self._whole = store, pulse, whole
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+    def __init__(self, store: Store, heartbeat: Heartbeat, whole: Mapping[str, Any] | None) -> None:
+        super().__init__(store)
+        self._heartbeat, self._whole = heartbeat, whole
+        self.last: Mapping[str, Any] = {}
 
     @contextmanager
     def working(self, key: str) -> Iterator[None]:
         """Only one process at a time is inside for `key`."""
-        inside = self._store.working(key)
-        with self._pulse.waiting():
-            inside.__enter__()
-        try:
+        with ExitStack() as stack:
+            with self._heartbeat.waiting():
+                stack.enter_context(super().working(key))
             yield
-        finally:
-            inside.__exit__(None, None, None)
 
     def save_run(self, run: str, record: Mapping[str, object]) -> None:
         """Keep the record of the whole run, which is not done when a share of it is."""
+        self.last = record
         if self._whole is not None:
             status = "running" if record["status"] == "done" else record["status"]
-            self._store.save_run(run, {**record, **self._whole, "status": status})
+            super().save_run(run, {**record, **self._whole, "status": status})
 
 
 class RankWorker:
-    """One rank with its link to the others; `emit` hears of its own work."""
+    """One rank with its channel to the others; `emit` hears of its own work."""
 
-    def __init__(self, rank: Rank, link: Channel, pulse: Heartbeat, emit: Emit) -> None:
-        self.rank, self.link, self.pulse, self.emit = rank, link, pulse, emit
+    def __init__(self, rank: Rank, channel: Channel, heartbeat: Heartbeat, emit: Emit) -> None:
+        self.rank, self.channel, self.heartbeat = rank, channel, heartbeat
+        self.emit = tee(heartbeat, emit)
 
-    def lead(self, task: Task, store: "ArtifactStore") -> tuple[Order, list[dict[str, Any]]]:
-        """Have all ranks do the task, this one its share of it; the order less what its model cannot make, and all
-        shares, by rank.
+    def run_rank0(self, job: Job) -> tuple[Job, list[RankResult]]:
+        """Have all ranks do the job, this one its share of it; the job as it was done, and all results.
 
-        Errors of the order or the model are raised before any other rank begins.
+        Errors of the job or the model are raised before any other rank begins.
         """
-        if wished(task.said.place) is not None:
-            from runner.distributed.tensor_parallel import lead
-
-            return lead(self, task, store)
-        job, task = self.planned(task, part(probed(task), self.rank))
-        whole = whole_of(task, job)
-        store.save_run(task.order.run, {**whole, "status": "running"})
-        self.link.publish(task.document())
+        store = open_job_store(job, self.emit)
+        plan = self.planned(job, part(usable_machine(job), self.rank))
+        whole = self.begun(plan, store)
+        self.channel.publish({"job": plan.job.to_json()})
         with self.answering():
-            positions = share(len(task.order.items), self.rank.rank, self.rank.size)
-            mine = self.work(task, job, cast("ArtifactStore", RankStore(store, self.pulse, whole)), positions)
-            with self.pulse.waiting():
-                shares = [mine, *self.link.shares()]
-            store.save_run(task.order.run, {**store.load_run(task.order.run), "status": "done"})
-        return task.order, shares
+            positions = share(len(plan.requests), self.rank.rank, self.rank.size)
+            mine = self.work(plan, RankStore(store, self.heartbeat, whole), positions)
+            return plan.job, self.gathered(plan.job, store, mine)
 
-    def follow(self, document: Mapping[str, Any]) -> dict[str, Any]:
-        """Do this rank's share of a task that the first one published."""
-        from runner.commands.make import opened
-
+    def run_rank(self, message: Mapping[str, Any]) -> RankResult:
+        """Do this rank's share of a job that the first one published."""
         with self.answering():
-            task = read_task(document)
-            store = opened(task.order, task.said, self.emit)
-            self.check_shared(store, task)
-            if "company" in document:
-                from runner.distributed.tensor_parallel import follow
+            job = Job.from_json(message["job"])
+            store = open_job_store(job, self.emit)
+            check_shared(store, job, f"rank {self.rank.rank}")
+            plan = self.planned(job, part(usable_machine(job), self.rank))
+            positions = share(len(plan.requests), self.rank.rank, self.rank.size)
+            return self.work(plan, RankStore(store, self.heartbeat, None), positions)
 
-                return follow(self, task, store, document["company"])
-            job, task = self.planned(task, part(probed(task), self.rank))
-            positions = share(len(task.order.items), self.rank.rank, self.rank.size)
-            return self.work(task, job, cast("ArtifactStore", RankStore(store, self.pulse, None)), positions)
-
-    def planned(self, task: Task, machine: "Machine") -> tuple["Plan", Task]:
-        """The plan of the whole order for these cards: what it decides does not depend on the share."""
-        from runner.commands.make import planned
-
+    def planned(self, job: Job, machine: Machine) -> Plan:
+        """The plan of the whole job for these cards: what it decides does not depend on the share."""
         self.emit("begin", {"what": "planning"})
-        job, order = planned(task.order, task.said, machine=machine)
-        return job, replace(task, order=order)
+        plan = make_plan(job, machine=machine)
+        # What the job repeats is for the first rank alone to check.
+        return replace(plan, job=replace(plan.job, origin=None))
+
+    def begun(self, plan: Plan, store: Store) -> dict[str, Any]:
+        """Keep the record of the whole run, and give it."""
+        whole = record_of(plan, plan.job.run, artifact_keys(plan))
+        store.save_run(plan.job.run, {**whole, "status": "running"})
+        return whole
+
+    def gathered(self, job: Job, store: Store, mine: RankResult) -> list[RankResult]:
+        """The results of all ranks, once all are done; the record of the run then says so."""
+        with self.heartbeat.waiting():
+            results = [mine, *map(RankResult.from_json, self.channel.results())]
+        store.save_run(job.run, {**store.load_run(job.run), **recorded(results), "status": "done"})
+        for result in results[1:]:
+            for data in result.written:
+                self.emit("picture", data)
+        if (text := differing(results)) is not None:
+            self.emit("warning", {"text": text})
+        return results
 
     def work(
-        self, task: Task, job: "Plan", store: "ArtifactStore", positions: range, company: "Collectives | None" = None
-    ) -> dict[str, Any]:
-        """Do the part of the task at these positions; what came of it."""
-        from runner.distributed.results import Share
-        from runner.engine.run import run_all
-        from runner.engine.stage_runner import Failure
-
+        self, plan: Plan, store: RankStore, positions: Sequence[int], collectives: Collectives | None = None
+    ) -> RankResult:
+        """Do the requests at these positions; what came of it."""
         if not positions:
-            return Share(self.rank.rank, positions).document()
-        own = slice(positions.start, positions.stop)
-        order = replace(task.order, items=task.order.items[own], paths=task.order.paths[own])
-        cards: dict[int, Mapping[str, Any]] = {}
-        writer = Writer(order, task.said, self.emit, cards.__setitem__)
+            return RankResult(self.rank.rank, ())
+        own, at = plan.only(positions), tuple(positions)
+        heard = Heard(self.emit, positions, len(plan.requests))
+        failures: list[Failure] = []
+        writer = PictureWriter(own.job, heard, lambda position, text: failures.append(
+            Failure(position, "decode", text)))
         try:
-            report = run_all(
-                replace(job, requests=order.requests), store=store, emit=self._heard(task, writer.hear),
-                name=order.run, stop_after=task.said.stop_after, from_stage=task.said.from_stage,
-                done=writer.keep if order.paths else None, degrade=not task.said.no_degrade,
-                step_every=order.step_every,
-                company=company,
-            )
+            report = run_all(own, store=store, emit=labelled(own.job, heard), collectives=collectives,
+                             done=writer.write if own.job.output.paths else None)
         except BadResult as error:
             # Other ranks may do better: it is for the whole run to say whether anything came of it.
-            lost = [Failure(index, self.pulse.stage, str(error)) for index in range(len(positions))]
-            return Share(self.rank.rank, positions, failures=lost).document()
-        return Share(self.rank.rank, positions, report, cards, [*report.failures, *writer.failures]).document()
-
-    def _heard(self, task: Task, hear: Emit) -> Emit:
-        """The emit of this rank's work, which begins by telling of the whole run."""
-
-        def emit(kind: str, data: Mapping[str, Any]) -> None:
-            hear(kind, {**data, "requests": len(task.order.items)} if kind == "run" else data)
-
-        return emit
-
-    def check_shared(self, store: "ArtifactStore", task: Task) -> None:
-        try:
-            store.load_run(task.order.run)
-        except StoreError:
-            raise StoreError(
-                f"run {task.order.run} is not in {task.order.store} as rank {self.rank.rank} sees it -> ranks on "
-                f"several hosts need one store that all of them see: --artifacts DIR or URL"
-            ) from None
+            lost = tuple(Failure(position, self.heartbeat.stage, error.text) for position in at)
+            return RankResult(self.rank.rank, at, failures=lost, recorded=_recorded(store, at))
+        failures += report.failures
+        return RankResult(
+            self.rank.rank, at,
+            made=tuple(at[own.job.positions[picture.index]] for picture in report.pictures),
+            facts=dict(report.pictures[0].facts) if report.pictures else {},
+            failures=tuple(replace(failure, index=at[failure.index]) for failure in failures),
+            changes=report.changes, device_map=report.device_map, stages=report.stages, keys=report.keys,
+            written=tuple(heard.written), recorded=_recorded(store, at),
+        )
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -156,21 +142,42 @@ class RankWorker:
         try:
             yield
         except Exception as error:  # whatever it is, the others must hear of it
-            text = f"{type(error).__name__}: {error}" if type(error).__module__ == "builtins" else str(error)
-            self.link.fail(f"rank {self.rank.rank} failed {self.pulse.where}: {text}")
+            cause = error if isinstance(error, StagerunError) else StagerunError(f"{type(error).__name__}: {error}")
+            self.channel.fail(RankLost(f"rank {self.rank.rank} failed {self.heartbeat.where}: {cause.text}",
+                                       cause.fixes, cause.alternatives))
 
 
-def probed(task: Task) -> "Machine":
-    """This host, as far as the task may use it; ValueError for a card that cannot compute."""
-    from stages.card_test import able
-    from stages.machine import probe
+class Heard:
+    """An emit for one rank's share of a run, which is told as part of the whole."""
 
-    return able(probe(task.order.devices))
+    def __init__(self, emit: Emit, positions: Sequence[int], requests: int) -> None:
+        self._emit, self._positions, self._requests = emit, positions, requests
+        self.written: list[Mapping[str, Any]] = []
+
+    def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
+        if kind == "run":
+            data = {**data, "requests": self._requests}
+        elif kind == "picture":
+            data = {**data, "position": self._positions[data["position"]]}
+            self.written.append(data)
+        self._emit(kind, data)
 
 
-def whole_of(task: Task, job: "Plan") -> dict[str, Any]:
-    """What the record of the run says of all its requests."""
-    from runner.engine.keys import chain
+def _recorded(store: RankStore, positions: Sequence[int]) -> dict[str, Any]:
+    """What the record of the whole run is to say of a share of it."""
+    previews = {str(positions[int(position)]): key for position, key in store.last.get("previews", {}).items()}
+    return {"warnings": list(store.last.get("warnings", ())), "previews": previews}
 
-    return {**record_of(task.order, task.said, job), "model": job.checkpoint.identity,
-            "stages": {name: list(keys) for name, keys in chain(job).items()}}
+
+def usable_machine(job: Job) -> Machine:
+    """This host, as far as the job may use it; InvalidInput for a card that cannot compute."""
+    return check_cards(probe(job.devices))
+
+
+def check_shared(store: Store, job: Job, who: str) -> None:
+    """Raise StoreError where this process sees another store than the one that the run is in."""
+    try:
+        store.load_run(job.run)
+    except StoreError:
+        raise StoreError(f"run {job.run} is not in {job.store} as {who} sees it -> processes on several hosts need "
+                         f"one store that all of them see: `store=DIR` or a URL") from None

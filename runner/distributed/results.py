@@ -1,108 +1,121 @@
 """What each rank did, as it tells the first one, and the one report that becomes of it."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from runner.artifacts import ArtifactStore
-from runner.engine.memory import Flushed
-from runner.engine.run import Picture, Report
-from runner.engine.stage_runner import Failure, StageReport
-from runner.request import Request
+from runner.artifacts import Store
+from runner.engine.report import Failure, Flushed, Picture, Report, StageReport
+from runner.job import Job
 from stages.errors import BadResult
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a rank did: the positions of its requests in the order, its report, and what its pictures say.
-
-    A rank without a report had nothing to do, or nothing but `failures`, which count within the share, as `cards` do.
-    """
+class RankResult:
+    """What a rank did; positions are those of requests in the whole job."""
 
     rank: int
-    positions: range
-    report: Report | None = None
-    cards: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    failures: Sequence[Failure] = ()
+    """Its number."""
+    positions: tuple[int, ...]
+    """The requests that were its share."""
+    made: tuple[int, ...] = ()
+    """Those of them that are pictures now."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the metadata of its pictures say besides the request."""
+    failures: tuple[Failure, ...] = ()
+    """Those of them that came to nothing."""
+    changes: tuple[str, ...] = ()
+    """What it changed to go on after a stage ran out of memory."""
+    device_map: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Where the modules of each component were."""
+    stages: tuple[StageReport, ...] = ()
+    """What it did in each stage."""
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By stage, the artifact keys of its requests."""
+    written: tuple[Mapping[str, Any], ...] = ()
+    """The data of its `picture` events."""
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    """Warnings and previews, as the record of a run has them."""
 
-    def document(self) -> dict[str, Any]:
-        """The share as JSON; the pictures stay in the store."""
-        stages = () if self.report is None else self.report.stages
-        made = () if self.report is None else self.report.pictures
-        return {
-            "rank": self.rank,
-            "positions": list(self.positions),
-            "pictures": [picture.index for picture in made],
-            "facts": dict(made[0].facts) if made else {},
-            "failures": [{**vars(failure), "index": self.positions[failure.index]} for failure in self.failures],
-            "changes": [] if self.report is None else list(self.report.changes),
-            "device_map": {} if self.report is None else dict(self.report.device_map),
-            "stages": [{"stage": stage.stage, "ran": stage.ran, "reused": stage.reused, "left": stage.flushed.left,
-                        "freed": stage.flushed.freed, "seconds": dict(stage.seconds), "peak": dict(stage.peak)}
-                       for stage in stages],
-            "keys": {} if self.report is None else {name: list(keys) for name, keys in self.report.keys.items()},
-            "cards": [[self.positions[at], card] for at, card in self.cards.items()],
-        }
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> "RankResult":
+        """The result that `to_json` wrote."""
+        return _adapter().validate_json(json.dumps(said))
 
 
-def joined(
-    run: str, requests: Sequence[Request], shares: Sequence[Mapping[str, Any]], store: ArtifactStore
-) -> Report:
-    """One report of all shares, pictures in the order of the requests.
+@cache
+def _adapter() -> "TypeAdapter[RankResult]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RankResult)
+
+
+def joined(job: Job, results: Sequence[RankResult], store: Store) -> Report:
+    """One report of all results, pictures in the order of the requests.
 
     A stage's seconds are those of the slowest rank, its bytes of memory those of each card of each rank. Raises
     BadResult where nothing but failures came of it.
     """
+    requests = job.requests
     keys: dict[str, list[str]] = {}
     pictures: dict[int, Picture] = {}
-    for share in shares:
-        for name, own in share["keys"].items():
+    for result in results:
+        for name, own in result.keys.items():
             row = keys.setdefault(name, [""] * len(requests))
-            for position, key in zip(share["positions"], own, strict=True):
+            for position, key in zip(result.positions, own, strict=True):
                 row[position] = key
-        for position in share["positions"]:
+        for position in result.made:
             request = requests[position]
-            if request.index in share["pictures"]:
-                pictures[position] = Picture(request.index, request, keys["decode"][position], store, share["facts"])
-    failures = tuple(Failure(**failure) for share in shares for failure in share["failures"])
+            pictures[position] = Picture(request.index, request, keys["decode"][position], store, result.facts)
+    failures = tuple(failure for result in results for failure in result.failures)
     if len({failure.index for failure in failures}) == len(requests):
         raise BadResult(f"every picture failed; the first: {failures[0].text}")
-    names = dict.fromkeys(stage["stage"] for share in shares for stage in share["stages"])
+    names = dict.fromkeys(stage.stage for result in results for stage in result.stages)
     return Report(
-        run, tuple(pictures[position] for position in sorted(pictures)), tuple(_stage(name, shares) for name in names),
-        {name: tuple(row) for name, row in keys.items()},
-        failures,
-        tuple(dict.fromkeys(change for share in shares for change in share["changes"])),
-        {f"rank {share['rank']} {component}": devices
-         for share in shares for component, devices in share["device_map"].items()},
+        job, job.run, tuple(pictures[position] for position in sorted(pictures)),
+        tuple(_stage(name, results) for name in names), {name: tuple(row) for name, row in keys.items()}, failures,
+        tuple(dict.fromkeys(change for result in results for change in result.changes)),
+        {f"rank {result.rank} {component}": devices
+         for result in results for component, devices in result.device_map.items()},
     )
 
 
-def cards_of(shares: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-    """The positions of all pictures that were written, in the order of the requests, and what they say."""
-    told = {position: card for share in shares for position, card in share["cards"]}
-    return sorted(told.items())
-
-
-def differing(shares: Sequence[Mapping[str, Any]]) -> str | None:
+def differing(results: Sequence[RankResult]) -> str | None:
     """What the ranks did not do alike, because their cards differ: then pictures depend on which rank made them."""
-    worked = [share for share in shares if share["facts"]]
+    worked = [result for result in results if result.facts]
     for name in ("dtype", "tile"):
-        for share in worked[1:]:
-            ours, theirs = worked[0]["facts"].get(name), share["facts"].get(name)
+        for result in worked[1:]:
+            ours, theirs = worked[0].facts.get(name), result.facts.get(name)
             if ours != theirs:
-                return (f"rank {worked[0]['rank']} worked with {name} {ours}, rank {share['rank']} with {theirs}: one "
-                        f"process would have made other pictures of these (--dtype makes ranks alike)")
+                return (f"rank {worked[0].rank} worked with {name} {ours}, rank {result.rank} with {theirs}: one "
+                        f"process would have made other pictures of these (`dtype` makes ranks alike)")
     return None
 
 
-def _stage(name: str, shares: Sequence[Mapping[str, Any]]) -> StageReport:
-    rows = [(share["rank"], stage) for share in shares for stage in share["stages"] if stage["stage"] == name]
-    parts = dict.fromkeys(part for _, stage in rows for part in stage["seconds"])
-    total = {part: sum(int(stage[part]) for _, stage in rows) for part in ("ran", "reused", "freed", "left")}
+def recorded(results: Sequence[RankResult]) -> dict[str, Any]:
+    """What the record of the whole run says besides that of the first rank."""
+    warnings = dict.fromkeys(text for result in results for text in result.recorded.get("warnings", ()))
+    previews = {name: key for result in results for name, key in result.recorded.get("previews", {}).items()}
+    return {"warnings": list(warnings), "previews": previews,
+            "failures": [asdict(failure) for result in results for failure in result.failures],
+            "changes": list(dict.fromkeys(change for result in results for change in result.changes))}
+
+
+def _stage(name: str, results: Sequence[RankResult]) -> StageReport:
+    rows = [(result.rank, stage) for result in results for stage in result.stages if stage.stage == name]
+    parts = dict.fromkeys(part for _, stage in rows for part in stage.seconds)
     return StageReport(
-        name, total["ran"], total["reused"],
-        {part: max(float(stage["seconds"].get(part, 0.0)) for _, stage in rows) for part in parts},
-        {f"rank {rank} {device}": int(peak) for rank, stage in rows for device, peak in stage["peak"].items()},
-        Flushed(total["freed"], total["left"]),
+        name, sum(stage.ran for _, stage in rows), sum(stage.reused for _, stage in rows),
+        {part: max(stage.seconds.get(part, 0.0) for _, stage in rows) for part in parts},
+        {f"rank {rank} {device}": peak for rank, stage in rows for device, peak in stage.peak.items()},
+        Flushed(sum(stage.flushed.freed for _, stage in rows), sum(stage.flushed.left for _, stage in rows)),
     )

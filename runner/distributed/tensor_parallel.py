@@ -1,125 +1,115 @@
-"""A task that all ranks do together: the first one does all of it, and the others denoise with it."""
+"""A job that all ranks do together: the first one does all of it, and the others denoise with it."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from runner.artifacts import ArtifactStore
-from runner.commands.order import Order
-from runner.distributed.collectives import Collectives
-from runner.distributed.env import Rank
-from runner.distributed.rank import RankStore, RankWorker, probed, whole_of
-from runner.distributed.results import Share
-from runner.distributed.task import Task
-from runner.engine.run import Report
+from runner.artifacts import ForwardingStore, Store
+from runner.distributed.channel import Channel
+from runner.distributed.collectives import RankCollectives
+from runner.distributed.env import Rank, machine_from_json, machine_to_json
+from runner.distributed.heartbeat import Heartbeat
+from runner.distributed.rank import RankStore, RankWorker, check_shared, usable_machine
+from runner.distributed.results import RankResult
+from runner.engine.report import StageReport
+from runner.engine.session import open_job_store
 from runner.engine.signals import StopRequest
-from runner.engine.stage_runner import StageReport, StageRunner
-from runner.planning.parallel import WISH, without
+from runner.engine.stage_runner import StageRunner
+from runner.events import Emit
+from runner.job import Job
+from runner.placement_options import PlaceRequest
 from runner.planning.plan import Plan
-from stages.errors import BadResult
-from stages.machine import Device, Machine
-from stages.placement.tensor_parallel import TensorParallel
+from stages.errors import BadResult, InvalidInput
 from stages.state import State
 
 
-class ReadOnlyStore:
+class ReadOnlyStore(ForwardingStore):
     """A store as the ranks behind the first one use it: they read what it reads, and write nothing."""
-
-    def __init__(self, store: ArtifactStore) -> None:
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
 
     @contextmanager
     def working(self, key: str) -> Iterator[None]:
         """The first rank holds the lock for all."""
         yield
 
-    def put(self, key: str, stage: str, state: State, note: Mapping[str, Any]) -> None:
+    def put(self, key: str, stage: str, state: State, note: Mapping[str, object]) -> Any:
         """The first rank puts it there."""
 
     def drop(self, key: str) -> None:
         """The first rank drops it."""
 
 
-def cut_for(task: Task, rank: Rank) -> Task:
-    """The task with as many processes for the denoise as there are ranks; ValueError where some are elsewhere."""
-    if rank.local_size != rank.size:
-        raise ValueError(f"--place {WISH} works on one host, and {rank.local_size} of {rank.size} ranks are on this "
-                         f"one -> start them on one host, or leave it out")
-    place = [*without(task.said.place), f"{WISH}:{rank.size}"]
-    return replace(task, said=replace(task.said, place=place))
+class TensorParallelWorker(RankWorker):
+    """A rank that denoises together with all others."""
+
+    def run_rank0(self, job: Job) -> tuple[Job, list[RankResult]]:
+        """As `RankWorker.run_rank0`, with the others at every step of the denoise."""
+        if self.rank.local_size != self.rank.size:
+            raise InvalidInput(f"`place=denoise=tensor_parallel` works on one host, and {self.rank.local_size} of "
+                               f"{self.rank.size} ranks are on this one -> start them on one host, or leave it out")
+        store, machine = open_job_store(job, self.emit), usable_machine(job)
+        others = tuple(place for place in job.place if place.processes is None)
+        together = PlaceRequest("denoise", f"tensor_parallel:{self.rank.size}")
+        plan = self.planned(replace(job, place=(*others, together)), machine)
+        # Whoever goes on with the run may be one process alone, and makes the same pictures.
+        whole = self.begun(replace(plan, job=replace(plan.job, place=others)), store)
+        with rendezvous() as file:
+            self.channel.publish({"job": plan.job.to_json(), "machine": machine_to_json(machine),
+                                  "rendezvous": str(file)})
+            with (self.answering(),
+                  RankCollectives(self.rank, rank_device(plan, 0), file, self.heartbeat) as collectives):
+                mine = self.work(plan, RankStore(store, self.heartbeat, whole), range(len(plan.requests)), collectives)
+                collectives.end()
+                return plan.job, self.gathered(plan.job, store, mine)
+
+    def run_rank(self, message: Mapping[str, Any]) -> RankResult:
+        """Nothing but this rank's part of the denoise."""
+        with self.answering():
+            job = Job.from_json(message["job"])
+            store = open_job_store(job, self.emit)
+            check_shared(store, job, f"rank {self.rank.rank}")
+            plan = on_card(self.planned(job, machine_from_json(message["machine"])), self.rank.rank)
+            return self._followed(plan, store, Path(message["rendezvous"]))
+
+    def _followed(self, plan: Plan, store: Store, file: Path) -> RankResult:
+        stop, reports = StopRequest(), list[StageReport]()
+        with stop.listening(), RankCollectives(self.rank, plan.devices[0], file, self.heartbeat) as collectives:
+            while (items := collectives.next_items()) is not None:
+                runner = StageRunner(plan, plan.stage("denoise"), ReadOnlyStore(store), self.emit, stop=stop,
+                                     collectives=collectives)
+                try:
+                    runner.run(items)
+                except BadResult:
+                    # The first rank found the same, and says so.
+                    continue
+                reports.append(runner.report(0, 0))
+        return RankResult(self.rank.rank, (), stages=tuple(reports))
 
 
-def to_document(machine: Machine, meeting: Path) -> dict[str, Any]:
-    """What the other ranks must know to plan as the first one does, and to meet it."""
-    return {"machine": asdict(machine), "meeting": str(meeting)}
+def worker_for(job: Job, rank: Rank, channel: Channel, heartbeat: Heartbeat, emit: Emit) -> RankWorker:
+    """The rank that does its part of a job in the way that the job asks for."""
+    kind = RankWorker if job.tensor_parallel is None else TensorParallelWorker
+    return kind(rank, channel, heartbeat, emit)
 
 
-def machine_of(document: Mapping[str, Any]) -> Machine:
-    """The machine of the first rank."""
-    devices = tuple(Device(**device) for device in document["machine"]["devices"])
-    return Machine(**{**document["machine"], "devices": devices})
-
-
-def lead(member: RankWorker, task: Task, store: ArtifactStore) -> tuple[Order, list[dict[str, Any]]]:
-    """The first rank's part: as `RankWorker.lead`, with the others at every step of the denoise."""
-    machine = probed(task)
-    job, task = member.planned(cut_for(task, member.rank), machine)
-    # Whoever goes on with the run may be one process alone, and makes the same pictures.
-    whole = whole_of(replace(task, said=replace(task.said, place=without(task.said.place))), job)
-    store.save_run(task.order.run, {**whole, "status": "running"})
-    shared = cast(ArtifactStore, RankStore(store, member.pulse, whole))
-    with meeting() as file:
-        member.link.publish({**task.document(), "company": to_document(machine, file)})
-        with member.answering(), Collectives(member.rank, rank_device(job, 0), file, member.pulse) as company:
-            mine = member.work(task, job, shared, range(len(task.order.items)), company)
-            company.over()
-            with member.pulse.waiting():
-                shares = [mine, *member.link.shares()]
-            store.save_run(task.order.run, {**store.load_run(task.order.run), "status": "done"})
-    return task.order, shares
-
-
-def follow(member: RankWorker, task: Task, store: ArtifactStore, company: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of another rank: nothing but its part of the denoise."""
-    job, task = member.planned(task, machine_of(company))
-    job = on_card(job, member.rank.rank)
-    halt, reports = StopRequest(), list[StageReport]()
-    with halt.listening(), Collectives(member.rank, job.devices[0], Path(company["meeting"]), member.pulse) as others:
-        while (said := others.next()) is not None:
-            shift = StageRunner(job, job.stages[1], cast(ArtifactStore, ReadOnlyStore(store)), member.emit, halt,
-                                company=others)
-            try:
-                report = shift.work(said["keys"], said["before"], said["todo"])
-            except BadResult:
-                # The first rank found the same, and says so.
-                continue
-            reports.append(replace(report, ran=0, reused=0))
-    return Share(member.rank.rank, range(0), Report(task.order.run, (), tuple(reports), {})).document()
-
-
-def rank_device(job: Plan, rank: int) -> str:
+def rank_device(plan: Plan, rank: int) -> str:
     """The device of a rank."""
-    return next(place.placement.devices[rank] for place in job.places.values()
-                if isinstance(place.placement, TensorParallel))
+    cut = (place.placement for place in plan.places.values() if place.placement.processes > 1)
+    return next(placement.for_rank(rank).entry for placement in cut)
 
 
-def on_card(job: Plan, rank: int) -> Plan:
+def on_card(plan: Plan, rank: int) -> Plan:
     """The plan as another rank than the first has it: nothing but its own card."""
-    mine = rank_device(job, rank)
-    machine = replace(job.machine, devices=tuple(device for device in job.machine.devices if device.name == mine))
-    places = {name: replace(place, placement=replace(place.placement, rank=rank))
-              if isinstance(place.placement, TensorParallel) else place for name, place in job.places.items()}
-    return replace(job, machine=machine, places=places)
+    mine = rank_device(plan, rank)
+    machine = replace(plan.machine, devices=tuple(device for device in plan.machine.devices if device.name == mine))
+    places = {part: replace(place, placement=place.placement.for_rank(rank)) for part, place in plan.places.items()}
+    return replace(plan, machine=machine, places=places)
 
 
 @contextmanager
-def meeting() -> Iterator[Path]:
+def rendezvous() -> Iterator[Path]:
     """A file where the ranks of this host find each other."""
     with tempfile.TemporaryDirectory(prefix="stagerun-") as folder:
-        yield Path(folder) / "meeting"
+        yield Path(folder) / "rendezvous"

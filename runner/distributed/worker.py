@@ -8,87 +8,68 @@ from typing import Any
 from runner.distributed.channel import Pipe
 from runner.distributed.env import Rank, launched
 from runner.distributed.heartbeat import Heartbeat
-from runner.distributed.rank import RankWorker
-from runner.distributed.task import read_options, read_task
-from runner.events import Emit, tee
-from stages.errors import BadResult, DoesNotFit, ModelError, StoreError
-
-REFUSALS: tuple[type[Exception], ...] = (ModelError, DoesNotFit, StoreError, BadResult, ValueError)
+from runner.events import Emit, to_wire
+from runner.job import Job
+from runner.startup import hush, untracked
+from stages.errors import StagerunError
 
 
 def main() -> int:
     """Serve whoever holds the other end of the pipe; the exit code."""
     rank, pipe = launched(), Pipe.inherited()
     assert rank is not None, "whoever started this process said which rank it is"
-    pulse = Heartbeat(pipe.beat)
+    heartbeat = Heartbeat(pipe.beat)
     try:
-        with pulse:
-            serve(rank, pipe, pulse)
+        with heartbeat:
+            serve(rank, pipe, heartbeat)
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def serve(rank: Rank, pipe: Pipe, pulse: Heartbeat) -> None:
+def serve(rank: Rank, pipe: Pipe, heartbeat: Heartbeat) -> None:
     """Do jobs until the pipe closes: the first rank those that it is sent, the others those that it publishes."""
-    if not rank.first:
-        prepare(pulse)
-    while True:
-        with pulse.waiting():
-            job = pipe.receive("job" if rank.first else "task")
-        if job is None:
-            return
-        if not rank.first:
-            pipe.hand_in(RankWorker(rank, pipe, pulse, tee(pulse, warning(rank, pipe))).follow(job))
-        elif "family" in job:
-            pipe.send("result", {"code": command(job, rank, pipe, pulse)})
-        else:
-            pipe.send("result", call(job, rank, pipe, pulse))
-
-
-def prepare(pulse: Heartbeat) -> None:
-    """Import what is heavy: the other ranks do it while the first one still looks at the order."""
-    from runner.commands.make import untracked
-
-    pulse("begin", {"what": "importing torch and diffusers"})
+    emit = events(pipe) if rank.first else warnings(rank, pipe)
+    # All ranks import while the first one still waits for its job.
+    heartbeat("begin", {"what": "importing torch and diffusers"})
+    hush()
     with untracked():
-        import_module("runner.engine.run")
+        ranks: Any = import_module("runner.distributed.tensor_parallel")
+    while True:
+        with heartbeat.waiting():
+            message = pipe.receive("job" if rank.first else "published")
+        if message is None:
+            return
+        if rank.first:
+            pipe.send("outcome", outcome(ranks, message, rank, pipe, heartbeat, emit))
+        else:
+            job = Job.from_json(message["job"])
+            pipe.hand_in(ranks.worker_for(job, rank, pipe, heartbeat, emit).run_rank(message).to_json())
 
 
-def command(job: Mapping[str, Any], rank: Rank, pipe: Pipe, pulse: Heartbeat) -> int:
-    """A command line's job: what there is to say is said here; the exit code."""
-    from runner.commands.cli import respond
-    from runner.commands.distributed import speak
-    from runner.commands.order import order
-
-    said = read_options(job["said"])
-    return respond(lambda: speak(order(job["family"], said), said, rank, pipe, pulse), verbose=said.verbose)
-
-
-def call(job: Mapping[str, Any], rank: Rank, pipe: Pipe, pulse: Heartbeat) -> dict[str, Any]:
-    """A Python call's job: all shares, or what was refused before any rank began."""
-    from runner.commands.make import opened
-
-    prepare(pulse)
-
-    def emit(kind: str, data: Mapping[str, object]) -> None:
-        pipe.send("event", {"kind": kind, "data": {name: x for name, x in data.items() if not callable(x)}})
-
-    task = read_task(job)
+def outcome(
+    ranks: Any, message: Mapping[str, Any], rank: Rank, pipe: Pipe, heartbeat: Heartbeat, emit: Emit
+) -> dict[str, Any]:
+    """What came of a job as JSON: the job as it was done and all results, or the error of the first rank."""
     try:
-        store = opened(task.order, task.said, emit)
-        return {"shares": RankWorker(rank, pipe, pulse, tee(pulse, emit)).lead(task, store)[1]}
-    except REFUSALS as error:
-        kind = next(kind for kind in REFUSALS if isinstance(error, kind))
-        return {"refused": {"kind": kind.__name__, "text": str(error)}}
+        job = Job.from_json(message)
+        job, results = ranks.worker_for(job, rank, pipe, heartbeat, emit).run_rank0(job)
+        return {"job": job.to_json(), "results": [result.to_json() for result in results]}
+    except StagerunError as error:
+        return {"error": error.to_json()}
 
 
-def warning(rank: Rank, pipe: Pipe) -> Emit:
+def events(pipe: Pipe) -> Emit:
+    """An emit that passes everything on."""
+    return lambda kind, data: pipe.send("event", to_wire(kind, data))
+
+
+def warnings(rank: Rank, pipe: Pipe) -> Emit:
     """An emit that passes on warnings, and nothing else, with the number of the rank."""
 
     def emit(kind: str, data: Mapping[str, object]) -> None:
         if kind == "warning":
-            pipe.send("event", {"kind": kind, "data": {"text": f"rank {rank.rank}: {data['text']}"}})
+            pipe.send("event", to_wire(kind, {"text": f"rank {rank.rank}: {data['text']}"}))
 
     return emit
 

@@ -11,18 +11,17 @@ from typing import TypeVar
 
 import torch
 
-from runner.events import Emit
 from stages.pipeline.stage import Loaded, detach
 from stages.placement.device_turns import DeviceTurns, taking
 
 T = TypeVar("T")
 
 
-def work(loaded: Loaded, lanes: int, cards: Sequence[str], items: Sequence[T], do: Callable[[Loaded, T], None],
-         halt: Event) -> None:
-    """Call `do` with each item and a lane, `lanes` at a time; one lane works in this thread.
+def process(loaded: Loaded, lanes: int, cards: Sequence[str], items: Sequence[T], do: Callable[[Loaded, T], None],
+            failed: Event) -> None:
+    """Call `do` with a lane and each item, `lanes` at a time; one lane works in this thread.
 
-    The first error sets `halt`, lets the other lanes finish or notice it, and is raised.
+    The first error sets `failed`, lets the other lanes finish or notice it, and is raised.
     """
     lanes = min(lanes, len(items))
     if lanes <= 1:
@@ -34,13 +33,13 @@ def work(loaded: Loaded, lanes: int, cards: Sequence[str], items: Sequence[T], d
         torch.accelerator.synchronize(card)
     queue, turns = Queue(items), DeviceTurns()
     with ThreadPoolExecutor(lanes, "lane") as pool:
-        futures = [pool.submit(_drain, loaded.lane(), cards, turns, queue, do, halt) for _ in range(lanes)]
+        futures = [pool.submit(_drain, loaded.lane(), cards, turns, queue, do, failed) for _ in range(lanes)]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             queue.close()
             if any(future.done() and future.exception() is not None for future in futures):
-                halt.set()
+                failed.set()
     errors = [error for future in futures if (error := future.exception()) is not None]
     # Lanes that stopped because of another one's error have none of their own.
     own = [error for error in errors if isinstance(error, Exception)]
@@ -63,28 +62,17 @@ class Queue(Iterator[T]):
             return next(self._items)
 
     def close(self) -> None:
-        """Blocks out no more."""
+        """Hand out no more."""
         with self._lock:
             self._open = False
 
 
-def one_at_a_time(emit: Emit) -> Emit:
-    """The same emit for several threads: who listens need not know of lanes."""
-    lock = Lock()
-
-    def serial(kind: str, data: object) -> None:
-        with lock:
-            emit(kind, data)  # type: ignore[arg-type]
-
-    return serial
-
-
 def _drain(loaded: Loaded, cards: Sequence[str], turns: DeviceTurns, queue: Queue[T], do: Callable[[Loaded, T], None],
-           halt: Event) -> None:
+           failed: Event) -> None:
     for card in cards:
         torch.accelerator.set_stream(torch.Stream(device=card))
     for item in queue:
         with taking(turns):
             do(loaded, item)
-        if halt.is_set():
+        if failed.is_set():
             return

@@ -5,30 +5,13 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from runner.engine.report import Flushed, Leftover
+
 PATIENCE = 10
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """A tensor that is still on a device after a flush; `bytes` is its storage's size."""
-
-    kind: str
-    shape: tuple[int, ...]
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Flushed:
-    """What a flush gave back and what stayed above the baseline, in bytes, with the largest leftovers."""
-
-    freed: int
-    left: int
-    leftovers: tuple[Leftover, ...] = ()
 
 
 class Meter:

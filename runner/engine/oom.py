@@ -1,19 +1,46 @@
-"""After a stage ran out of memory: the one thing that is changed before it is tried once more."""
+"""After a stage ran out of memory: what is said of it, and the one thing that is changed before it is tried again."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+
+import torch
 
 from runner.planning.ladder import NoStrategyFits
 from runner.planning.placer import TILES
 from runner.planning.plan import Plan
 from runner.text import gib
-from stages.machine import probe
-from stages.placement.placement import Resident
+from stages.machine import Device, memory_users, probe
 
+# Of each card, the part that is kept in reserve besides when a stage is placed anew: one of so many.
 MORE = 10
+_TEXTS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory")
 
 
-def relieved(plan: Plan, stage: str) -> tuple[Plan, str] | None:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device or the host has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _TEXTS)
+
+
+def describe_oom(plan: Plan, stage: str, doing: str, peak: Mapping[str, int], error: BaseException) -> str:
+    """What was planned, what was taken and who has the rest, for a stage whose `error` came while `doing` something.
+
+    `peak` is in bytes by device. To be asked for when the stage's models are gone: what is free then, and was not when
+    planned, is others'.
+    """
+    needs = plan.needs.get(stage, {})
+    parts = []
+    for device in probe(list(peak)).devices:
+        planned = f", at most {gib(needs[device.name].total)} planned" if device.name in needs else ""
+        others = memory_users(device.name)
+        users = f", others there: {'; '.join(others)}" if others else ""
+        before = plan.machine[device.name].free
+        parts.append(f"{device.name} peaked at {peak[device.name] / 2**30:.2f} GiB{planned}, {gib(_free(device))} "
+                     f"free now and {gib(before)} when planned{users}")
+    return (f"{stage} ran out of memory ({'; '.join(parts)}) while {doing}: {str(error).splitlines()[0]} "
+            f"The artifacts of earlier stages are kept.")
+
+
+def degrade(plan: Plan, stage: str) -> tuple[Plan, str] | None:
     """The plan with exactly one thing changed that makes `stage` take less, and what it is; None for no way left.
 
     Fewer lanes first, then smaller tiles for the decoder, then a tenth of every card more in reserve. Where others
@@ -22,28 +49,28 @@ def relieved(plan: Plan, stage: str) -> tuple[Plan, str] | None:
     now = {device.name: device.free for device in probe(plan.devices).devices}
     left = {card.name: min(card.free, now[card.name]) for card in plan.machine.cards}
     crowded = any(card.free - left[card.name] > card.total // MORE for card in plan.machine.cards)
-    if crowded and (moved := _reserved(plan, stage, left)) is not None:
+    if crowded and (moved := _placed_anew(plan, stage, left)) is not None:
         return moved
     if stage == "denoise" and plan.lanes > 1:
         return replace(plan, lanes=1), f"one request at a time instead of {plan.lanes}"
     if stage == "decode":
         return _tiled(plan)
-    return None if crowded else _reserved(plan, stage, left)
+    return None if crowded else _placed_anew(plan, stage, left)
 
 
 def _tiled(plan: Plan) -> tuple[Plan, str] | None:
     """The decoder in tiles, or in smaller ones; it is a picture that differs in its last bits."""
     side = plan.tile or max(max(request.width, request.height) for request in plan.requests)
     tile = next((tile for tile in TILES if tile < side), None)
-    vae = plan.stages[-1].components[0].name
-    placement = plan.places[vae].placement
-    if tile is None or not isinstance(placement, Resident):
+    vae = plan.stage("decode").components[0].name
+    place = plan.places["decode", vae]
+    if tile is None or place.placement.tiled(tile) == place.placement:
         return None
-    place = replace(plan.places[vae], placement=replace(placement, tile=tile))
-    return replace(plan, places={**plan.places, vae: place}), f"decoding in tiles of {tile} pixels"
+    place = replace(place, placement=place.placement.tiled(tile))
+    return plan.moved("decode", {vae: place}), f"decoding in tiles of {tile} pixels"
 
 
-def _reserved(plan: Plan, stage: str, left: Mapping[str, int]) -> tuple[Plan, str] | None:
+def _placed_anew(plan: Plan, stage: str, left: Mapping[str, int]) -> tuple[Plan, str] | None:
     """The stage placed anew, in no more than what is `left` of each card less a tenth of it."""
     tight = replace(plan.machine, devices=tuple(
         replace(device, free=left.get(device.name, device.free) - device.total // MORE,
@@ -56,11 +83,17 @@ def _reserved(plan: Plan, stage: str, left: Mapping[str, int]) -> tuple[Plan, st
         placed = replace(plan.placer, machine=tight).place(plan.stages)
     except NoStrategyFits:
         return None
-    (mine,) = (one for one in plan.stages if one.name == stage)
-    moved = {part.name: placed.places[part.name] for part in mine.components}
-    if all(plan.places[name] == place for name, place in moved.items()):
+    moved = {component: place if plan.job.peer_copies else replace(place, placement=place.placement.through_host())
+             for (name, component), place in placed.places.items() if name == stage}
+    if moved == plan.places_of(stage):
         return None
     spare = ", ".join(f"{gib(card.total // MORE)} of {card.name}" for card in plan.machine.cards)
     text = f"{stage} placed anew with {spare} more in reserve: " + ", ".join(
         f"{name} {place.placement}" for name, place in moved.items())
-    return replace(plan, places={**plan.places, **moved}, needs={**plan.needs, stage: placed.needs[stage]}), text
+    return replace(plan.moved(stage, moved), needs={**plan.needs, stage: placed.needs[stage]}), text
+
+
+def _free(device: Device) -> int:
+    """What nobody uses, and what this process only keeps in reserve."""
+    return device.free + (0 if device.is_host else torch.accelerator.memory_reserved(device.name)
+                          - torch.accelerator.memory_allocated(device.name))

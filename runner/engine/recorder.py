@@ -60,7 +60,7 @@ class Recorder:
         self._emit, self._clock = emit, clock
         self._cards = tuple(device for device in devices if device != "cpu")
         self._often = often
-        self._begin = clock()
+        self._begin, self.begun = clock(), time.time()
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None

@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 class StopRequest:
     """Whether a run should stop. A signal stops it at once, or `patiently`: after the current step.
 
-    `wanted` is asked then, too. Listens inside of `with halt.listening():`, in the main thread; a second signal never
+    `wanted` is asked then, too. Listens inside of `with stop.listening():`, in the main thread; a second signal never
     waits.
     """
 
@@ -41,7 +41,7 @@ class StopRequest:
         """Ask for a stop at a good moment."""
         self.signal = self.signal or signal.SIGINT
 
-    def stop(self) -> None:
+    def raise_if_asked(self) -> None:
         """Raise Interrupted if somebody asked."""
         if self.asked and self.signal is not None:
             raise Interrupted(self.signal)
@@ -54,7 +54,7 @@ class StopRequest:
             yield
         finally:
             self._patient = False
-        self.stop()
+        self.raise_if_asked()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -66,14 +66,14 @@ class StopRequest:
         known = {number: signal.getsignal(number) for number in SIGNALS}
         taken: dict[int, Any] = {number: handler for number, handler in known.items() if handler != signal.SIG_IGN}
         for number in taken:
-            signal.signal(number, self._come)
+            signal.signal(number, self._receive)
         try:
             yield
         finally:
             for number, handler in taken.items():
                 signal.signal(number, handler)
 
-    def _come(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         second = self.signal is not None
         self.signal = number
         if second or not self._patient:

@@ -1,27 +1,28 @@
-"""One stage's turn in a run: load, work through the requests, keep the results, flush."""
+"""One stage of a plan at work: loaded once, fed with what is to be made, measured, flushed."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
-from runner.artifacts import ArtifactStore
-from runner.distributed.collectives import Collectives
+from runner.artifacts import Store
 from runner.engine import lanes
-from runner.engine.keys import midway_key
-from runner.engine.memory import Flushed, Meter
-from runner.engine.oom_message import shortage
+from runner.engine.keys import checkpoint_key
+from runner.engine.memory import Meter
+from runner.engine.oom import describe_oom, is_out_of_memory
+from runner.engine.report import Failure, Flushed, StageReport
 from runner.engine.signals import StopRequest
-from runner.engine.step_checkpoint import StepCheckpointer, StopAtStep, midway_of
-from runner.planning.plan import Plan, inputs_of
-from runner.reports import notebook_html
+from runner.engine.step_checkpoint import StepCheckpointer, StopAtStep, load_checkpoint
+from runner.planning.plan import Plan
 from stages.errors import BadResult, StageOutOfMemory, StoreError
+from stages.events import Emit, silent
 from stages.loading.readahead import reading_ahead
-from stages.pipeline.stage import Emit, Inputs, Loaded, Stage
+from stages.pipeline.stage import Loaded, Stage
 from stages.pipeline.step_hook import StepCheckpoint
 from stages.placement.copy_test import verified
 from stages.placement.placement import Places
@@ -30,75 +31,80 @@ from stages.state import State
 
 
 @dataclass(frozen=True)
-class StageReport:
-    """What a stage did: requests computed and re-used, seconds by part, peak bytes by device, the flush.
-
-    With several `lanes`, their compute and save seconds are averages.
-    """
-
-    stage: str
-    ran: int
-    reused: int
-    seconds: Mapping[str, float]
-    peak: Mapping[str, int]
-    flushed: Flushed
-    lanes: int = 1
-
-    def __repr__(self) -> str:
-        return notebook_html.stage_line(self)
-
-    def _repr_html_(self) -> str:
-        return notebook_html.stages_html(self)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A request that came to nothing, while others went on: its number in the plan, the stage and the reason."""
+class WorkItem:
+    """One artifact to make."""
 
     index: int
-    stage: str
-    text: str
-
-
-@dataclass(frozen=True)
-class WorkItem:
-    """One artifact of a shift: its number in it, the requests that share it, its key, and the key to read."""
-
-    position: int
-    indices: Sequence[int]
+    """Its number among the items."""
+    requests: tuple[int, ...]
+    """The positions of the requests that share it."""
     key: str
-    before: str | None
+    """Its key in the store."""
+    source: str | None
+    """The key of the artifact that it is made from; None in the first stage."""
 
     @property
-    def index(self) -> int:
+    def request(self) -> int:
         """The first of its requests."""
-        return self.indices[0]
+        return self.requests[0]
 
 
-@dataclass
+class Collectives(Protocol):
+    """What a stage asks of the other ranks that work on the same picture."""
+
+    def begin(self, items: Sequence[WorkItem]) -> None:
+        """The first rank tells the others what is to be made."""
+
+    def broadcast_flag(self, flag: bool) -> bool:
+        """The flag of the first rank."""
+
+    def any_stopping(self, stopping: bool) -> bool:
+        """Whether any rank must stop."""
+
+
+def work_items(keys: Sequence[str], sources: Sequence[str] | None, todo: Sequence[int]) -> list[WorkItem]:
+    """The artifacts of the requests at the positions `todo`; those of one key (one prompt, many seeds) once."""
+    sharing: dict[str, list[int]] = {}
+    for position in todo:
+        sharing.setdefault(keys[position], []).append(position)
+    return [WorkItem(index, tuple(requests), key, None if sources is None else sources[requests[0]])
+            for index, (key, requests) in enumerate(sharing.items())]
+
+
 class StageRunner:
-    """One stage of a plan with its store.
+    """One stage of a plan and the store that it works on.
 
-    The keys of what is made are added to `made` and told to `finished`; requests that fail alone go to `failures`.
-    With `company`, other ranks do the same at the same time.
+    `run` is the whole of it. A worker that keeps the stage loaded enters `measured` and `loaded` itself, and calls
+    `process` as often as there is something to make.
     """
 
-    plan: Plan
-    stage: Stage
-    store: ArtifactStore
-    emit: Emit
-    halt: StopRequest = field(default_factory=StopRequest)
-    step_every: float = 10.0
-    anew: bool = False
-    following: Stage | None = None
-    failures: list[Failure] = field(default_factory=list)
-    made: set[str] = field(default_factory=set)
-    finished: Callable[[str], None] | None = None
-    company: Collectives | None = None
+    def __init__(
+        self,
+        plan: Plan,
+        stage: Stage,
+        store: Store,
+        emit: Emit = silent,
+        *,
+        stop: StopRequest | None = None,
+        anew: bool = False,
+        next_stage: Stage | None = None,
+        made: Callable[[str], None] | None = None,
+        collectives: Collectives | None = None,
+    ) -> None:
+        """`anew` makes once more what the store has; `next_stage` is read ahead; `made` hears the key of an artifact.
 
-    def __post_init__(self) -> None:
+        With `collectives` other ranks do the same at the same time.
+        """
+        self.plan, self.stage, self.store, self.emit = plan, stage, store, emit
+        self.stop = stop or StopRequest()
+        self._anew, self._next_stage, self._made, self._collectives = anew, next_stage, made, collectives
+        self.failures: list[Failure] = []
+        self.made: set[str] = set()
         self.seconds = dict.fromkeys(("load", "compute", "save", "flush"), 0.0)
-        self._clock, self._broken = threading.Lock(), threading.Event()
+        self.peak: Mapping[str, int] = {}
+        self.flushed = Flushed(0, 0)
+        self._clock, self._failed = threading.Lock(), threading.Event()
+        self._loaded: Loaded | None = None
         self._table: ModulationTable | None = None
 
     @property
@@ -106,148 +112,176 @@ class StageRunner:
         """How many requests are in flight."""
         return self.plan.lanes if self.stage.name == "denoise" else 1
 
-    def work(self, keys: Sequence[str], before: Sequence[str] | None, todo: Sequence[int]) -> StageReport:
-        """Compute `todo`, the indices of the requests whose artifact is missing; `before` are the keys to read."""
-        name = self.stage.name
-        self.emit("stage", {"stage": name, "requests": len(keys), "reused": len(keys) - len(todo)})
-        # Requests that share an artifact (one prompt, many seeds) are computed once.
-        sharing: dict[str, list[int]] = {}
-        for index in todo:
-            sharing.setdefault(keys[index], []).append(index)
-        errands = [WorkItem(position, indices, key, None if before is None else before[indices[0]])
-                   for position, (key, indices) in enumerate(sharing.items())]
-        places = {component.name: self.plan.places[component.name] for component in self.stage.components}
-        meter = Meter(self.plan.devices)
+    def run(self, items: Sequence[WorkItem]) -> None:
+        """Load the stage, make the items, and give its memory back."""
+        with self.measured():
+            if items:
+                if self._collectives is not None:
+                    self._collectives.begin(items)
+                with self.loaded(items) as stage:
+                    stage.process(items)
+
+    def peak_now(self) -> Mapping[str, int]:
+        """Bytes at most so far, by device."""
+        return self._meter.peak()
+
+    def report(self, ran: int, reused: int) -> StageReport:
+        """What the stage did."""
+        return StageReport(self.stage.name, ran, reused, self.seconds, self.peak, self.flushed, self.lanes)
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measure the memory that the block takes, and prove at its end that it was given back.
+
+        An error of any library that means a device is full leaves as StageOutOfMemory.
+        """
+        meter = self._meter = Meter(self.plan.devices)
         try:
-            if errands:
-                places = dict(verified(places, self.emit))
-                # The patterns that were copied for this are no part of the stage.
-                meter.restart()
-                if self.company is not None:
-                    self.company.begin(keys, before, todo)
-                self._compute(errands, places)
+            yield
         except StopAtStep:
-            self.halt.stop()
-            raise AssertionError("a request was left midway, and nobody asked for it") from None
+            self.stop.raise_if_asked()
+            raise AssertionError("a request was left at a step, and nobody asked for it") from None
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if isinstance(error, StageOutOfMemory) or not is_out_of_memory(error):
                 raise
             doing = "computing" if self.seconds["load"] else "loading"
-            raise StageOutOfMemory(shortage(self.plan, name, doing, meter.peak(), error),
-                                   stage=name) from None
+            raise StageOutOfMemory(describe_oom(self.plan, self.stage.name, doing, meter.peak(), error),
+                                   stage=self.stage.name) from None
         finally:
-            peak = meter.peak()
+            self.peak = meter.peak()
             with self._timed("flush"):
-                flushed = meter.flush()
-            self.emit("flush", {"stage": name, "freed": flushed.freed, "left": flushed.left,
-                                "leftovers": [vars(leftover) for leftover in flushed.leftovers]})
-        self.emit("end", {"stage": name, "seconds": self.seconds, "peak": peak})
-        return StageReport(name, len(todo), len(keys) - len(todo), self.seconds, peak, flushed, self.lanes)
+                self.flushed = meter.flush()
+            self.emit("flush", {"stage": self.stage.name, "freed": self.flushed.freed, "left": self.flushed.left,
+                                "leftovers": [asdict(leftover) for leftover in self.flushed.leftovers]})
+        self.emit("end", {"stage": self.stage.name, "seconds": self.seconds, "peak": self.peak})
 
-    def _compute(self, errands: Sequence[WorkItem], places: Places) -> None:
-        self._table = self._tabulated(places, errands)
+    @contextmanager
+    def loaded(self, items: Sequence[WorkItem] = ()) -> Iterator["StageRunner"]:
+        """The stage in memory for the block; the modulation of `items` is computed before, while there is room."""
+        places = verified(self.plan.places_of(self.stage.name), self.emit)
+        # The patterns that were copied for this are no part of the stage.
+        self._meter.restart()
+        if items:
+            self._table = self._tabulated(places, items)
         start = time.perf_counter()
-        with (self.stage.loaded(places, self.emit) as loaded,
-              nullcontext() if self._table is None else self._table.attached(loaded)):
-            self.seconds["load"] = time.perf_counter() - start
+        with self.stage.loaded(places, self.emit) as self._loaded:
+            self._places = places
+            self.seconds["load"] += time.perf_counter() - start
             self.emit("loaded", {"stage": self.stage.name, "seconds": self.seconds["load"]})
-            cards = [name for name in self.plan.devices if name != "cpu"]
-            with self._reading_ahead(), self.halt.patiently() if loaded.divisible else nullcontext():
-                lanes.work(loaded, self.lanes, cards, errands, lambda lane, errand: self._run(
-                    lane, errand, len(errands)), self._broken)
+            try:
+                yield self
+            finally:
+                self._loaded = self._table = None
+
+    def process(self, items: Sequence[WorkItem]) -> None:
+        """Make the items with the loaded stage; requests that fail alone become `failures`, unless it is the only one.
+
+        Raises BadResult, StoreError, and Interrupted where the run must stop.
+        """
+        loaded, self._failed = self._loaded, threading.Event()
+        assert loaded is not None, f"{self.stage.name} is not loaded"
+        table = self._table or self._tabulated(self._places, items)
+        self._table = None
+        before = dict(self.seconds)
+        cards = [name for name in self.plan.devices if name != "cpu"]
+        with (nullcontext() if table is None else table.attached(loaded), self._reading_ahead(),
+              self.stop.patiently() if loaded.divisible else nullcontext()):
+            lanes.process(loaded, self.lanes, cards, items, partial(self._run, table, len(items)), self._failed)
         for part in ("compute", "save"):
-            self.seconds[part] /= min(self.lanes, len(errands))
+            self.seconds[part] = before[part] + (self.seconds[part] - before[part]) / min(self.lanes, len(items))
 
     @contextmanager
     def _reading_ahead(self) -> Iterator[None]:
         """While this stage computes, the files of the following one are read into the page cache."""
-        if self.following is None:
+        if self._next_stage is None:
             yield
             return
-        files = [file for component in self.following.components for file in component.files]
+        files = [file for component in self._next_stage.components for file in component.files]
         with reading_ahead(files) as size:
-            self.emit("readahead", {"stage": self.following.name, "bytes": size})
+            self.emit("readahead", {"stage": self._next_stage.name, "bytes": size})
             yield
 
-    def _run(self, lane: Loaded, errand: WorkItem, of: int) -> None:
-        self.emit("item", {"stage": self.stage.name, "index": errand.position, "of": of, "request": errand.index})
+    def _run(self, table: ModulationTable | None, of: int, lane: Loaded, item: WorkItem) -> None:
+        self.emit("item", {"stage": self.stage.name, "index": item.index, "of": of, "request": item.request})
         try:
-            with self.store.working(errand.key):
+            with self.store.working(item.key):
                 # Another process may have made it while this one loaded or waited.
-                wanted = self.anew or self.store.get(errand.key) is None
-                if wanted if self.company is None else self.company.agreed(wanted):
-                    self._make(lane, errand, of)
+                wanted = self._anew or self.store.get(item.key) is None
+                if wanted if self._collectives is None else self._collectives.broadcast_flag(wanted):
+                    self._make(table, lane, item, of)
         except BadResult as error:
             if of == 1:
                 raise
-            self.failures.extend(Failure(index, self.stage.name, str(error)) for index in errand.indices)
-            self.emit("failure", {"stage": self.stage.name, "request": errand.index, "text": str(error)})
+            self.failures.extend(Failure(position, self.stage.name, str(error)) for position in item.requests)
+            self.emit("failure", {"stage": self.stage.name, "request": item.request, "text": str(error)})
             return
-        self.made.add(errand.key)
-        if self.finished is not None:
-            self.finished(errand.key)
+        self.made.add(item.key)
+        if self._made is not None:
+            self._made(item.key)
 
-    def _make(self, lane: Loaded, errand: WorkItem, of: int) -> None:
-        state, inputs = self._state(errand), inputs_of(self.plan.requests[errand.index])
-        keeper = StepCheckpointer(
-            self.emit, errand.key, {"index": errand.position, "of": of, "request": errand.index}, self._stopping,
-            self.store if lane.divisible else None, self.step_every,
+    def _make(self, table: ModulationTable | None, lane: Loaded, item: WorkItem, of: int) -> None:
+        state = self._source(item)
+        checkpointer = StepCheckpointer(
+            self.emit, item.key, {"index": item.index, "of": of, "request": item.request}, self._stopping,
+            self.store if lane.divisible else None, self.plan.job.policy.step_every,
         )
-        midway = midway_of(self.store, errand.key) if lane.divisible else None
-        if midway is not None:
-            self.emit("rejoin", {"stage": self.stage.name, "request": errand.index, "step": midway.steps})
-        done = 0 if midway is None else midway.steps
-        with nullcontext() if self._table is None else self._table.request(errand.index, done), self._timed("compute"):
-            result = self._kept(lane, state, inputs, keeper, midway)
+        checkpoint = load_checkpoint(self.store, item.key) if lane.divisible else None
+        if checkpoint is not None:
+            self.emit("resumed", {"stage": self.stage.name, "request": item.request, "step": checkpoint.steps})
+        done = 0 if checkpoint is None else checkpoint.steps
+        with nullcontext() if table is None else table.request(item.request, done), self._timed("compute"):
+            result = self._kept(lane, state, item, checkpointer, checkpoint)
         with self._timed("save"):
-            self.store.put(errand.key, self.stage.name, result, self._note())
+            self.store.put(item.key, self.stage.name, result, self._note())
             if lane.divisible:
-                self.store.drop(midway_key(errand.key))
+                self.store.drop(checkpoint_key(item.key))
 
     def _kept(
-        self, lane: Loaded, state: State, inputs: Inputs, keeper: StepCheckpointer, midway: StepCheckpoint | None
+        self, lane: Loaded, state: State, item: WorkItem, checkpointer: StepCheckpointer,
+        checkpoint: StepCheckpoint | None,
     ) -> State:
         try:
-            return lane.run(state, inputs, keeper, midway)
+            return lane.run(state, self.plan.requests[item.request].inputs, checkpointer, checkpoint)
         except (RuntimeError, MemoryError) as error:
-            if out_of_memory(error):
-                keeper.keep()
+            if is_out_of_memory(error):
+                checkpointer.keep()
             raise
 
     def _stopping(self) -> bool:
-        wish = self.halt.asked or self._broken.is_set()
-        if self.company is not None and self.company.stopping(wish):
-            self.halt.ask()
-        return wish or self.halt.asked
+        stopping = self.stop.asked or self._failed.is_set()
+        if self._collectives is not None and self._collectives.any_stopping(stopping):
+            self.stop.ask()
+        return stopping or self.stop.asked
 
-    def _tabulated(self, places: Places, errands: Sequence[WorkItem]) -> ModulationTable | None:
+    def _tabulated(self, places: Places, items: Sequence[WorkItem]) -> ModulationTable | None:
         """The stage's modulation table, if layers of its component are left on the disk."""
         layers = places[self.stage.components[0].name].precomputed
         if not layers:
             return None
-        known = {errand.index: errand for errand in errands}
-        table = ModulationTable(self.stage, places, layers, list(known), lambda index: (
-            self._state(known[index]), inputs_of(self.plan.requests[index])))
-        self.seconds["table"] = 0.0
+        known = {item.request: item for item in items}
+        table = ModulationTable(self.stage, places, layers, list(known), lambda position: (
+            self._source(known[position]), self.plan.requests[position].inputs))
+        self.seconds.setdefault("table", 0.0)
         with self._timed("table"):
-            table.open(errands[0].index)
+            table.open(items[0].request)
         self.emit("table", {"stage": self.stage.name, "layers": len(layers), "bytes": table.bytes,
                             "seconds": self.seconds["table"]})
         return table
 
-    def _state(self, errand: WorkItem) -> State:
-        """What the stage reads for a request."""
-        state = State() if errand.before is None else self.store.get(errand.before)
+    def _source(self, item: WorkItem) -> State:
+        """What the stage reads for an item."""
+        state = State() if item.source is None else self.store.get(item.source)
         if state is None:
             raise StoreError(
-                f"the artifact {(errand.before or '')[:12]} that {self.stage.name} reads was there and is now gone or "
+                f"the artifact {(item.source or '')[:12]} that {self.stage.name} reads was there and is now gone or "
                 f"damaged: run again, and it will be computed anew"
             )
         return state
 
     def _note(self) -> dict[str, Any]:
         return {"model": self.plan.checkpoint.identity, "torch": torch.__version__,
-                "places": {c.name: str(self.plan.places[c.name].placement) for c in self.stage.components}}
+                "places": {name: str(place.placement)
+                           for name, place in self.plan.places_of(self.stage.name).items()}}
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -260,9 +294,3 @@ class StageRunner:
             with self._clock:
                 self.seconds[part] += took
             self.emit("part", {"stage": self.stage.name, "part": part, "seconds": took})
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device or the host has no memory left."""
-    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)

@@ -1,4 +1,4 @@
-"""Requests that are midway through their denoise: kept from time to time, and when the run must stop."""
+"""Unfinished denoises: kept in the store from time to time, and when the run must stop; and read back to go on."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-from runner.artifacts import ArtifactStore
-from runner.engine.keys import midway_key
-from stages.pipeline.stage import Emit
+from runner.artifacts import Store
+from runner.engine.keys import checkpoint_key
+from stages.events import Emit
 from stages.pipeline.step_hook import StepCheckpoint
 from stages.state import State
 
 
 class StopAtStep(BaseException):
-    """A request was left midway, because the run must stop; it goes on from there."""
+    """A request was left after a step, because the run must stop; it goes on from there."""
 
 
-def midway_of(store: ArtifactStore, key: str) -> StepCheckpoint | None:
-    """Where the request whose artifact is to be `key` was left, if it was."""
-    state = store.get(midway_key(key))
+def load_checkpoint(store: Store, key: str) -> StepCheckpoint | None:
+    """Where the denoise of the artifact `key` was left, if it was."""
+    state = store.get(checkpoint_key(key))
     if state is None:
         return None
     steps, latents = state.values.get("steps"), state.values.get("latents")
@@ -30,19 +30,24 @@ def midway_of(store: ArtifactStore, key: str) -> StepCheckpoint | None:
 
 @dataclass
 class StepCheckpointer:
-    """An emit for one request, which keeps its latents every `seconds` and when `stopping`.
-
-    `facts` go with every step that is told. With no `store`, a request that must stop starts over the next time.
-    """
+    """An emit for the denoise of one request, which keeps its latents."""
 
     emit: Emit
+    """Hears of every event."""
     key: str
+    """That of the artifact to be."""
     facts: Mapping[str, object]
+    """What is told with every step."""
     stopping: Callable[[], bool]
-    store: ArtifactStore | None
+    """Asked after every step whether the run must stop."""
+    store: Store | None
+    """Where latents are kept; without one, a request that must stop starts over the next time."""
     seconds: float
+    """Seconds from one checkpoint to the next."""
     kept: float = field(default_factory=time.monotonic)
+    """When the last checkpoint was kept."""
     last: Mapping[str, Any] | None = None
+    """The last step that could be kept."""
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         if kind != "step":
@@ -60,6 +65,6 @@ class StepCheckpointer:
     def keep(self) -> None:
         """Keep the request as it was after its last step."""
         if self.store is not None and self.last is not None:
-            midway = State({"latents": self.last["latents"](), "steps": int(self.last["step"])})
-            self.store.put(midway_key(self.key), "midway", midway, {"of": self.key})
+            state = State({"latents": self.last["latents"](), "steps": int(self.last["step"])})
+            self.store.put(checkpoint_key(self.key), "midway", state, {"of": self.key})
             self.kept = time.monotonic()

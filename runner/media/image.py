@@ -5,39 +5,42 @@ import json
 import os
 import re
 import stat
-import struct
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from runner.inputs import INPUTS
 from runner.request import Request
 from runner.text import shown
+from stages.errors import InvalidInput
 from stages.families import FAMILIES
 from stages.models.lora import LoraRequest
 
 SCHEMA = 1
 PACKAGES = ("stagerun", "diffusers", "torch", "transformers")
-REQUEST = ("prompt", "width", "height", "steps", "guidance", "seed", "text_tokens")
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXT_BYTES = 256 * 2**10
-CHUNKS = 100_000
 
 
 @dataclass(frozen=True)
-class Like:
-    """What a picture says of how it was made: the request, and the model that it was asked of."""
+class PictureCard:
+    """What a picture says of how it was made."""
 
     request: Request
+    """What was asked for."""
     family: str
+    """The model family."""
     model: str
+    """Where the model came from: a hub id or a folder."""
     identity: str
+    """What the model was: a commit or a fingerprint."""
     dtype: Mapping[str, str]
+    """The type of each component."""
     loras: tuple[LoraRequest, ...] = ()
+    """The LoRAs that were merged into it."""
 
     @property
     def revision(self) -> str | None:
@@ -67,9 +70,9 @@ def png(pixels: Any, card: Mapping[str, Any] | None) -> bytes:
 
 def card_of(request: Request, facts: Mapping[str, Any]) -> dict[str, Any]:
     """All that is needed to make the picture again, as JSON; `facts` are the run's."""
-    asked = {name: getattr(request, name) for name in (*REQUEST, "index")}
-    if request.negative_prompt is not None:
-        asked["negative_prompt"] = request.negative_prompt
+    said = {name: getattr(request, name) for name in (*INPUTS, "index")}
+    asked = {name: value for name, value in said.items()
+             if value is not None or name not in INPUTS or not INPUTS[name].optional}
     return {"schema": SCHEMA, **asked, **facts, "versions": versions()}
 
 
@@ -115,86 +118,71 @@ def shows(path: Path, pixels: Any) -> bool:
         return False
 
 
-def like(path: str | Path) -> Like:
-    """What the picture at `path` says; ValueError where it says nothing, or nothing that could be true."""
+def read_card(path: str | Path) -> PictureCard:
+    """What the picture at `path` says; InvalidInput where it says nothing, or nothing that could be true."""
     try:
-        card = _card(Path(path))
-        request = Request(**{name: card[name] for name in REQUEST}, negative_prompt=card.get("negative_prompt"))
+        card = _read(Path(path))
+        said: dict[str, Any] = {name: card.get(name) if each.optional else card[name] for name, each in INPUTS.items()}
+        request = Request(**said)
         family, model, identity = (_text(card, name) for name in ("family", "model", "identity"))
-        said = Like(request, family, model, identity, _dtype(card), _loras(card))
-        if said.family not in FAMILIES:
-            raise ValueError(f"family {shown(said.family)} is unknown here")
+        if family not in FAMILIES:
+            raise InvalidInput(f"family {shown(family)} is unknown here")
+        return PictureCard(request, family, model, identity, _dtype(card), _loras(card))
     except KeyError as error:
-        raise ValueError(f"{path}: its metadata lack {error}") from None
+        raise InvalidInput(f"{path}: its metadata lack {error}") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    return said
+        raise InvalidInput(f"{path}: {error}") from None
 
 
 def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", value) else value
 
 
-def _card(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    from PIL import Image, UnidentifiedImageError
+
     # O_NONBLOCK: a FIFO would wait for ever.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is not a plain file")
-        text = next((text for name, text in _texts(file) if name == "runner"), None)
-    if text is None:
-        raise ValueError("it has no runner metadata: made by another program, or with --no-metadata")
+            raise InvalidInput("it is not a plain file")
+        try:
+            # The texts in front of the pixels, which are not decoded.
+            with Image.open(file, formats=("PNG",)) as image:
+                text = image.info.get("runner")
+        except (UnidentifiedImageError, SyntaxError) as error:
+            raise InvalidInput("it is not a PNG, or a damaged one") from error
+    if not isinstance(text, str):
+        raise InvalidInput("it has no runner metadata: made by another program, or with --no-metadata")
+    if len(text) > TEXT_BYTES:
+        raise InvalidInput(f"its metadata have {len(text):,} letters; the limit is {TEXT_BYTES:,}")
     card = json.loads(text, parse_constant=_no_constant)
     if not isinstance(card, dict):
-        raise ValueError("its metadata are not an object")
+        raise InvalidInput("its metadata are not an object")
     if type(card.get("schema")) is not int or card["schema"] != SCHEMA:
-        raise ValueError(f"its metadata have schema {shown(str(card.get('schema')))}, this version reads {SCHEMA}")
+        raise InvalidInput(f"its metadata have schema {shown(str(card.get('schema')))}, this version reads {SCHEMA}")
     return card
-
-
-def _texts(file: BinaryIO) -> Iterator[tuple[str, str]]:
-    """The uncompressed texts of a PNG by name; pixels are stepped over, not decoded."""
-    if file.read(8) != SIGNATURE:
-        raise ValueError("it is not a PNG")
-    for _ in range(CHUNKS):
-        head = file.read(8)
-        if len(head) < 8 or head[4:] == b"IEND":
-            return
-        length = struct.unpack(">I", head[:4])[0]
-        if head[4:] not in (b"tEXt", b"iTXt"):
-            file.seek(length + 4, os.SEEK_CUR)
-            continue
-        if length > TEXT_BYTES:
-            raise ValueError(f"it has a text of {length:,} bytes; the limit is {TEXT_BYTES:,}")
-        data, check = file.read(length), file.read(4)
-        if struct.pack(">I", zlib.crc32(head[4:] + data)) != check:
-            raise ValueError("it is damaged: a text does not have its checksum")
-        name, _, rest = data.partition(b"\0")
-        if head[4:] == b"tEXt":
-            yield name.decode("latin-1"), rest.decode("latin-1")
-        elif rest[:1] == b"\0":
-            yield name.decode("latin-1"), rest[2:].split(b"\0", 2)[-1].decode()
 
 
 def _text(card: Mapping[str, Any], name: str) -> str:
     value = card[name]
     if not isinstance(value, str) or not 0 < len(value) <= 4096 or not value.isprintable():
-        raise ValueError(f"{name} in its metadata is no plain text")
+        raise InvalidInput(f"{name} in its metadata is no plain text")
     return value
 
 
 def _dtype(card: Mapping[str, Any]) -> dict[str, str]:
     value = card["dtype"]
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
-        raise ValueError("dtype in its metadata is not a name per component")
+        raise InvalidInput("dtype in its metadata is not a name per component")
     return value
 
 
 def _loras(card: Mapping[str, Any]) -> tuple[LoraRequest, ...]:
     value = card.get("loras", [])
     if not isinstance(value, list):
-        raise ValueError("loras in its metadata are no list")
+        raise InvalidInput("loras in its metadata are no list")
     return tuple(_lora(each) for each in value)
 
 
@@ -202,8 +190,8 @@ def _lora(value: Any) -> LoraRequest:
     match value:
         case {"source": str(), "sha256": str(digest), "scale": float(scale)} if re.fullmatch("[0-9a-f]{64}", digest):
             return LoraRequest(_text(value, "source"), scale, digest)
-    raise ValueError("a LoRA in its metadata lacks its source, sha256 or scale")
+    raise InvalidInput("a LoRA in its metadata lacks its source, sha256 or scale")
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"its metadata hold {name}, which is no JSON")
+    raise InvalidInput(f"its metadata hold {name}, which is no JSON")

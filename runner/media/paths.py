@@ -1,4 +1,4 @@
-"""Where pictures go: file names from --out, and files that are there whole or not at all."""
+"""Where pictures go: file names from `out`, and files that are there whole or not at all."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from runner.artifacts.temp_files import hold, part_name, sweep
 from runner.request import Request
 from runner.text import shown
-from stages.errors import StoreError
+from stages.errors import InvalidInput, StoreError
 
 ONE, MANY = "{prompt}-{seed}.png", "{index}-{prompt}-{seed}.png"
 FIELDS = ("id", "index", "prompt", "run", "seed")
@@ -21,7 +21,7 @@ NAME = 255
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Unnamed(ValueError):
+class Unnamed(InvalidInput):
     """A picture that cannot be named by what its own line says."""
 
 
@@ -40,26 +40,26 @@ class Naming:
         self._folders: set[Path] = set()
 
     def path(self, request: Request, id: str | None = None, out: str | None = None) -> Path:
-        """The path of a picture, `out` being what its own line says; ValueError where it is taken or not writable.
+        """The path of a picture, `out` being what its own line says; InvalidInput where it is taken or not writable.
 
         Unnamed where the reason is in its line.
         """
         try:
             parts = self._parts if out is None else self._own(out)
             if id is None and any("{id}" in part for part in parts):
-                raise Unnamed("--out has the field {id}, and there is no id -> give the line one")
+                raise Unnamed("`out` has the field {id}, and there is no id -> give the line one")
             path = self._root.joinpath(*(_fill(part, self._fields(request, id)) for part in parts))
             self._check(path, parts[-1])
-        except ValueError as error:
-            raise error if out is None else Unnamed(f"out {shown(out)}: {error}") from None
+        except InvalidInput as error:
+            raise error if out is None else Unnamed(f"out {shown(out)}: {error.text}") from None
         self._taken.add(path)
         return path
 
     def _own(self, out: str) -> tuple[str, ...]:
-        """What the line of a picture says, which may come from anybody: it stays inside the folder of --out."""
+        """What the line of a picture says, which may come from anybody: it stays inside the folder of `out`."""
         folder, parts = _pattern(out, self._default)
         if folder.is_absolute() or ".." in folder.parts:
-            raise ValueError(f"it leads out of {self._root} -> write a path inside, and that folder into --out")
+            raise InvalidInput(f"it leads out of {self._root} -> write a path inside, and that folder into `out`")
         return (*folder.parts, *parts)
 
     def _fields(self, request: Request, id: str | None) -> dict[str, str]:
@@ -70,16 +70,16 @@ class Naming:
         if path in self._taken:
             stem, suffix = os.path.splitext(pattern)
             better = self._root / f"{stem}-{{index}}{suffix}"
-            raise ValueError(f"two pictures cannot both be {path} -> --out '{better}'")
+            raise InvalidInput(f"two pictures cannot both be {path} -> `out={better}`")
         longest = max(path.parts, key=lambda part: len(part.encode()))
         if len(longest.encode()) > NAME:
-            raise ValueError(f"--out has a name of {len(longest.encode())} bytes; the limit is {NAME}: "
+            raise InvalidInput(f"`out` has a name of {len(longest.encode())} bytes; the limit is {NAME}: "
                              f"{shown(longest)}")
         if path.parent not in self._folders:
             _check_folder(path.parent, self._root)
             self._folders.add(path.parent)
         if os.path.lexists(path) and (not self._overwrite or (os.path.isdir(path) and not path.is_symlink())):
-            raise ValueError(taken(path))
+            raise InvalidInput(taken(path))
 
 
 def slug(text: str) -> str:
@@ -91,7 +91,7 @@ def slug(text: str) -> str:
 def write(path: Path, data: bytes, *, overwrite: bool = False) -> None:
     """Put a file at `path`: written beside it, fsynced, renamed; a symlink at `path` is replaced, never followed.
 
-    Raises ValueError where `path` is taken meanwhile, StoreError where it cannot be written.
+    Raises InvalidInput where `path` is taken meanwhile, StoreError where it cannot be written.
     """
     part = path.with_name(f".{part_name()}")
     try:
@@ -105,18 +105,18 @@ def write(path: Path, data: bytes, *, overwrite: bool = False) -> None:
         _publish(part, path, overwrite)
         _sync(path.parent)
     except FileExistsError:
-        raise ValueError(taken(path)) from None
+        raise InvalidInput(taken(path)) from None
     except OSError as error:
         text = f"cannot write {path} ({len(data):,} bytes): {error.strerror}"
-        raise StoreError(f"{text} -> make room or choose another --out; what the store keeps is not lost") from error
+        raise StoreError(f"{text} -> make room or choose another `out`; what the store keeps is not lost") from error
     finally:
         with suppress(OSError):
             part.unlink()
 
 
-def tidy(paths: Sequence[Path]) -> None:
+def remove_orphans(paths: Sequence[str]) -> None:
     """Remove what killed processes left beside these paths while they wrote them."""
-    for folder in dict.fromkeys(path.parent for path in paths):
+    for folder in dict.fromkeys(path.parent for path in map(Path, paths)):
         sweep(folder, ".")
 
 
@@ -126,15 +126,15 @@ def _pattern(out: str | None, default: str) -> tuple[Path, tuple[str, ...]]:
         return Path(), (default,)
     bad = next((c for c in out if unicodedata.category(c) in ("Cc", "Cs")), None)
     if bad is not None or not out:
-        raise ValueError(f"--out is {'empty' if bad is None else 'no name for a file'}: {shown(out)}")
+        raise InvalidInput(f"`out` is {'empty' if bad is None else 'no name for a file'}: {shown(out)}")
     if out.endswith(("/", os.sep)) or os.path.isdir(out):
         return Path(out), (default,)
     parts = Path(out).parts
     at = next((i for i, part in enumerate(parts) if re.search("{.*}", part)), len(parts) - 1)
     if ".." in parts[at:]:
-        raise ValueError(f"--out {shown(out)} leaves its folder behind a field -> write .. before the first field")
+        raise InvalidInput(f"`out` {shown(out)} leaves its folder behind a field -> write .. before the first field")
     if not parts[-1].lower().endswith(".png"):
-        raise ValueError(f"--out {shown(out)} must end in .png, or in / for a folder")
+        raise InvalidInput(f"`out` {shown(out)} must end in .png, or in / for a folder")
     return Path(*parts[:at]), parts[at:]
 
 
@@ -143,7 +143,7 @@ def _fill(part: str, fields: Mapping[str, str]) -> str:
         if match[1] not in fields:
             close = get_close_matches(match[1], FIELDS, 1)
             hint = f"did you mean {{{close[0]}}}?" if close else "there are " + " ".join(f"{{{f}}}" for f in FIELDS)
-            raise ValueError(f"--out has the unknown field {shown(match[0])}: {hint}")
+            raise InvalidInput(f"`out` has the unknown field {shown(match[0])}: {hint}")
         return fields[match[1]]
 
     return re.sub(r"\{([^{}]*)\}", value, part)
@@ -152,19 +152,19 @@ def _fill(part: str, fields: Mapping[str, str]) -> str:
 def _check_folder(folder: Path, root: Path) -> None:
     home, real = os.path.realpath(root), os.path.realpath(folder)
     if os.path.commonpath((home, real)) != home:
-        raise ValueError(f"{folder} leads out of {root} by a symlink -> remove the symlink or name {real}")
+        raise InvalidInput(f"{folder} leads out of {root} by a symlink -> remove the symlink or name {real}")
     there = next(parent for parent in (Path(real), *Path(real).parents) if os.path.exists(parent))
     if not there.is_dir():
-        raise ValueError(f"{there} is not a folder -> choose another --out")
+        raise InvalidInput(f"{there} is not a folder -> choose another `out`")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write in {there} -> choose another --out")
+        raise InvalidInput(f"cannot write in {there} -> choose another `out`")
 
 
 def taken(path: Path) -> str:
     """What to say of a path where something is already."""
     if path.is_dir():
         return f"{path} is a folder -> write {path}/ to put pictures inside"
-    return f"{path} is there already -> --overwrite, or another --out"
+    return f"{path} is there already -> `overwrite`, or another `out`"
 
 
 def _publish(part: Path, path: Path, overwrite: bool) -> None:

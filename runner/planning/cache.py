@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from runner.planning.precompute import Saving
+from runner.planning.precompute import TableSaving
 from stages.estimate.block_memo import Costs
 from stages.estimate.dry_run import Estimate
 from stages.state import State
@@ -14,14 +14,14 @@ Found = TypeVar("Found")
 
 @dataclass
 class PlanCache:
-    """Rehearsals and savings with what led to them, and what single blocks cost.
+    """It holds the states after stages, so nobody keeps it for longer than plans are made."""
 
-    It holds the states after stages, so nobody keeps it for longer than plans are made.
-    """
-
-    rehearsals: list[tuple[Any, State, Estimate]] = field(default_factory=list)
-    savings: list[tuple[Any, State, Saving]] = field(default_factory=list)
+    estimates: list[tuple[Any, State, Estimate]] = field(default_factory=list)
+    """What was asked, the state that a stage started from, and what it takes."""
+    savings: list[tuple[Any, State, TableSaving]] = field(default_factory=list)
+    """The same of modulation tables."""
     costs: Costs = field(default_factory=dict)
+    """What single blocks cost."""
 
 
 def recalled(

@@ -1,22 +1,28 @@
-"""The plan as people and programs read it, before a byte is loaded."""
+"""The plan as people and programs read it, and as the record of a run keeps it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from runner.planning import disk
+from runner.planning.placer import concurrency
+from runner.planning.plan import Plan
 from runner.text import gib
+from stages.loading.load import passing
 
-if TYPE_CHECKING:
-    from runner.planning.plan import Plan
+Layout = dict[str, dict[str, dict[str, dict[str, int]]]]
+# What is in no block, in a layout.
+REST = "outside blocks"
 
 
-def lines(plan: "Plan") -> list[str]:
+def lines(plan: Plan) -> list[str]:
     """The plan as a table: per stage and device weights, activations and what stays free; then what was decided."""
     return [*aligned([*needs(plan)]), *choices(plan), *costs(plan, disk.look(plan)), *refusals(plan)]
 
 
-def document(plan: "Plan") -> dict[str, Any]:
+def document(plan: Plan) -> dict[str, Any]:
     """The plan as one JSON object; bytes are whole numbers."""
     found = disk.look(plan)
     return {
@@ -25,7 +31,7 @@ def document(plan: "Plan") -> dict[str, Any]:
         "devices": {device.name: {"total": device.total, "free": device.free, "room": device.room,
                                   "bfloat16": device.bfloat16} for device in plan.machine.devices},
         "host": {"total": plan.machine.host_total, "free": plan.machine.host_free, "room": plan.machine.host_room,
-                 "stages": {stage: asdict(need) for stage, need in hosts(plan).items()}},
+                 "stages": {stage: asdict(need) for stage, need in host_needs(plan).items()}},
         "limits": dict(plan.machine.limits),
         "loras": loras(plan),
         "disk": {"free": found.free, "download": found.download, "rate": found.rate,
@@ -37,13 +43,13 @@ def document(plan: "Plan") -> dict[str, Any]:
             for stage, needs in plan.needs.items()
         },
         "components": {
-            name: {"dtype": str(place.dtype).removeprefix("torch."), "placement": str(place.placement),
-                   "bytes": plan.weights[name].total, "reason": plan.reasons.get(name, ""),
-                   "device_map": plan.device_map[name]}
-            for name, place in plan.places.items()
+            plan.label(part): {"dtype": dtype_name(place.dtype), "placement": str(place.placement),
+                               "bytes": plan.weights[part].total, "reason": plan.reasons.get(part[1], ""),
+                               "device_map": plan.device_map[plan.label(part)]}
+            for part, place in plan.places.items()
         },
-        "refused": {stage: {rung.name: rung.refused for rung in rungs if rung.refused}
-                    for stage, rungs in plan.rungs.items()},
+        "refused": {stage: {strategy.name: strategy.refused for strategy in tried if strategy.refused}
+                    for stage, tried in plan.strategies.items()},
         "modulation_table": {name: {"whole": saving.whole, "left": saving.left, "row": saving.row,
                                     "layers": sorted(saving.layers), "refused": saving.refused}
                              for name, saving in plan.savings.items()},
@@ -52,7 +58,7 @@ def document(plan: "Plan") -> dict[str, Any]:
     }
 
 
-def loras(plan: "Plan") -> list[dict[str, Any]]:
+def loras(plan: Plan) -> list[dict[str, Any]]:
     """The LoRAs of a plan as JSON: where each is, its sha256 and its scale."""
     return [{"source": lora.source, "sha256": lora.digest, "scale": lora.scale} for lora in plan.checkpoint.loras]
 
@@ -63,7 +69,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def needs(plan: "Plan") -> Iterator[tuple[str, ...]]:
+def needs(plan: Plan) -> Iterator[tuple[str, ...]]:
     """The head and the rows of the table: bytes on each device in each stage."""
     yield "stage", "device", "weights", "activations", "free then"
     for stage, needs in plan.needs.items():
@@ -73,12 +79,13 @@ def needs(plan: "Plan") -> Iterator[tuple[str, ...]]:
             yield stage, device, gib(need.weights), gib(need.activations), left
 
 
-def choices(plan: "Plan") -> Iterator[str]:
+def choices(plan: Plan) -> Iterator[str]:
     """What was decided: type and placement of every component, the modulation table, tiles."""
-    for name, place in plan.places.items():
-        dtype, reason = str(place.dtype).removeprefix("torch."), plan.reasons.get(name, "")
+    for part, place in plan.places.items():
+        reason = plan.reasons.get(part[1], "")
         why = f" ({reason})" if reason else ""
-        yield f"{name}: {gib(plan.weights[name].total)} in {dtype}{why}, {place.placement}"
+        yield (f"{plan.label(part)}: {gib(plan.weights[part].total)} in {dtype_name(place.dtype)}{why}, "
+               f"{place.placement}")
     for lora, names in plan.checkpoint.loras.items():
         yield f"LoRA {lora.source} x {lora.scale:g}: merged into {' and '.join(names)} where weights are read"
     yield from map(str, plan.savings.values())
@@ -88,13 +95,11 @@ def choices(plan: "Plan") -> Iterator[str]:
         yield pace(plan)
 
 
-def pace(plan: "Plan") -> str:
+def pace(plan: Plan) -> str:
     """How several pictures go through the denoiser, and why so."""
-    from runner.planning.placer import busy
-
     if plan.lanes > 1:
         told = f"{plan.lanes} pictures in flight, so that no card waits for another"
-    elif busy({part.name: plan.places[part.name] for part in plan.stages[1].components}) < 2:
+    elif concurrency(plan.places_of("denoise")) < 2:
         told = "one picture at a time, as one device does all of the work"
     elif plan.placer is not None and plan.placer.lanes is not None:
         told = "one picture at a time, as was asked"
@@ -103,12 +108,12 @@ def pace(plan: "Plan") -> str:
     return f"denoise: {told}; each in a pass of its own, as in a shared one its bits may depend on the others"
 
 
-def costs(plan: "Plan", found: disk.Disk) -> Iterator[str]:
+def costs(plan: Plan, found: disk.Disk) -> Iterator[str]:
     """What the plan takes besides the devices: host memory, disk, the time to load; and the limits that were given."""
     if limits := plan.machine.limits:
         yield f"limits: {', '.join(f'{device} {gib(size)} ({size} bytes)' for device, size in limits.items())}"
     host = (f"{stage} {gib(need.loading)}" + (f" ({gib(need.held)} held)" if need.held else "")
-            for stage, need in hosts(plan).items())
+            for stage, need in host_needs(plan).items())
     if plan.machine.cards:
         told = f"host memory while loading, at most: {', '.join(host)}"
         yield f"{told}, with pages of files, which the system can drop; {gib(plan.machine.host_free)} free"
@@ -125,33 +130,60 @@ def costs(plan: "Plan", found: disk.Disk) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Host:
-    """Host memory in a stage: bytes that are `held` by weights that wait, and at most while `loading`."""
+class HostNeed:
+    """Bytes of host memory in a stage."""
 
     held: int
+    """Of weights that wait there."""
     loading: int
+    """At most while components are loaded."""
 
 
-def hosts(plan: "Plan") -> dict[str, Host]:
+def host_needs(plan: Plan) -> dict[str, HostNeed]:
     """What each stage takes of the host's memory besides its devices; nothing is besides where the host is one."""
-    from stages.loading.load import passing
-
-    found: dict[str, Host] = {}
+    found: dict[str, HostNeed] = {}
     if not plan.machine.cards:
         return found
     for stage in plan.stages:
         held = loading = 0
         for component in stage.components:
-            placement = plan.places[component.name].placement
-            held += placement.share(plan.weights[component.name]).get("cpu", 0)
+            part = stage.name, component.name
+            placement = plan.places[part].placement
+            held += placement.share(plan.weights[part]).get("cpu", 0)
             loading = max(loading, held + passing(component, placement))
-        found[stage.name] = Host(held, loading)
+        found[stage.name] = HostNeed(held, loading)
     return found
 
 
-def refusals(plan: "Plan") -> Iterator[str]:
-    """Why each rung that was refused does not fit."""
-    for stage, rungs in plan.rungs.items():
-        for rung in rungs:
-            if rung.refused:
-                yield f"{stage} not {rung.name}: {rung.refused}"
+def refusals(plan: Plan) -> Iterator[str]:
+    """Why each strategy that was refused does not fit."""
+    for stage, tried in plan.strategies.items():
+        for strategy in tried:
+            if strategy.refused:
+                yield f"{stage} not {strategy.name}: {strategy.refused}"
+
+
+def layout(plan: Plan) -> Layout:
+    """Bytes by stage, device, component and block, in the order of execution; what is in no block is one entry."""
+    found: Layout = {}
+    for stage in plan.stages:
+        devices = found[stage.name] = dict[str, dict[str, dict[str, int]]]()
+        for component in stage.components:
+            weights = plan.weights[stage.name, component.name]
+            placement = plan.places[stage.name, component.name].placement
+            if placement.processes > 1:
+                for device, size in placement.share(weights).items():
+                    devices.setdefault(device, {})[component.name] = {component.name: size}
+                continue
+            held_by = placement.storage_devices
+            parts = {REST: sum(weights.rest.values()), **weights.blocks}
+            for block, size in parts.items():
+                if size:
+                    there = devices.setdefault(held_by.get(block, held_by[""]), {})
+                    there.setdefault(component.name, {})[block or component.name] = size
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

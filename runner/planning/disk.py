@@ -6,11 +6,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from runner.planning.plan import Plan
-    from stages.pipeline.stage import Stage
+from runner.planning.plan import Plan
+from stages.pipeline.stage import Stage
 
 SAMPLE = 128 * 2**20
 CHUNK = 8 * 2**20
@@ -39,22 +37,23 @@ def read_rate(files: Iterable[Path]) -> float | None:
 
 @dataclass(frozen=True)
 class Disk:
-    """What a plan takes from the disk: bytes that are free where the model lies, to download, and of each stage.
-
-    `rate` is what the disk gives in a second, None where it cannot be measured.
-    """
+    """What a plan takes from the disk."""
 
     free: int
+    """Bytes that are free where the model lies."""
     download: int
+    """Bytes that are to be downloaded."""
     stored: Mapping[str, int]
+    """By stage, the bytes of its weights."""
     rate: float | None
+    """Bytes that the disk gives in a second; None where that cannot be measured."""
 
     def seconds(self, count: int) -> float | None:
         """How long the disk takes to give so many bytes."""
         return None if self.rate is None else count / self.rate
 
 
-def look(plan: "Plan") -> Disk:
+def look(plan: Plan) -> Disk:
     """What the plan takes from the disk; the rate is measured."""
     files = [file for component in plan.checkpoint.components.values() for file in component.files]
     free = shutil.disk_usage(plan.checkpoint.path).free
@@ -62,6 +61,6 @@ def look(plan: "Plan") -> Disk:
     return Disk(free, plan.checkpoint.absent, stored(plan.stages), read_rate(here))
 
 
-def stored(stages: "Sequence[Stage]") -> Mapping[str, int]:
+def stored(stages: Sequence[Stage]) -> Mapping[str, int]:
     """Bytes of the weights of each stage on the disk."""
     return {stage.name: sum(component.bytes for component in stage.components) for stage in stages}

@@ -1,4 +1,4 @@
-"""Placing the stages of a run one after the other: dry_run, choose the ladder, dry_run what it gave."""
+"""Placing the stages of a run one after the other: estimate, choose from the ladder, estimate what it gave."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,12 +8,11 @@ from functools import cache
 import torch
 
 from runner.planning.cache import PlanCache, recalled
-from runner.planning.cutting import cut
-from runner.planning.ladder import LADDER, Ask, NoStrategyFits, Strategy, choose
-from runner.planning.parallel import processes
-from runner.planning.place_option import PlaceRequest, granted
-from runner.planning.precompute import Saving, saving
-from stages.errors import Fix
+from runner.planning.ladder import NoStrategyFits, PlacementProblem, Strategy, choose
+from runner.planning.place_option import StagePlaces, resolve
+from runner.planning.precompute import TableSaving, table_saving
+from runner.text import gib
+from stages.errors import DoesNotFit, Fix, InvalidInput
 from stages.estimate.dry_run import Estimate, dry_run, one_thread
 from stages.estimate.memory_tracker import MixedDevices
 from stages.loading.disk_weights import reading
@@ -21,11 +20,14 @@ from stages.machine import Machine
 from stages.models.format import choose_dtype
 from stages.models.weights import Weights, skeleton, weigh
 from stages.pipeline.stage import Inputs, Stage
-from stages.placement.placement import DISK, Place, Placement, Resident, Sharded, remainder
+from stages.placement.placement import DISK, Place, Placement, Resident, remainder
+from stages.placement.tensor_parallel import TensorParallel, part_of
 from stages.state import State
 
 TILES = (1024, 512, 256)
 TRIES = 4
+
+Tried = tuple[Strategy, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Need:
     """Bytes on a device during a stage."""
 
     weights: int
+    """Of the weights that it holds."""
     activations: int
+    """Of all else, at most."""
 
     @property
     def total(self) -> int:
@@ -43,37 +47,51 @@ class Need:
 
 @dataclass
 class Placed:
-    """The stages placed so far."""
+    """The stages placed so far; what is said by part is keyed by (stage, component)."""
 
-    places: dict[str, Place] = field(default_factory=dict)
-    weights: dict[str, Weights] = field(default_factory=dict)
+    places: dict[tuple[str, str], Place] = field(default_factory=dict)
+    """Where each component goes, by part."""
+    weights: dict[tuple[str, str], Weights] = field(default_factory=dict)
+    """What each component weighs, by part."""
     needs: dict[str, dict[str, Need]] = field(default_factory=dict)
-    rungs: dict[str, tuple[Strategy, ...]] = field(default_factory=dict)
+    """Bytes by stage and device."""
+    strategies: dict[str, Tried] = field(default_factory=dict)
+    """What was tried, by stage; the last one is taken."""
     reasons: dict[str, str] = field(default_factory=dict)
-    savings: dict[str, Saving] = field(default_factory=dict)
+    """Why a component has its type."""
+    savings: dict[str, TableSaving] = field(default_factory=dict)
+    """What the modulation table saves, by component."""
     lanes: int = 1
+    """Requests that are denoised at a time."""
     reads: dict[str, int] = field(default_factory=dict)
+    """Bytes that a pass reads from the disk, by stage."""
 
 
 @dataclass(frozen=True)
 class Placer:
-    """What decides where the components of every stage go.
-
-    `lanes` requests are denoised at once; without it as many of the `requests` as there are cards to keep busy.
-    """
+    """What decides where the components of every stage go."""
 
     machine: Machine
+    """The devices, with their limits."""
     inputs: Inputs
+    """The largest request, under diffusers' names."""
     dtypes: Mapping[str, torch.dtype]
-    wishes: Mapping[str, PlaceRequest]
+    """Types by component; "" for all others."""
+    asked: Mapping[str, StagePlaces]
+    """By stage, the places that were asked for."""
     offload: str | None
+    """Whether blocks may wait in host memory ("cpu"), and on the disk ("disk")."""
     lanes: int | None
+    """Requests to denoise at a time; None: as many of `requests` as there are cards to keep busy."""
     smaller: Mapping[str, float]
+    """Smaller pictures (WxH) with their part of the pixels."""
     table: bool = True
+    """Whether there may be a modulation table."""
     requests: int = 1
+    """How many there are."""
 
     def place(self, stages: Sequence[Stage], known: PlanCache | None = None) -> Placed:
-        """All stages placed; NoStrategyFits for the first that does not fit. What is `known` is not asked again."""
+        """All stages placed; NoStrategyFits for the first that does not fit."""
         done, state, known = Placed(), State(), known or PlanCache()
         with one_thread():
             for stage in stages:
@@ -82,42 +100,42 @@ class Placer:
 
     def _place(self, stage: Stage, state: State, done: Placed, known: PlanCache) -> State:
         types = dict(self._types(stage, done))
-        precomputed = self._folded(stage, state, types, done, known)
+        precomputed = self._precomputed(stage, state, types, done, known)
         weights = {component.name: weigh(component, types[component.name], precomputed.get(component.name, ()))
                    for component in stage.components}
         row = sum(done.savings[name].row for name in precomputed)
-        task = Task(stage, state, types, weights, precomputed, row, known)
+        task = StageTask(stage, state, types, weights, precomputed, row, known)
         refused: list[Strategy] = []
         for tile in (None, *self._tiles()) if stage.name == "decode" else (None,):
             try:
-                places, found, rungs = self._fitted(task, tile)
-                if stage.name == "denoise" and rungs[-1].name in LADDER:
-                    done.lanes, places, found, rungs = self._laned(task, places, found, rungs)
+                places, estimate, tried = self._fitted(task, tile)
+                if stage.name == "denoise" and self._processes(stage) is None:
+                    done.lanes, places, estimate, tried = self._with_lanes(task, places, estimate, tried)
                 break
             except NoStrategyFits as error:
-                refused += error.rungs if tile is None else ()
+                refused += error.tried if tile is None else ()
                 last = error
         else:
             raise last
-        done.places |= places
-        done.weights |= weights
+        tiles = tried if tile is None else (Strategy(f"tiles of {tile} pixels"),)
+        done.places |= {(stage.name, name): place for name, place in places.items()}
+        done.weights |= {(stage.name, name): weight for name, weight in weights.items()}
         done.reads[stage.name] = sum(reading(component, places[component.name]) for component in stage.components)
-        done.needs[stage.name] = task.needs(places, found)
-        tiles = rungs if tile is None else (Strategy(f"tiles of {tile} pixels"),)
-        done.rungs[stage.name] = (*refused, *tiles)
-        return found.state
+        done.needs[stage.name] = task.needs(places, estimate)
+        done.strategies[stage.name] = (*refused, *tiles)
+        return estimate.state
 
-    def _folded(
+    def _precomputed(
         self, stage: Stage, state: State, types: Mapping[str, torch.dtype], done: Placed, known: PlanCache
     ) -> dict[str, frozenset[str]]:
         """By component, the layers that the modulation table stands in for."""
         if stage.name != "denoise":
             return {}
         dtype = types[stage.components[0].name]
-        found = recalled(known.savings, (dtype, self.inputs, self.table), state,
-                         lambda: saving(stage, dtype, state, self.inputs, self.table))
-        done.savings[found.component] = found
-        return {found.component: found.layers}
+        saving = recalled(known.savings, (dtype, self.inputs, self.table), state,
+                          lambda: table_saving(stage, dtype, state, self.inputs, self.table))
+        done.savings[saving.component] = saving
+        return {saving.component: saving.layers}
 
     def _tiles(self) -> Iterator[int]:
         sides = [side for side in (self.inputs["width"], self.inputs["height"]) if isinstance(side, int)]
@@ -130,28 +148,32 @@ class Placer:
             done.reasons[component.name] = "asked for" if asked else choice.reason
             yield component.name, asked or choice.dtype
 
-    def _fitted(self, task: "Task", tile: int | None) -> tuple[dict[str, Place], Estimate, tuple[Strategy, ...]]:
-        """Places that fit with what the rehearsal at those places took."""
-        count = processes(self.wishes.get(task.stage.name, PlaceRequest()).rung)
-        if count is not None:
-            return cut(self, task, count)
+    def _processes(self, stage: Stage) -> int | None:
+        return self.asked.get(stage.name, StagePlaces()).processes
+
+    def _fitted(self, task: "StageTask", tile: int | None) -> tuple[dict[str, Place], Estimate, Tried]:
+        """Places that fit with what the estimate at those places took."""
+        processes = self._processes(task.stage)
+        if processes is not None:
+            return self._tensor_parallel(task, processes)
         best = max(self.machine.cards or self.machine.devices, key=lambda device: device.room).name
         at_best = task.places({name: Resident(best, tile) for name in task.types})
-        found = self.rehearsed(task, at_best)
-        reserve = Counter(dict.fromkeys((device.name for device in self.machine.devices), found.peak[best]))
+        estimate = self.estimate(task, at_best)
+        reserve = Counter(dict.fromkeys((device.name for device in self.machine.devices), estimate.peak[best]))
         pinned = frozenset[str]()
         for _ in range(TRIES):
-            placements, rungs = self._climbed(task, found, reserve, pinned)
-            places = task.places({name: tiled(placement, tile) for name, placement in placements.items()})
+            placements, tried = self._chosen(task, estimate, reserve, pinned)
+            places = task.places({name: placement if tile is None else placement.tiled(tile)
+                                  for name, placement in placements.items()})
             try:
-                found = found if places == at_best else self.rehearsed(task, places)
+                estimate = estimate if places == at_best else self.estimate(task, places)
             except MixedDevices:
                 # Branches that meet again must do so on one card: only the longest row of blocks is dealt.
                 if pinned:
                     raise
                 pinned = frozenset(name for weights in task.weights.values() for name in branches(weights))
                 continue
-            over = {name: need.total - room for name, need in task.needs(places, found).items()
+            over = {name: need.total - room for name, need in task.needs(places, estimate).items()
                     if (room := self.machine.room(name)) is not None}
             if max(over.values()) <= 0:
                 break
@@ -159,48 +181,80 @@ class Placer:
         else:
             half = next((size for size, part in self.smaller.items() if part <= 0.5), None)
             raise NoStrategyFits(f"{task.stage.name}: its activations outgrow every reserve -> choose a smaller "
-                                 f"`size`", rungs, (Fix("size", half),) if half else ())
-        return places, found, rungs
+                                 f"`size`", tried, (Fix("size", half),) if half else ())
+        return places, estimate, tried
 
-    def _laned(
-        self, task: "Task", places: dict[str, Place], found: Estimate, rungs: tuple[Strategy, ...]
-    ) -> tuple[int, dict[str, Place], Estimate, tuple[Strategy, ...]]:
+    def _with_lanes(
+        self, task: "StageTask", places: dict[str, Place], estimate: Estimate, tried: Tried
+    ) -> tuple[int, dict[str, Place], Estimate, Tried]:
         """As many lanes as asked for; or as fit without streaming, up to one for each card that the denoiser is on."""
         if self.lanes is not None:
-            return self.lanes, places, found, rungs
-        for count in range(min(busy(places), self.requests), 1, -1):
+            return self.lanes, places, estimate, tried
+        for count in range(min(concurrency(places), self.requests), 1, -1):
             try:
                 more = replace(self, lanes=count)._fitted(task, None)
             except NoStrategyFits:
                 continue
-            if busy(more[0]) > 1:
+            if concurrency(more[0]) > 1:
                 return count, *more
-        return 1, places, found, rungs
+        return 1, places, estimate, tried
 
-    def _climbed(
-        self, task: "Task", found: Estimate, reserve: Mapping[str, int], pinned: frozenset[str]
-    ) -> tuple[dict[str, Placement], tuple[Strategy, ...]]:
+    def _chosen(
+        self, task: "StageTask", estimate: Estimate, reserve: Mapping[str, int], pinned: frozenset[str]
+    ) -> tuple[dict[str, Placement], Tried]:
         stage, weights = task.stage, task.weights
-        wish = self.wishes.get(stage.name, PlaceRequest())
+        asked = self.asked.get(stage.name, StagePlaces())
 
         @cache
         def rest(name: str) -> tuple[str, ...]:
             component = next(component for component in stage.components if component.name == name)
             return remainder(skeleton(component, task.types[name]), weights[name].blocks)
 
-        ask = Ask(
-            stage.name, weights, found.work, reserve, rest,
-            fixed={name: granted(value, weights[name], self.machine, rest) for name, value in wish.places.items()},
+        problem = PlacementProblem(
+            stage.name, weights, estimate.work, reserve, rest,
+            fixed={name: resolve(where, weights[name], self.machine, rest)
+                   for name, where in asked.components.items()},
             lanes=self._lanes(stage), split=stage.name != "decode", offload=self.offload, pinned=pinned,
             smaller={} if stage.name == "encode" else self.smaller,
         )
-        return choose(ask, self.machine, wish.rung)
+        return choose(problem, self.machine, asked.strategy)
 
-    def rehearsed(self, task: "Task", places: Mapping[str, Place]) -> Estimate:
+    def _tensor_parallel(self, task: "StageTask", count: int) -> tuple[dict[str, Place], Estimate, Tried]:
+        """The denoiser cut over the first `count` cards, or over all for 0, one process each.
+
+        What an estimate on one card takes is the most that a process takes. Raises NoStrategyFits where that does not
+        fit.
+        """
+        if self.lanes not in (None, 1):
+            raise InvalidInput(f"{self.lanes} `lanes` and denoise=tensor_parallel contradict each other: its "
+                               f"processes work on one picture together -> leave one of them out")
+        cards = process_devices(self.machine, count)
+        if len(task.types) != 1:
+            raise DoesNotFit(f"the denoise has {' and '.join(task.types)}, and one component can be cut over cards -> "
+                             f"leave denoise=tensor_parallel out")
+        component = task.stage.components[0]
+        name = component.name
+        if component.loras:
+            raise DoesNotFit("denoise=tensor_parallel reads parts of weights, and LoRA is merged into whole ones -> "
+                             "leave `place=denoise` or `loras` out", (Fix("place", None, "denoise"),))
+        part = part_of(component, task.types[name], task.precomputed.get(name, frozenset()), len(cards))
+        estimate = self.estimate(task, task.places({name: Resident(cards[0])}))
+        taken = estimate.peak[cards[0]]
+        estimate = replace(estimate, peak={card: taken * times for card, times in Counter(cards).items()})
+        places = task.places({name: TensorParallel(cards, part)})
+        for card, need in task.needs(places, estimate).items():
+            room = self.machine[card].room
+            if need.total > room:
+                raise NoStrategyFits(f"denoise does not fit: {gib(part)} of weights and {gib(taken)} of activations "
+                                     f"in each of {len(cards)} processes; {card} has {gib(room)} -> cut it over more "
+                                     f"cards, or choose a smaller `size`")
+        return places, estimate, (Strategy("tensor_parallel"),)
+
+    def estimate(self, task: "StageTask", places: Mapping[str, Place]) -> Estimate:
         """What the stage takes at these places."""
         scratch = {device.name: device.scratch for device in self.machine.devices}
         found = recalled(
-            task.known.rehearsals, (task.stage.name, dict(places), self.inputs, scratch), task.state,
+            task.known.estimates, (task.stage.name, dict(places), self.inputs, scratch), task.state,
             lambda: dry_run(task.stage, places, task.weights, task.state, self.inputs, scratch, task.known.costs),
         )
         # A lane takes the row of its call along to every device that computes.
@@ -211,43 +265,62 @@ class Placer:
         return self.lanes or 1 if stage.name == "denoise" else 1
 
 
-def busy(places: Mapping[str, Place]) -> int:
-    """How many cards take turns: those that blocks are dealt over. One where blocks are streamed to them."""
-    (placement, *others) = (place.placement for place in places.values())
-    if others or not isinstance(placement, Sharded) or placement.cpu_blocks or placement.disk_blocks:
-        return 1
-    return len(set(placement.devices.values()))
-
-
 @dataclass(frozen=True)
-class Task:
-    """A stage to be placed: the state that it starts from, the types and weights of its components.
-
-    The modulation table stands in for the layers in `precomputed`; a call of the denoiser reads `row` bytes of it.
-    """
+class StageTask:
+    """A stage to be placed."""
 
     stage: Stage
+    """The stage."""
     state: State
+    """What it starts from: shapes, and numbers that mean nothing."""
     types: Mapping[str, torch.dtype]
+    """The types of its components."""
     weights: Mapping[str, Weights]
+    """What its components weigh."""
     precomputed: Mapping[str, frozenset[str]]
+    """By component, the layers that the modulation table stands in for."""
     row: int
+    """Bytes of the table that a call of the denoiser reads."""
     known: PlanCache
+    """What other plans found out."""
 
     def places(self, placements: Mapping[str, Placement]) -> dict[str, Place]:
         """The components at these placements."""
         return {name: Place(placements[name], dtype, self.precomputed.get(name, frozenset()))
                 for name, dtype in self.types.items()}
 
-    def needs(self, places: Mapping[str, Place], found: Estimate) -> dict[str, Need]:
-        """Bytes on each device at these places, where the rehearsal found `found`."""
+    def needs(self, places: Mapping[str, Place], estimate: Estimate) -> dict[str, Need]:
+        """Bytes on each device at these places."""
         shares = Counter[str]()
         for name, weights in self.weights.items():
             shares.update(places[name].placement.share(weights))
-        return {name: Need(shares[name], found.peak.get(name, 0)) for name in sorted({*shares, *found.peak}, key=rank)}
+        devices = sorted({*shares, *estimate.peak}, key=device_order)
+        return {name: Need(shares[name], estimate.peak.get(name, 0)) for name in devices}
 
 
-def rank(device: str) -> tuple[bool, int, str]:
+def concurrency(places: Mapping[str, Place]) -> int:
+    """How many requests in flight keep the devices of a stage busy."""
+    (placement, *others) = (place.placement for place in places.values())
+    return 1 if others else placement.concurrency
+
+
+def process_devices(machine: Machine, count: int) -> tuple[str, ...]:
+    """The devices of `count` processes: the first cards, or all for 0; on a host without cards, that several times.
+
+    Raises InvalidInput where it is fewer than two, or than there are cards.
+    """
+    cards = tuple(card.name for card in machine.cards)
+    if not cards and count > 1:
+        return (machine.devices[0].name,) * count
+    found = cards[:count] if count else cards
+    if len(found) < max(2, count):
+        there = f"{len(cards)} cards ({', '.join(cards)})" if len(cards) > 1 else cards[0] if cards else "no card"
+        raise InvalidInput(f"denoise=tensor_parallel needs {max(2, count)} cards, and there is {there} -> leave it "
+                           f"out; on a CPU, `ranks=2` says how many processes")
+    return found
+
+
+def device_order(device: str) -> tuple[bool, int, str]:
     """Where a device stands in tables: cards by their numbers, then what is not a card."""
     return device in ("cpu", DISK), len(device), device
 
@@ -259,8 +332,3 @@ def branches(weights: Weights) -> list[str]:
         rows[name.rpartition(".")[0]] += size
     heaviest = rows.most_common(1)[0][0]
     return [name for name in weights.blocks if name.rpartition(".")[0] != heaviest]
-
-
-def tiled(placement: Placement, tile: int | None) -> Placement:
-    """The same placement, decoding in tiles."""
-    return replace(placement, tile=tile) if isinstance(placement, Resident) else placement

@@ -2,63 +2,72 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-import torch
-
-from runner.demo import CHECKPOINT
-from runner.planning.cache import PlanCache
+from runner.job import Job
 from runner.planning.ladder import Strategy
-from runner.planning.memory_limits import limited, read_machine
-from runner.planning.place_option import read_wishes
 from runner.planning.placer import Need, Placer
-from runner.planning.precompute import Saving
-from runner.reports import notebook_html
-from runner.request import Request, check_tokens, nearest
-from stages.card_test import able
-from stages.families import FAMILIES, Family
-from stages.loading import lora_merge
-from stages.machine import Machine, probe
-from stages.models.checkpoint import Checkpoint, check, find
-from stages.models.lora import LoraRequest, found, read_loras
+from runner.planning.precompute import TableSaving
+from runner.request import Request
+from runner.text import pictures
+from stages.families import Family
+from stages.machine import Machine
+from stages.models.checkpoint import Checkpoint
 from stages.models.weights import Weights
-from stages.pipeline.split import require, split
 from stages.pipeline.stage import Stage
-from stages.placement.copy_test import all_via_host
-from stages.placement.placement import Place, Resident
-from stages.placement.tensor_parallel import TensorParallel
-from stages.state import Value
+from stages.placement.placement import Place
+
+# A component may stand in two stages: the VAE of pipelines that take pictures is in encode and in decode.
+Part = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run will do: its model, its requests, its stages, and the place of every component.
 
-    `needs` are the bytes on each device in each stage, `rungs` what was tried to place it, `reasons` why a component
-    has its type, `savings` what the modulation table saves of it, `reads` the bytes that a pass of a stage
-    reads from the disk.
+    What is said by part is keyed by (stage, component).
     """
 
-    family: Family
+    job: Job
+    """What was asked for, less the requests that the model cannot make."""
     checkpoint: Checkpoint
-    requests: tuple[Request, ...]
+    """The model, with the LoRAs that are merged into it."""
     machine: Machine
+    """The devices, with the limits that the job sets."""
     stages: tuple[Stage, ...]
-    places: Mapping[str, Place]
-    weights: Mapping[str, Weights]
+    """Encode, denoise and decode."""
+    places: Mapping[Part, Place]
+    """Where each component goes, by part."""
+    weights: Mapping[Part, Weights]
+    """What each component weighs, by part."""
     needs: Mapping[str, Mapping[str, Need]] = field(default_factory=dict)
-    rungs: Mapping[str, tuple[Strategy, ...]] = field(default_factory=dict)
+    """By stage and device, the bytes that it takes."""
+    strategies: Mapping[str, tuple[Strategy, ...]] = field(default_factory=dict)
+    """By stage, the ways to place it that were tried; the last one is taken."""
     reasons: Mapping[str, str] = field(default_factory=dict)
+    """By component, why it has its type."""
     lanes: int = 1
-    savings: Mapping[str, Saving] = field(default_factory=dict)
+    """Requests that are denoised at a time."""
+    savings: Mapping[str, TableSaving] = field(default_factory=dict)
+    """By component, what the modulation table saves."""
     reads: Mapping[str, int] = field(default_factory=dict)
+    """By stage, the bytes that every pass reads from the disk."""
     placer: Placer | None = field(default=None, repr=False, compare=False)
+    """What placed the components, to place them anew."""
 
     def __repr__(self) -> str:
-        return notebook_html.plan_line(self)
+        stages = (f"{stage} on {' and '.join(device for device, need in needs.items() if need.total)}"
+                  for stage, needs in self.needs.items())
+        return f"Plan({', '.join((self.family.name, self.checkpoint.source, pictures(len(self.requests)), *stages))})"
 
-    def _repr_html_(self) -> str:
-        return notebook_html.plan_html(self)
+    @property
+    def family(self) -> Family:
+        """The model family, with the defaults of its checkpoint."""
+        return self.job.defaults
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """The pictures."""
+        return self.job.requests
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -71,102 +80,38 @@ class Plan:
 
         diffusers' own, `hf_device_map`, has one device for a component, and may lack one.
         """
-        return {name: dict(place.placement.storage_devices) for name, place in self.places.items()}
+        return {self.label(part): dict(place.placement.storage_devices) for part, place in self.places.items()}
 
     @property
-    def cut(self) -> bool:
-        """Whether the denoise is cut over cards, which takes a process for each."""
-        return any(isinstance(place.placement, TensorParallel) for place in self.places.values())
+    def processes(self) -> int:
+        """How many processes denoise together: more than one where the denoiser is tensor parallel."""
+        return max((place.placement.processes for place in self.places.values()), default=1)
 
     @property
     def tile(self) -> int | None:
         """The pixels along a side of the tiles that pictures are decoded in; None where they are decoded whole."""
-        sides = (place.placement.tile for place in self.places.values() if isinstance(place.placement, Resident))
-        return next((side for side in sides if side is not None), None)
+        return next((place.placement.tile for place in self.places.values() if place.placement.tile is not None), None)
 
+    def label(self, part: Part) -> str:
+        """The name of a component, with its stage where there is another of this name."""
+        stage, component = part
+        return component if sum(name == component for _, name in self.places) == 1 else f"{stage}.{component}"
 
-def make_plan(
-    family: str,
-    requests: Sequence[Request],
-    *,
-    model: str | Path | None = None,
-    revision: str | None = None,
-    dtype: Mapping[str, torch.dtype] | None = None,
-    devices: Sequence[str] = (),
-    machine: str | Machine | None = None,
-    max_memory: str | None = None,
-    place: Sequence[str] = (),
-    allow_offload: str | None = None,
-    lanes: int | None = None,
-    modulation_table: bool = True,
-    peer_copies: bool = True,
-    loras: Sequence[str | Path | LoraRequest] = (),
-    weights: bool = True,
-    lost: dict[int, str] | None = None,
-    known: PlanCache | None = None,
-) -> Plan:
-    """Find and check the model, and place every component where it fits together with its activations.
+    def stage(self, name: str) -> Stage:
+        """The stage of this name."""
+        return next(stage for stage in self.stages if stage.name == name)
 
-    `dtype` maps component names to types ("" stands for all others). `machine` is one that need not be here, such as
-    "2x16GB"; `max_memory`, `place` and `allow_offload` are those of the command line; `lanes` requests are denoised
-    at once, by default one for each card that the denoiser is dealt over; without `modulation_table` all of the
-    denoiser is loaded, and without `peer_copies` cards send each other everything through host memory. Weights that
-    are not here are downloaded when all of them are placed; without `weights`, or for a machine that is not here,
-    they stay where they are. `loras` are merged into the weights: files, folders or hub names, each with its scale
-    behind an `=` unless it is 1. With `lost`, requests of a size that the model does not make are left out, and go
-    there by index with the reason. What other plans of the same model found is `known`. Raises ModelError, DoesNotFit
-    or ValueError.
-    """
-    chosen = family_of(family, model)
-    for request in requests:
-        check_tokens(chosen, request.text_tokens)
-    there = read_machine(machine) if isinstance(machine, str) else machine or able(probe(devices))
-    if max_memory is not None:
-        there = limited(there, max_memory)
-    if there.here:
-        require(chosen.requires)
-    source = CHECKPOINT if chosen.repo == "demo" and model in (None, "demo") else model or chosen.repo
-    named = find(source, revision=revision, components=())
-    check(replace(named, source="demo") if source == CHECKPOINT else named, family=FAMILIES[family])
-    checkpoint = find(source, revision=revision, weights=False)
-    if loras:
-        checkpoint = adapted(checkpoint, loras)
-    if source == CHECKPOINT:
-        checkpoint = replace(checkpoint, source="demo")
-    stages = split(checkpoint, inputs_of(largest(requests)))
-    multiple = stages[1].scale_factor * chosen.patch
-    requests = fitting(requests, multiple, lost)
-    most = largest(requests)
-    placer = Placer(there, inputs_of(most), dtype or {}, read_wishes(place, stages), allow_offload, lanes,
-                    smaller(most, multiple), modulation_table, len(requests))
-    placed = placer.place(stages, known)
-    places = placed.places if peer_copies else all_via_host(placed.places)
-    plan = Plan(chosen, checkpoint, tuple(requests), there, stages, places, placed.weights, placed.needs,
-                placed.rungs, placed.reasons, placed.lanes, placed.savings, placed.reads, placer)
-    return fetched(plan) if weights and there.here else plan
+    def places_of(self, stage: str) -> dict[str, Place]:
+        """The places of a stage's components, by component."""
+        return {component: place for (name, component), place in self.places.items() if name == stage}
 
+    def moved(self, stage: str, places: Mapping[str, Place]) -> "Plan":
+        """The plan with components of a stage at other places."""
+        return replace(self, places={**self.places, **{(stage, name): place for name, place in places.items()}})
 
-def fetched(plan: Plan) -> Plan:
-    """The same plan with the model's weights on this machine: downloaded, where they are not; ModelError if not."""
-    if not plan.checkpoint.absent:
-        return plan
-    # Of the commit that was planned for, whatever has become of its branch.
-    checkpoint = find(plan.checkpoint.source, revision=plan.checkpoint.path.name)
-    if plan.checkpoint.loras:
-        checkpoint = checkpoint.adapted(plan.checkpoint.loras)
-    return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, inputs_of(largest(plan.requests))))
-
-
-def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Path | LoraRequest]) -> Checkpoint:
-    """The checkpoint with these LoRAs; ModelError for one that is not there, or not made for it."""
-    loras = [found(each, checkpoint.pipeline) for each in read_loras(wanted)]
-    if twice := [lora.source for lora in loras if loras.count(lora) > 1]:
-        raise ValueError(f"--lora {twice[0]} is named twice -> name it once, with the sum of its scales")
-    with_them = checkpoint.adapted({lora: lora_merge.reaches(lora, checkpoint) for lora in loras})
-    for component in with_them.components.values():
-        if component.loras:
-            lora_merge.check(component)
-    return with_them
+    def only(self, positions: Sequence[int]) -> "Plan":
+        """The plan for the requests at these positions alone."""
+        return replace(self, job=self.job.only(positions))
 
 
 def largest(requests: Sequence[Request]) -> Request:
@@ -180,54 +125,3 @@ def largest(requests: Sequence[Request]) -> Request:
     steps = min(2, max(request.steps for request in requests))
     return replace(widest, prompt=longest, negative_prompt=negative or None, guidance=guidance, text_tokens=tokens,
                    steps=steps)
-
-
-def smaller(request: Request, multiple: int) -> dict[str, float]:
-    """Smaller sizes of the same shape, the largest first, with their part of the request's pixels."""
-    found = {}
-    for part in (0.875, 0.75, 0.625, 0.5, 0.375, 0.25):
-        width, height = (int(side * part) // multiple * multiple for side in (request.width, request.height))
-        if width and height:
-            found[f"{width}x{height}"] = width * height / (request.width * request.height)
-    return found
-
-
-def family_of(name: str, model: str | Path | None) -> Family:
-    """The family by name; the demo checkpoint has defaults of its own."""
-    return FAMILIES["demo" if model == "demo" else name]
-
-
-def inputs_of(request: Request) -> dict[str, Value]:
-    """The request under diffusers' names; "seed" stands for the generator."""
-    inputs: dict[str, Value] = {
-        "prompt": request.prompt,
-        "max_sequence_length": request.text_tokens,
-        "width": request.width,
-        "height": request.height,
-        "num_inference_steps": request.steps,
-        "seed": request.seed,
-    }
-    if request.negative_prompt is not None:
-        inputs["negative_prompt"] = request.negative_prompt
-    return inputs if request.guidance is None else inputs | {"guidance_scale": request.guidance}
-
-
-def fitting(requests: Sequence[Request], multiple: int, lost: dict[int, str] | None) -> Sequence[Request]:
-    """The requests whose size the model would not silently round; the others go to `lost`.
-
-    Raises ValueError for the first of those without `lost`, or where no request is left.
-    """
-    kept = []
-    for request in requests:
-        if request.width % multiple == request.height % multiple == 0:
-            kept.append(request)
-            continue
-        below, above = nearest((request.width, request.height), multiple)
-        text = (f"--size {request.width}x{request.height}: this model makes multiples of {multiple}; nearest are "
-                f"{below[0]}x{below[1]} and {above[0]}x{above[1]}")
-        if lost is None:
-            raise ValueError(text)
-        lost[request.index] = text
-    if not kept:
-        raise ValueError(f"no line is left: {next(iter((lost or {}).values()))}")
-    return kept

@@ -15,18 +15,21 @@ LEAST = 0.02
 
 
 @dataclass(frozen=True)
-class Saving:
-    """Bytes of a component `whole`, and `left` of it without `layers`; a call takes `row` bytes of the table instead.
-
-    `refused` says why there is no table, and is empty where there is one.
-    """
+class TableSaving:
+    """What a modulation table spares a component."""
 
     component: str
+    """Its name."""
     whole: int
+    """Bytes of all its weights."""
     left: int
+    """Bytes of those that are loaded beside a table."""
     layers: frozenset[str] = frozenset()
+    """The linear layers that the table stands in for."""
     row: int = 0
+    """Bytes of the table that one call of the component reads."""
     refused: str = ""
+    """Why there is no table; empty where there is one."""
 
     def __str__(self) -> str:
         if self.refused:
@@ -36,18 +39,19 @@ class Saving:
                 f"with {self.row / 2**20:.1f} MiB for a step")
 
 
-def saving(stage: Stage, dtype: torch.dtype, state: State, inputs: Inputs, wanted: bool) -> Saving:
+def table_saving(stage: Stage, dtype: torch.dtype, state: State, inputs: Inputs, wanted: bool) -> TableSaving:
     """What a table would save of the stage's denoiser at `dtype`, for requests like this one; nothing is loaded."""
     component = stage.components[0]
     whole = weigh(component, dtype).total
     if not wanted:
-        return Saving(component.name, whole, whole, refused="not wanted")
+        return TableSaving(component.name, whole, whole, refused="not wanted")
     try:
         layers = conditional(stage, dtype, state, inputs).layers
     except NotPrecomputable as error:
-        return Saving(component.name, whole, whole, refused=str(error))
+        return TableSaving(component.name, whole, whole, refused=str(error))
     left = weigh(component, dtype, frozenset(layers)).total
     if whole - left <= LEAST * whole:
-        return Saving(component.name, whole, whole, refused=f"it would save {100 * (1 - left / whole):.1f} %, which "
-                                                            f"is not more than {100 * LEAST:.0f} %")
-    return Saving(component.name, whole, left, frozenset(layers), sum(layer.bytes for layer in layers.values()))
+        return TableSaving(component.name, whole, whole,
+                           refused=f"it would save {100 * (1 - left / whole):.1f} %, which is not more than "
+                                   f"{100 * LEAST:.0f} %")
+    return TableSaving(component.name, whole, left, frozenset(layers), sum(layer.bytes for layer in layers.values()))

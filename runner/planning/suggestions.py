@@ -1,77 +1,184 @@
-"""What makes a refused plan fit: changed options, tried on paper one after the other until it does fit."""
+"""What would help: changes of a job that does not fit, or ran out of memory, each planned before it is told."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from runner.planning.cache import PlanCache
-from runner.planning.options import fixes_of, options_of
-from runner.planning.plan import Plan, make_plan
-from runner.request import Request, read_size
-from stages.errors import DoesNotFit
+from runner.inputs import read_size
+from runner.job import Job
+from runner.planning.ladder import NoStrategyFits, PlacementProblem, Placements, attempt, usable
+from runner.planning.plan import Plan
+from runner.text import gib
+from stages.errors import DoesNotFit, Fix, Fixes
+from stages.machine import Machine
+from stages.placement.placement import DISK
 
+OFFLOADS = (None, "cpu", "disk")
 ROUNDS = 6
+WAYS = 3
+LESS = 0.75
+
+Replan = Callable[[Job], Plan]
 
 
-def plan_or_remedy(family: str, requests: Sequence[Request], **options: Any) -> Plan:
-    """What `make_plan` gives; its DoesNotFit has the `options` with which all of the plan fits, if there are any."""
-    known = PlanCache()
+def with_fixes(job: Job, plan: Replan) -> Plan:
+    """What `plan` makes of the job; its DoesNotFit has the fixes with which all of the job fits, if there are any.
+
+    What helps one stage may not help the next, and a change that fails again is no help at all: so what the error
+    asks for is planned, and what is asked for then, until all of the job fits.
+    """
     try:
-        return make_plan(family, requests, **options, known=known)
+        return plan(job)
     except DoesNotFit as error:
-        changes, last = remedy(error, family, requests, options | {"known": known})
-        if last is not None and changes:
-            tried = " ".join(" ".join(filter(None, change)) for change in changes.items())
-            error.text = f"{error.text}\nThat is not enough, with {tried}: {last.text}"
-        error.fixes = () if last is not None else fixes_of(changes)
+        _complete(error)
+        refused: DoesNotFit | None = error
+        fixes: dict[tuple[str, str], Fix] = {}
+        for _ in range(ROUNDS):
+            if refused is None or not refused.fixes:
+                break
+            fixes |= {(fix.field, fix.component): fix for fix in refused.fixes}
+            refused = _refusal(applied(job, tuple(fixes.values())), plan)
+        if refused is not None and fixes:
+            tried = " ".join(map(reference, fixes.values()))
+            error.text = f"{error.text}\nThat is not enough, with {tried}: {refused.text}"
+        error.fixes = tuple(fixes.values()) if refused is None else ()
         raise
 
 
-def remedy(
-    error: DoesNotFit, family: str, requests: Sequence[Request], options: Mapping[str, Any]
-) -> tuple[dict[str, str], DoesNotFit | None]:
-    """The changes that the error asks for, and those that are asked for then, until all of the plan fits.
+def after_out_of_memory(plan: Plan, stage: str, replan: Replan) -> tuple[Fixes, ...]:
+    """At most three sets of fixes with which all of the job fits, and the stage's fullest device has less to hold.
 
-    What helps one stage may not help the next, and a command that fails again is no help at all. Where nothing helps,
-    the last error comes with them.
+    First come those that leave the picture as it is.
     """
-    changes: dict[str, str] = {}
-    for _ in range(ROUNDS):
-        if not error.fixes:
-            break
-        changes |= options_of(error.fixes)
-        sized, altered = changed(requests, options, changes)
+    found: list[Fixes] = []
+    for fixes in _candidates(plan, stage):
         try:
-            make_plan(family, sized, **(altered | {"weights": False}))
-            return changes, None
-        except DoesNotFit as another:
-            error = another
-    return changes, error
+            other = replan(applied(plan.job, fixes))
+        except DoesNotFit:
+            continue
+        if fullest(other, stage) < fullest(plan, stage):
+            found.append(fixes)
+        if len(found) == WAYS:
+            break
+    return tuple(found)
 
 
-def changed(
-    requests: Sequence[Request], options: Mapping[str, Any], changes: Mapping[str, str]
-) -> tuple[Sequence[Request], dict[str, Any]]:
-    """The requests and options of `make_plan` with some options of the command line changed."""
-    altered = dict(options)
-    for name, value in changes.items():
-        option, _, stage = name.partition(" ")
-        if option == "--size":
-            width, height = read_size(value)
-            requests = [replace(request, width=width, height=height) for request in requests]
-        elif option == "--lanes":
-            altered["lanes"] = int(value)
-        elif option == "--dtype":
-            altered["dtype"] = {"": getattr(torch, value)}
-        elif option == "--place":
-            altered["place"] = [wish for wish in altered["place"] if not places(wish, stage)]
+def applied(job: Job, fixes: Fixes) -> Job:
+    """The job with its fields changed."""
+    for fix in fixes:
+        if fix.field == "size":
+            width, height = read_size(str(fix.value))
+            requests = tuple(replace(request, width=width, height=height) for request in job.requests)
+            job = replace(job, requests=requests)
+        elif fix.field == "place":
+            job = replace(job, place=tuple(place for place in job.place if place.stage != fix.component))
         else:
-            altered[option.removeprefix("--").replace("-", "_")] = value or None
-    return requests, altered
+            # A job reads the text forms of its fields.
+            change: dict[str, Any] = {fix.field: fix.value}
+            job = replace(job, **change)
+    return job
 
 
-def places(wish: str, stage: str) -> bool:
-    """Whether a wish of --place is for the stage, or for a component of it."""
-    return wish.partition("=")[0].partition(".")[0] == stage
+def reference(fix: Fix) -> str:
+    """A fix as messages name it."""
+    said = fix.component if fix.field == "place" else fix.value
+    return f"`{fix.field}`" if said is None else f"`{fix.field}={said}`"
+
+
+def fullest(plan: Plan, stage: str) -> int:
+    """The bytes that a stage needs on the device that it fills most."""
+    return max(need.total for need in plan.needs[stage].values())
+
+
+def _refusal(job: Job, plan: Replan) -> DoesNotFit | None:
+    try:
+        plan(job)
+    except DoesNotFit as error:
+        _complete(error)
+        return error
+    return None
+
+
+def _complete(error: DoesNotFit) -> None:
+    """Have the error of a stage that no strategy places say the least change that makes it fit."""
+    if isinstance(error, NoStrategyFits) and error.problem is not None and error.machine is not None:
+        words, error.fixes = least_change(error.problem, error.machine, error.only)
+        error.text += f"\n-> {words}"
+
+
+def least_change(problem: PlacementProblem, machine: Machine, only: str | None = None) -> tuple[str, Fixes]:
+    """The least change that makes a stage fit: in words, and as changes of the job."""
+    if (only or problem.fixed) and _fits(replace(problem, fixed={}), machine):
+        return f"it fits without `place={problem.stage}`", (Fix("place", None, problem.stage),)
+    problem = replace(problem, fixed={})
+    if machine.unlimited != machine and _fits(problem, machine.unlimited):
+        return "it fits without `max_memory`", (Fix("max_memory"),)
+    for offload in OFFLOADS[OFFLOADS.index(problem.offload) + 1 :]:
+        streamed = attempt(replace(problem, offload=offload), machine)[0]
+        if streamed is not None:
+            return f"`allow_offload={offload}`: {_waiting(problem, streamed)}", (Fix("allow_offload", offload),)
+    for size, part in problem.smaller.items():
+        # What does not shrink with the picture, such as the prompt, is a small part.
+        reserve = {name: int(held * min(1, part + 0.1)) for name, held in problem.reserve.items()}
+        if _fits(replace(problem, reserve=reserve), machine):
+            return f"`size={size}`: a smaller picture needs less for activations", (Fix("size", size),)
+    return f"it would fit with {gib(lacking(problem, machine))} more on {usable(machine)[0].name}", ()
+
+
+def lacking(problem: PlacementProblem, machine: Machine) -> int:
+    """The bytes that the first device lacks for the stage to fit, to a sixteenth."""
+    first = usable(machine)[0]
+
+    def fits(more: int) -> bool:
+        grown = replace(first, total=first.total + more, free=first.free + more, limit=None)
+        devices = (grown, *(device for device in machine.devices if device.name != first.name))
+        return _fits(problem, replace(machine, devices=devices))
+
+    more = 1
+    while not fits(more):
+        more *= 2
+    low, high = more // 2, more
+    while high - low > more // 32:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def _fits(problem: PlacementProblem, machine: Machine) -> bool:
+    return attempt(problem, machine)[0] is not None
+
+
+def _waiting(problem: PlacementProblem, streamed: Placements) -> str:
+    waiting = Counter[str]()
+    for name, weights in problem.weights.items():
+        waiting.update(streamed[name].share(weights))
+    disk = f"{gib(waiting[DISK])} would be read from the disk" if waiting[DISK] else ""
+    host = f"{gib(waiting['cpu'])} would wait in host memory and be copied to the card" if waiting["cpu"] else ""
+    return f"{' and '.join(filter(None, (host, disk)))} for every pass"
+
+
+def _candidates(plan: Plan, stage: str) -> Iterator[Fixes]:
+    job = plan.job
+    alone = (Fix("lanes", 1),) if plan.lanes > 1 and stage == "denoise" else ()
+    # A run that may change things itself has tried one lane already.
+    if alone and not job.policy.degrade:
+        yield alone
+    if plan.machine.cards:
+        tight = (*alone, Fix("max_memory", _tighter(plan)))
+        yield tight
+        if job.allow_offload is None:
+            yield *tight, Fix("allow_offload", "cpu")
+    if not job.dtype and any(place.dtype == torch.float32 for place in plan.places_of(stage).values()):
+        yield *alone, Fix("dtype", "bfloat16")
+    if stage != "encode" and plan.placer is not None:
+        yield from ((*alone, Fix("size", size)) for size, part in plan.placer.smaller.items() if part <= LESS)
+
+
+def _tighter(plan: Plan) -> str:
+    """For each card a limit of three quarters of what it had, so that weights leave more of it free."""
+    limits = ((card.name.rpartition(":")[2], card.free if card.limit is None else card.limit)
+              for card in plan.machine.cards)
+    return ",".join(f"{name}={int(size * LESS / 2**20)}MiB" for name, size in limits)

@@ -9,8 +9,7 @@ from runner.text import gib, pictures, shown
 
 if TYPE_CHECKING:
     from runner.artifacts.manifest import Artifact
-    from runner.engine.run import Picture, Report
-    from runner.engine.stage_runner import StageReport
+    from runner.engine.report import Picture, Report, StageReport
     from runner.planning.plan import Plan
 
 SIDE = 256

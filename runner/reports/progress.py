@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
-from runner.events import Tolerant
 from runner.reports.terminal_image import can_show, mosaic
+from runner.terminal import TolerantStream
 from runner.text import clean, gib, pictures
 
 HEARTBEAT = 10.0
@@ -42,7 +42,7 @@ class Status:
             self._item, self._items, self._step = int(data["index"]) + 1, int(data["of"]), 0
             self._now(f"picture {self._item:,}/{self._items:,}")
             self._first = self._first if self._item > 1 else self._since
-        elif kind == "rejoin":
+        elif kind == "resumed":
             self._skipped += int(data["step"])
         elif kind == "step":
             # With several pictures in flight, a step says which of them it belongs to.
@@ -98,7 +98,7 @@ class Progress:
     """
 
     def __init__(self, stream: TextIO, *, verbosity: int = 0, heartbeat: float = HEARTBEAT) -> None:
-        self._stream = Tolerant(stream)
+        self._stream = TolerantStream(stream)
         self._verbosity = verbosity
         self._heartbeat = heartbeat
         self._status = Status()
@@ -206,7 +206,7 @@ def verbose(kind: str, data: Mapping[str, Any], line: Callable[[], str]) -> Iter
         yield f"{data['stage']}: picture {int(data['index']) + 1} taken from the store"
 
 
-def _live(stream: Tolerant, line: Callable[[], str], preview: Callable[[], Any]) -> Any:
+def _live(stream: TolerantStream, line: Callable[[], str], preview: Callable[[], Any]) -> Any:
     from rich.console import Console, Group, RenderableType
     from rich.live import Live
     from rich.text import Text

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from runner.text import gib
 
 if TYPE_CHECKING:
-    from runner.engine.run import Report
+    from runner.engine.report import Report
 
 PARTS = ("load", "compute", "save", "flush")
 

@@ -3,7 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import groupby
 from typing import Any, Protocol
@@ -105,6 +105,21 @@ class Resident:
     def transfer(self) -> Transfer:
         return via_host if self.via_host else direct
 
+    processes = 1
+    concurrency = 1
+
+    def tiled(self, side):
+        return replace(self, tile=side)
+
+    def for_rank(self, rank):
+        return self
+
+    def renamed(self, names):
+        return replace(self, device=names.get(self.device, self.device))
+
+    def through_host(self):
+        return replace(self, via_host=True)
+
     def share(self, weights: Weights) -> dict[str, int]:
         return {self.device: weights.total}
 
@@ -161,6 +176,25 @@ class Sharded:
     @property
     def transfer(self) -> Transfer:
         return via_host if self.via_host else direct
+
+    processes = 1
+    tile = None
+
+    @property
+    def concurrency(self):
+        return 1 if self.cpu_blocks or self.disk_blocks else len(set(self.devices.values()))
+
+    def tiled(self, side):
+        return self
+
+    def for_rank(self, rank):
+        return self
+
+    def renamed(self, names):
+        return replace(self, entry=names.get(self.entry, self.entry), devices={b: names.get(d, d) for b, d in self.devices.items()})
+
+    def through_host(self):
+        return replace(self, via_host=True)
 
     def share(self, weights: Weights) -> dict[str, int]:
         found = Counter({self.entry: sum(weights.rest.values())})

@@ -8,7 +8,7 @@ of 15.2.
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -62,6 +62,25 @@ class TensorParallel:
     @property
     def transfer(self) -> Transfer:
         return direct
+
+    concurrency = 1
+    tile = None
+
+    @property
+    def processes(self):
+        return len(self.devices)
+
+    def tiled(self, side):
+        return self
+
+    def for_rank(self, rank):
+        return replace(self, rank=rank)
+
+    def renamed(self, names):
+        return self
+
+    def through_host(self):
+        return self
 
     def share(self, weights: Weights) -> dict[str, int]:
         return {device: count * self.part for device, count in Counter(self.devices).items()}

@@ -1,116 +1,136 @@
-"""One stage as a Ray actor does it: loaded once, then for one group of pictures after the other."""
+"""One stage as a Ray actor does it: loaded once, then for one group of requests after the other."""
 
 import json
 import os
 import platform
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
 
-from runner.distributed.worker import REFUSALS
-from stages.errors import StoreError
+import torch
 
-if TYPE_CHECKING:
-    from runner.planning.plan import Plan
-    from stages.pipeline.stage import Loaded, Stage
-    from stages.placement.placement import Place
-
-TROUBLES: tuple[type[Exception], ...] = (*REFUSALS, MemoryError)
-
-
-class Standing:
-    """A stage that is loaded and stays so: entering it loads nothing, leaving it lets go of nothing."""
-
-    def __init__(self, stage: "Stage", loaded: "Loaded") -> None:
-        self._stage, self._loaded = stage, loaded
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stage, name)
-
-    @contextmanager
-    def loaded(self, places: Any, emit: Any) -> "Iterator[Loaded]":
-        """The loaded stage."""
-        yield self._loaded
+from runner.distributed.env import machine_from_json
+from runner.distributed.rank import check_shared
+from runner.engine.keys import artifact_keys, computed_anew
+from runner.engine.oom import degrade
+from runner.engine.recorder import Recorder
+from runner.engine.run import advised, facts_of
+from runner.engine.session import open_job_store
+from runner.engine.stage_runner import StageRunner, work_items
+from runner.events import one_at_a_time, silent
+from runner.job import STAGES, Job
+from runner.planning.plan import Plan
+from runner.planning.planner import make_plan
+from runner.startup import hush
+from stages.errors import BadResult, StageOutOfMemory, StagerunError
 
 
 class StageActor:
-    """A stage of a task in an actor: takes and gives rows with one text, an errand as JSON.
+    """A stage of a job in an actor: takes and gives rows with one text, a group of requests as JSON.
 
-    Its subclasses are the stages, under whose names Ray shows them. An errand has the `positions` of its requests,
-    those `todo` by stage, and what became of them so far; one that met `trouble` is passed on as it is.
+    Its subclasses are the stages, under whose names Ray shows them. A group has the `positions` of its requests, those
+    `todo` by stage, and what became of them so far; one that met an `error` is passed on as it is.
     """
 
     name: ClassVar[str]
 
     def __init__(self, document: str) -> None:
-        self.trouble, self.load = dict[str, str](), 0.0
+        self._error: dict[str, Any] = {}
         try:
-            self._load(json.loads(document))
-        except TROUBLES as error:
-            self.trouble = described(error)
+            self._start(json.loads(document))
+        except StagerunError as error:
+            self._error = error.to_json()
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, str]:
-        errand = json.loads(row["errand"])
-        errand["trouble"] = errand["trouble"] or self.trouble
-        if not errand["trouble"]:
+        group = json.loads(row["group"])
+        group["error"] = group["error"] or self._error
+        if not group["error"]:
             try:
-                self._work(errand)
-            except TROUBLES as error:
-                errand["trouble"] = described(error)
-        return {"errand": json.dumps(errand)}
+                self._work(group)
+            except StagerunError as error:
+                group["error"] = error.to_json()
+        return {"group": json.dumps(group)}
 
-    def _load(self, document: Mapping[str, Any]) -> None:
-        import torch
-
-        from runner.commands.make import hush, opened, planned
-        from runner.distributed.task import read_task
-        from runner.distributed.tensor_parallel import machine_of
-        from runner.engine.keys import STAGES, chain
-        from stages.pipeline.stage import silent
-        from stages.placement.copy_test import verified
-
-        hush(verbose=False)
+    def _start(self, document: Mapping[str, Any]) -> None:
+        hush()
         torch.set_num_threads(document["threads"])
-        self.task = read_task(document)
-        self.store = opened(self.task.order, self.task.said, silent)
-        check_shared(self.store, self.task)
-        whole, _ = planned(self.task.order, self.task.said, machine=machine_of(document))
-        begin = time.perf_counter()
-        at = STAGES.index(self.name)
-        self.keys = chain(whole)
-        self.before = self.keys[STAGES[at - 1]] if at else None
-        self.plan = alone(whole, self.name)
-        stage = self.plan.stages[at]
-        places = {part.name: self.plan.places[part.name] for part in stage.components}
-        # For as long as the actor lives: Ray ends it.
-        self.stage = Standing(stage, stage.loaded(verified(places, silent)).__enter__())
-        self.load = time.perf_counter() - begin
+        job = Job.from_json(document["job"])
+        self._store = open_job_store(job, silent)
+        check_shared(self._store, job, platform.node())
+        whole = make_plan(replace(job, origin=None), machine=machine_from_json(document["machine"]))
+        self._changes: list[str] = []
+        self._load(on_own_cards(whole, self.name))
 
-    def _work(self, errand: dict[str, Any]) -> None:
-        from runner.engine.keys import starts
-        from runner.engine.stage_runner import StageRunner
-        from stages.errors import BadResult
-        from stages.pipeline.stage import silent
+    def _load(self, plan: Plan) -> None:
+        """Load the stage as this plan has it; it stays until the actor ends, or runs out of memory."""
+        self._plan, self._keys = plan, artifact_keys(plan)
+        self._recorder = Recorder(silent, plan.devices)
+        self._runner = StageRunner(
+            plan, plan.stage(self.name), self._store, one_at_a_time(self._recorder),
+            anew=computed_anew(plan.job.policy.from_stage, self.name),
+        )
+        self._recorder("stage", {"stage": self.name})
+        # Seconds that a group was told of already: the first one is told of the load.
+        self._told: dict[str, float] = {}
+        self._held = ExitStack()
+        self._held.enter_context(self._runner.measured())
+        self._enter_loaded()
 
-        lost = {failure["index"] for failure in errand["failures"]}
-        todo = [at for at in errand["todo"].get(self.name, ()) if at not in lost]
-        anew = starts(self.task.said.from_stage, cast(Any, self.stage))
-        shift = StageRunner(self.plan, cast(Any, self.stage), self.store, silent, anew=anew,
-                      step_every=self.task.order.step_every)
-        seconds, peak = dict(shift.seconds), dict[str, int]()
+    def _enter_loaded(self) -> None:
         try:
-            report = shift.work(self.keys[self.name], self.before, todo)
-            seconds, peak = dict(report.seconds), dict(report.peak)
+            self._held.enter_context(self._runner.loaded())
+        except BaseException as error:
+            self._let_go(error)
+
+    def _let_go(self, error: BaseException) -> None:
+        """Give the stage's memory back after an error, which is raised again as the measurement tells it."""
+        if not self._held.__exit__(type(error), error, error.__traceback__):
+            raise error
+
+    def _work(self, group: dict[str, Any]) -> None:
+        lost = {failure["index"] for failure in group["failures"]}
+        todo = [position for position in group["todo"].get(self.name, ()) if position not in lost]
+        try:
+            self._made(group, todo)
+        except StageOutOfMemory as error:
+            changed = degrade(self._plan, self.name) if self._plan.job.policy.degrade else None
+            if changed is None:
+                raise advised(error, self._plan) from None
+            plan, text = changed
+            self._changes.append(text)
+            self._load(plan)
+            try:
+                self._made(group, todo)
+            except StageOutOfMemory as again:
+                raise advised(again, self._plan) from None
+        seconds = {part: took - self._told.get(part, 0.0) for part, took in self._runner.seconds.items()}
+        self._told = dict(self._runner.seconds)
+        group["did"][self.name] = {
+            "ran": len(todo), "seconds": seconds, "peak": dict(self._runner.peak_now()),
+            "begun": self._recorder.begun, "worker": f"{platform.node()} {os.getpid()}",
+            "changes": list(self._changes), "recorded": self._recorder.document(),
+        }
+        if self._changes:
+            # Other tiles are another picture, under another key.
+            group["keys"] = {str(position): self._keys[self.name][position] for position in group["positions"]}
+            group["facts"] = facts_of(self._plan, self._changes)
+
+    def _made(self, group: dict[str, Any], todo: Sequence[int]) -> None:
+        at = STAGES.index(self.name)
+        sources = self._keys[STAGES[at - 1]] if at else None
+        items = work_items(self._keys[self.name], sources, todo)
+        if not items:
+            return
+        self._runner.failures.clear()
+        try:
+            self._runner.process(items)
         except BadResult as error:
             # All of them are one artifact.
-            errand["failures"] += [{"index": at, "stage": self.name, "text": str(error)} for at in todo]
-        errand["failures"] += [vars(failure) for failure in shift.failures]
-        seconds["load"] += self.load
-        self.load = 0.0
-        errand["did"][self.name] = {"ran": len(todo), "seconds": seconds, "peak": peak,
-                                    "worker": f"{platform.node()} {os.getpid()}"}
+            group["failures"] += [{"index": position, "stage": self.name, "text": error.text} for position in todo]
+        except (RuntimeError, MemoryError) as error:
+            self._let_go(error)
+        group["failures"] += [asdict(failure) for failure in self._runner.failures]
 
 
 class Encode(StageActor):
@@ -131,61 +151,21 @@ class Decode(StageActor):
     name = "decode"
 
 
-OPERATORS: dict[str, type[StageActor]] = {"encode": Encode, "denoise": Denoise, "decode": Decode}
+ACTORS: dict[str, type[StageActor]] = {"encode": Encode, "denoise": Denoise, "decode": Decode}
 
 
-def check_shared(store: Any, task: Any) -> None:
-    """Raise StoreError where this node sees another store than the one that the run is in."""
-    try:
-        store.load_run(task.order.run)
-    except StoreError:
-        raise StoreError(f"run {task.order.run} is not in {task.order.store} as {platform.node()} sees it -> nodes "
-                         f"need one store that all of them see: --artifacts DIR or URL") from None
-
-
-def described(error: BaseException) -> dict[str, str]:
-    """An error that the one who asked must hear of, by kind."""
-    kind = next(kind for kind in TROUBLES if isinstance(error, kind))
-    return {"kind": kind.__name__, "text": str(error)}
-
-
-def cards_of(plan: "Plan", stage: "Stage") -> list[str]:
+def cards_of(plan: Plan, stage: str) -> list[str]:
     """The cards that a stage computes on, in order."""
-    used = [device for part in stage.components
-            for device in plan.places[part.name].placement.compute_devices.values()]
+    used = [device for place in plan.places_of(stage).values() for device in place.placement.compute_devices.values()]
     return [device for device in dict.fromkeys(used) if device != "cpu"]
 
 
-def alone(plan: "Plan", name: str) -> "Plan":
+def on_own_cards(plan: Plan, stage: str) -> Plan:
     """The plan as a worker of one stage has it, whose cards are numbered from 0."""
-    stage = next(stage for stage in plan.stages if stage.name == name)
     cards = cards_of(plan, stage)
     names = {card: f"{card.partition(':')[0]}:{at}" for at, card in enumerate(cards)}
-    places = {part.name: moved(plan.places[part.name], names) for part in stage.components}
+    places = {name: replace(place, placement=place.placement.renamed(names))
+              for name, place in plan.places_of(stage).items()}
     devices = tuple(replace(device, name=names.get(device.name, device.name)) for device in plan.machine.devices
                     if device.name in names or not cards)
-    return replace(plan, places={**plan.places, **places}, machine=replace(plan.machine, devices=devices))
-
-
-def moved(place: "Place", names: Mapping[str, str]) -> "Place":
-    """The place with its cards renamed."""
-    from stages.placement.placement import Resident, Sharded
-
-    placement = place.placement
-    if isinstance(placement, Resident):
-        return replace(place, placement=replace(placement, device=names.get(placement.device, placement.device)))
-    assert isinstance(placement, Sharded), "the only other kind that one process has"
-    devices = {block: names.get(device, device) for block, device in placement.devices.items()}
-    entry = names.get(placement.entry, placement.entry)
-    return replace(place, placement=replace(placement, entry=entry, devices=devices))
-
-
-def errands(groups: Sequence[range], todo: Mapping[str, Sequence[int]]) -> list[dict[str, str]]:
-    """The rows to begin with; a group of which nothing is to be computed is none."""
-    rows = []
-    for group in groups:
-        mine = {name: [at for at in group if at in set(positions)] for name, positions in todo.items()}
-        if any(mine.values()):
-            rows.append({"errand": json.dumps({"positions": list(group), "todo": mine, "failures": [], "did": {},
-                                               "trouble": {}})})
-    return rows
+    return replace(plan.moved(stage, places), machine=replace(plan.machine, devices=devices))

@@ -10,40 +10,48 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from runner.artifacts import ArtifactStore
-from runner.distributed.ray.actor import OPERATORS, TROUBLES, cards_of, errands
+from runner.artifacts import Store
+from runner.distributed.env import machine_from_json, machine_to_json
+from runner.distributed.ray.actor import ACTORS, cards_of
 from runner.distributed.ray.pools import Pools, groups, pools
-from runner.distributed.task import Task
-from runner.engine.keys import STAGES, chain, midway_key, missing
-from runner.engine.memory import Flushed
-from runner.engine.run import Done, Picture, Report, check_whole, facts_of
-from runner.engine.signals import Interrupted, StopRequest
-from runner.engine.stage_runner import Failure, StageReport
+from runner.engine.keys import artifact_keys, missing
+from runner.engine.report import Failure, Flushed, Picture, Report, StageReport
+from runner.engine.run import Done, begin, check_runnable, drop_checkpoints, facts_of, record_of, recorded
+from runner.engine.session import open_job_store
+from runner.engine.signals import StopRequest
+from runner.events import Emit
+from runner.job import STAGES, Job
 from runner.planning.plan import Plan
-from runner.reports.record import described
-from stages.errors import BadResult
-from stages.machine import Device, Machine, probe
-from stages.pipeline.stage import Emit, silent
-
-if TYPE_CHECKING:
-    from stages.pipeline.stage import Stage
+from runner.planning.planner import make_plan
+from stages.errors import BadResult, InvalidInput, from_json
+from stages.machine import Machine, probe
 
 # What goes through Ray's own store are a few hundred bytes for each picture.
 _OBJECTS = 80 * 2**20
+
+
+def run_job(job: Job, *, emit: Emit, done: Done | None = None, verbose: bool = False) -> Report:
+    """Plan a job for the cluster and do it there."""
+    store = open_job_store(job, emit)
+    with connected(verbose=verbose) as ray:
+        emit("begin", {"what": "planning"})
+        plan = make_plan(job, machine=cluster_machine(ray, job.devices))
+        return run_all(ray, plan, store=store, emit=emit, done=done)
 
 
 @contextmanager
 def connected(*, verbose: bool = False) -> Iterator[Any]:
     """Ray, for a `with` statement: as it is, or as RAY_ADDRESS says, or one of this machine's own, which then ends.
 
-    Raises ValueError where it is not installed.
+    Raises InvalidInput where it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not verbose:
@@ -52,7 +60,7 @@ def connected(*, verbose: bool = False) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError:
-        raise ValueError("--engine ray needs Ray -> pip install 'stagerun[ray]'") from None
+        raise InvalidInput("`engine=ray` needs Ray -> pip install 'stagerun[ray]'") from None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
     if not verbose:
@@ -92,109 +100,129 @@ def importable() -> Iterator[None]:
             os.environ["PYTHONPATH"] = before
 
 
-def machine(ray: Any, devices: Sequence[str]) -> Machine:
+def cluster_machine(ray: Any, devices: Sequence[str]) -> Machine:
     """The machine to plan for: the cluster's node with most cards, or this one where it has none."""
     most = max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
     if not most or "cpu" in devices:
         return probe(devices)
-    found = ray.get(ray.remote(num_gpus=most, num_cpus=0)(seen).remote())
-    return Machine(**{**found, "devices": tuple(Device(**device) for device in found["devices"])})
+    return machine_from_json(ray.get(ray.remote(num_gpus=most, num_cpus=0)(own_machine).remote()))
 
 
-def seen() -> dict[str, Any]:
-    """The machine of the process that this runs in."""
-    return asdict(probe())
+def own_machine() -> dict[str, Any]:
+    """The machine of the process that this runs in, as JSON."""
+    return machine_to_json(probe())
 
 
-def run_all(
-    ray: Any, task: Task, plan: Plan, *, store: ArtifactStore, emit: Emit = silent, done: Done | None = None,
-    record: Mapping[str, object] | None = None,
-) -> Report:
+def run_all(ray: Any, plan: Plan, *, store: Store, emit: Emit, done: Done | None = None) -> Report:
     """Make every picture of the plan on Ray, as `runner.run_all` does in this process.
 
     A stage's seconds are the sum of all workers', its bytes of memory the most of any. Raises what `runner.run_all`
     raises.
     """
-    check_whole(plan)
-    said, name = task.said, task.order.run
-    stages = plan.stages[: STAGES.index(said.stop_after) + 1] if said.stop_after else plan.stages
-    keys = chain(plan)
-    todo = missing(store, stages, keys, said.from_stage)
-    for key in keys["denoise"] if said.from_stage in ("encode", "denoise") else ():
-        store.drop(midway_key(key))
-    emit("run", {"run": name, "requests": len(plan.requests), "model": plan.checkpoint.source,
-                 "seed": plan.requests[0].seed})
-    run = Run(plan, stages, keys, todo, store, done if said.stop_after is None else None)
-    whole = {**(record or {}), **described(plan), "model": plan.checkpoint.identity,
-             "requests": [vars(request) for request in plan.requests],
-             "stages": {stage.name: list(keys[stage.name]) for stage in stages}}
-    with store.running(name), recorded(store, name, whole, run.failures), StopRequest().listening():
+    check_runnable(plan, None)
+    policy, name = plan.job.policy, plan.job.run
+    stages = [stage.name for stage in plan.stages[: STAGES.index(policy.stop_after or STAGES[-1]) + 1]]
+    keys = artifact_keys(plan)
+    todo = missing(store, plan.stages[: len(stages)], keys, policy.from_stage)
+    begin(plan, name, emit)
+    drop_checkpoints(plan, store, keys)
+    run = ClusterRun(plan, stages, keys, todo, store, done if policy.stop_after is None else None)
+    whole = record_of(plan, name, keys)
+    with recorded(store, name, lambda: {**whole, **run.record()}), StopRequest().listening():
         emit("begin", {"what": "starting workers"})
-        run.finish([at for at in range(len(plan.requests)) if not any(at in todo[stage.name] for stage in stages)])
-        for errand in worked(ray, task, plan, stages, todo):
-            run.take(errand)
+        run.finish([at for at in range(len(plan.requests)) if not any(at in todo[stage] for stage in stages)])
+        for group in worked(ray, plan, stages, todo):
+            run.take(group, emit)
             emit("begin", {"what": f"{len(run.finished):,} of {len(plan.requests):,} pictures done",
-                           "workers": {stage: did["worker"] for stage, did in errand["did"].items()}})
+                           "workers": {stage: did["worker"] for stage, did in group["did"].items()}})
         if len({failure.index for failure in run.failures}) == len(plan.requests):
             raise BadResult(f"every picture failed; the first: {run.failures[0].text}")
     return run.report(name)
 
 
 def worked(
-    ray: Any, task: Task, plan: Plan, stages: Sequence["Stage"], todo: Mapping[str, Sequence[int]]
+    ray: Any, plan: Plan, stages: Sequence[str], todo: Mapping[str, Sequence[int]]
 ) -> Iterator[dict[str, Any]]:
-    """The errands that Ray's workers did, as they come in."""
-    wanted = [stage for stage in stages if todo[stage.name]]
+    """The groups that Ray's workers did, as they come in."""
+    wanted = [stage for stage in stages if todo[stage]]
     count = len({at for positions in todo.values() for at in positions})
     if not count:
         return
     there = int(ray.cluster_resources().get("GPU", 0))
-    chosen = pools({stage.name: len(cards_of(plan, stage)) for stage in wanted}, there, count)
-    document = json.dumps({**task.document(), "machine": asdict(plan.machine), "threads": torch.get_num_threads()})
+    chosen = pools({stage: len(cards_of(plan, stage)) for stage in wanted}, there, count)
+    document = json.dumps({"job": plan.job.to_json(), "machine": machine_to_json(plan.machine.unlimited),
+                           "threads": torch.get_num_threads()})
     size = max(pool.size for pool in chosen.by_stage.values())
-    rows = errands(groups(len(plan.requests), size), todo)
-    for row in operated(ray, rows, document, chosen).iter_rows():
-        errand = json.loads(row["errand"])
-        if errand["trouble"]:
-            kind = next(kind for kind in TROUBLES if kind.__name__ == errand["trouble"]["kind"])
-            raise kind(errand["trouble"]["text"])
-        yield errand
+    rows = group_rows(groups(len(plan.requests), size), todo)
+    for row in dataset(ray, rows, document, chosen).iter_rows():
+        group = json.loads(row["group"])
+        if group["error"]:
+            raise from_json(group["error"])
+        yield group
 
 
-def operated(ray: Any, rows: Sequence[Mapping[str, str]], document: str, chosen: Pools) -> Any:
+def group_rows(ranges: Sequence[range], todo: Mapping[str, Sequence[int]]) -> list[dict[str, str]]:
+    """The rows to begin with; a group of which nothing is to be computed is none."""
+    rows = []
+    for positions in ranges:
+        mine = {name: [at for at in positions if at in set(wanted)] for name, wanted in todo.items()}
+        if any(mine.values()):
+            rows.append({"group": json.dumps({"positions": list(positions), "todo": mine, "failures": [], "did": {},
+                                              "error": {}, "keys": {}, "facts": {}})})
+    return rows
+
+
+def dataset(ray: Any, rows: Sequence[Mapping[str, str]], document: str, chosen: Pools) -> Any:
     """The rows after all stages, as a Ray dataset."""
-    dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows))
+    found = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     for name, pool in chosen.by_stage.items():
-        dataset = dataset.map(
-            OPERATORS[name], fn_constructor_args=(document,), num_cpus=pool.cores,
+        found = found.map(
+            ACTORS[name], fn_constructor_args=(document,), num_cpus=pool.cores,
             compute=ray.data.ActorPoolStrategy(size=pool.size), **({"num_gpus": pool.cards} if pool.cards else {}),
         )
         if not chosen.together:
             # Its workers give back their cards before those of the next stage take them.
-            dataset = dataset.materialize()
-    return dataset
+            found = found.materialize()
+    return found
 
 
-class Run:
+class ClusterRun:
     """What came of a run so far."""
 
     def __init__(
-        self, plan: Plan, stages: Sequence["Stage"], keys: Mapping[str, tuple[str, ...]],
-        todo: Mapping[str, Sequence[int]], store: ArtifactStore, done: Done | None,
+        self, plan: Plan, stages: Sequence[str], keys: Mapping[str, tuple[str, ...]],
+        todo: Mapping[str, Sequence[int]], store: Store, done: Done | None,
     ) -> None:
-        self._plan, self._stages, self._keys, self._todo, self._store = plan, stages, keys, todo, store
-        self._done, self._facts = done, facts_of(plan, ())
+        self._plan, self._stages, self._todo, self._store, self._done = plan, stages, todo, store, done
+        self._keys = {stage: list(keys[stage]) for stage in STAGES}
+        self._facts: dict[int, Mapping[str, Any]] = {}
+        self._usual = facts_of(plan, ())
         self._did: list[tuple[str, Mapping[str, Any]]] = []
+        self._begun = time.time()
         self.failures: list[Failure] = []
+        self.changes: list[str] = []
+        self.warnings: list[str] = []
         self.finished: set[int] = set()
 
-    def take(self, errand: Mapping[str, Any]) -> None:
-        """Take in an errand that was done."""
-        failures = [Failure(**failure) for failure in errand["failures"]]
+    def take(self, group: Mapping[str, Any], emit: Emit) -> None:
+        """Take in a group that was done."""
+        failures = [Failure(**failure) for failure in group["failures"]]
+        for failure in failures:
+            emit("failure", {"stage": failure.stage, "request": failure.index, "text": failure.text})
         self.failures += failures
-        self._did += errand["did"].items()
+        self._did += group["did"].items()
+        for did in group["did"].values():
+            for text in [text for text in did["changes"] if text not in self.changes]:
+                self.changes.append(text)
+                emit("warning", {"text": f"ran out of memory. Tried once more: {text}"})
+            for text in [text for text in did["recorded"]["warnings"] if text not in self.warnings]:
+                self.warnings.append(text)
+                emit("warning", {"text": text})
+        for position, key in group["keys"].items():
+            self._keys["decode"][int(position)] = key
+            self._facts[int(position)] = group["facts"]
         lost = {failure.index for failure in failures}
-        self.finish([at for at in errand["positions"] if at not in lost])
+        self.finish([at for at in group["positions"] if at not in lost])
 
     def finish(self, positions: Sequence[int]) -> None:
         """These pictures are made."""
@@ -206,14 +234,34 @@ class Run:
 
     def report(self, name: str) -> Report:
         """The report of all of it."""
-        whole = self._stages[-1].name == STAGES[-1]
+        whole = self._stages[-1] == STAGES[-1]
         pictures = tuple(self._picture(at) for at in sorted(self.finished)) if whole else ()
-        return Report(name, pictures, tuple(self._stage(stage.name) for stage in self._stages), self._keys,
-                      tuple(self.failures), (), self._plan.device_map)
+        return Report(self._plan.job, name, pictures, tuple(map(self._stage, self._stages)),
+                      {stage: tuple(keys) for stage, keys in self._keys.items()}, tuple(self.failures),
+                      tuple(self.changes), self._plan.device_map)
+
+    def record(self) -> dict[str, Any]:
+        """What the record of the run says by now: the times of all workers on the clock of this process."""
+        spans, peaks = [], dict[str, dict[str, int]]()
+        workers: dict[tuple[str, str], Mapping[str, Any]] = {(stage, did["worker"]): did for stage, did in self._did}
+        lanes: dict[str, int] = {}
+        for (stage, _), did in workers.items():
+            lane, told = lanes.setdefault(stage, 0), did["recorded"]
+            lanes[stage] += 1
+            later = did["begun"] - self._begun
+            spans += [{**span, "lane": span["lane"] + lane, "begin": max(0.0, span["begin"] + later),
+                       "end": max(0.0, span["end"] + later)} for span in told["timeline"]["spans"]]
+            there = peaks.setdefault(stage, {})
+            there |= {device: max(size, there.get(device, 0)) for device, size in did["peak"].items()}
+        timeline = {"seconds": time.time() - self._begun, "devices": [], "samples": [], "flushes": [], "spans": spans,
+                    "peaks": peaks}
+        return {"timeline": timeline, "warnings": self.warnings, "changes": self.changes, "previews": {},
+                "failures": [asdict(failure) for failure in self.failures]}
 
     def _picture(self, at: int) -> Picture:
         request = self._plan.requests[at]
-        return Picture(request.index, request, self._keys["decode"][at], self._store, self._facts)
+        return Picture(request.index, request, self._keys["decode"][at], self._store,
+                       self._facts.get(at, self._usual))
 
     def _stage(self, name: str) -> StageReport:
         mine = [did for stage, did in self._did if stage == name]
@@ -224,26 +272,3 @@ class Run:
             peak |= {device: max(size, peak.get(device, 0)) for device, size in did["peak"].items()}
         ran = sum(did["ran"] for did in mine)
         return StageReport(name, ran, len(self._plan.requests) - len(self._todo[name]), seconds, peak, Flushed(0, 0))
-
-
-@contextmanager
-def recorded(
-    store: ArtifactStore, name: str, whole: Mapping[str, Any], failures: Sequence[Failure]
-) -> Iterator[None]:
-    """Keep the run's record with how it stands."""
-
-    def save(status: str, **more: object) -> None:
-        store.save_run(name, {**whole, "status": status, "changes": [], "failures": [vars(one) for one in failures],
-                              **more})
-
-    save("running")
-    try:
-        yield
-    except Interrupted as stopped:
-        stopped.run = name
-        save("interrupted")
-        raise
-    except Exception as error:
-        save("failed", error=f"{type(error).__name__}: {error}")
-        raise
-    save("done")

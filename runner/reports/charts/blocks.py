@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.planning.layout import REST
+from runner.planning.describe import REST
 from runner.reports.charts.axis import Axis
 from runner.reports.charts.drawing import Drawing, wide
 from runner.reports.charts.legend import legend

@@ -1,0 +1,154 @@
+"""Making pictures from the command line: parse, plan, run, tell."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from runner.artifacts import open_store
+from runner.artifacts.garbage import tidy
+from runner.commands import distributed
+from runner.commands.options import FamilyOptions, PlanOptions, ResumeOptions, RunOptions
+from runner.commands.parse import check_display, check_engine, job_of, resumed
+from runner.commands.refusal import complain, in_options, lasts, resumable, resume_command
+from runner.commands.results import Results
+from runner.distributed.env import launched
+from runner.engine.report import Failure, Report
+from runner.engine.session import open_job_store, recorded_job
+from runner.events import Emit, json_lines, tee
+from runner.job import Job, default_store
+from runner.media.paths import remove_orphans
+from runner.media.previews import Beside
+from runner.media.writer import PictureWriter, labelled
+from runner.reports.history import find_run
+from runner.reports.progress import Progress
+from runner.reports.report import lines
+from runner.startup import hush, untracked
+from runner.terminal import say
+from runner.text import shown
+from stages.errors import InvalidInput, StoreError
+
+
+def make(family: str, said: FamilyOptions) -> int:
+    """Make the pictures that the options ask for; the exit code. Standard output gets paths, or JSON."""
+    rank = launched()
+    check_engine(said, launched=rank is not None)
+    if rank is not None:
+        return distributed.join(rank, said, partial(job_of, family, said), partial(produce, said=said))
+    return produce(job_of(family, said), engine_of(said), said=said)
+
+
+def resume(run: str, said: ResumeOptions) -> int:
+    """Finish the run named `run`, or the `last` one; the exit code.
+
+    Raises StoreError where the store has no such run, ModelError where its model is another now.
+    """
+    check_display(said)
+    check_engine(said, launched=False)
+    where = said.artifacts or str(default_store())
+    if where == "memory":
+        raise StoreError("a run in memory ends with its process -> name the store with `store=DIR`")
+    store = open_store(where, readonly=True)
+    job = resumed(recorded_job(store, find_run(store, run), where), said)
+    return produce(job, engine_of(said), said=said)
+
+
+def engine_of(said: RunOptions) -> distributed.Engine:
+    """Who does the job: this process, ranks of its own, or a Ray cluster."""
+    if said.engine == "ray":
+        return partial(distributed.on_ray, said)
+    return partial(_alone_or_ranks, said)
+
+
+def _alone_or_ranks(said: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
+    together = said.ranks is not None or job.tensor_parallel is not None
+    return (distributed.on_ranks if together else in_this_process)(said, job, emit, results, seconds)
+
+
+def produce(job: Job, engine: distributed.Engine, *, said: RunOptions) -> int:
+    """Have the engine make the pictures of a job; the exit code, 1 where some of them came to nothing."""
+    begin = time.perf_counter()
+    hush(said.verbose)
+    progress = Progress(sys.stderr, verbosity=-1 if said.quiet else int(said.verbose))
+    results = Results(job, sys.stdout, as_json=said.json)
+    seconds: dict[str, float] = {}
+    with logged(said.log, tee(in_options(progress), results)) as log, resumable(job.run, job.store, log) as emit:
+        if job.resumed:
+            remove_orphans(job.output.paths)
+        with progress:
+            report = engine(job, tee(emit, Beside(tuple(map(Path, job.output.paths)))), results, seconds)
+    seconds["total"] = time.perf_counter() - begin
+    if not said.quiet:
+        say(sys.stderr, lines(report, seconds))
+    results.finish(report, report.failures, seconds)
+    if report.failures:
+        again = f" -> {resume_command(job.run, job.store)}" if lasts(job.store) else ""
+        say(sys.stderr, [f"error: {len(report.failures):,} of {len(report.job.requests):,} pictures failed{again}"])
+    return 1 if report.failures or report.job.refused else 0
+
+
+def in_this_process(said: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
+    """Do a job here, stage by stage."""
+    # Before the imports: an answer about a bucket or a package that is not there should not take seconds.
+    store, begin = open_job_store(job, emit), time.perf_counter()
+    with timed(seconds, "imports"), untracked():
+        emit("begin", {"what": "importing torch and diffusers"})
+        from runner.engine.run import run_all
+        from runner.planning.describe import lines as plan_lines
+        from runner.planning.planner import fetched, make_plan
+    with timed(seconds, "plan"):
+        plan = make_plan(job, download=False)
+    complain(plan.job.refused)
+    results.refuse(plan.job.refused)
+    if not said.quiet and (said.verbose or plan.machine.cards):
+        say(sys.stderr, plan_lines(plan))
+    if plan.checkpoint.absent:
+        with timed(seconds, "download"):
+            plan = fetched(plan)
+    failures: list[Failure] = []
+    writer = PictureWriter(plan.job, emit, lambda position, text: failures.append(Failure(position, "decode", text)))
+    report = run_all(plan, store=store, emit=labelled(plan.job, emit),
+                     done=writer.write if plan.job.output.paths else None)
+    if job.resumed:
+        tidy(store, older=time.perf_counter() - begin)
+    seconds["pictures"] = writer.seconds
+    return replace(report, failures=(*report.failures, *failures))
+
+
+def show_plan(family: str, said: PlanOptions) -> None:
+    """Print the plan that the options lead to."""
+    hush(said.verbose)
+    prompt = said.prompt or ("a picture" if said.prompt_file is None else None)
+    job = job_of(family, replace(said, prompt=prompt, stop_after="encode"))
+    from runner.planning import describe
+    from runner.planning.planner import make_plan
+
+    plan = make_plan(job, machine=said.machine, download=False)
+    complain(plan.job.refused)
+    say(sys.stdout, [json.dumps(describe.document(plan))] if said.json else describe.lines(plan))
+
+
+@contextmanager
+def logged(path: str | None, emit: Emit) -> Iterator[Emit]:
+    """The emit, and with it the file of --log."""
+    if path is None:
+        yield emit
+        return
+    try:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise InvalidInput(f"--log {shown(path)}: {error.strerror}") from error
+    with file:
+        yield tee(emit, json_lines(file))
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Put the time of the block into `seconds[part]`."""
+    begin = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - begin

@@ -1,0 +1,316 @@
+"""The job: all that a run is asked for, in one type that the command line, Python, ranks, Ray and records share."""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from runner.inputs import check_whole
+from runner.placement_options import MemoryLimits, PlaceRequest, tensor_parallel_processes
+from runner.request import Request, check_tokens
+from runner.text import shown
+from stages.errors import InvalidInput
+from stages.families import FAMILIES, Family
+from stages.models.lora import LoraRequest, read_loras
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+VERSION = 2
+STAGES = ("encode", "denoise", "decode")
+DTYPES = ("float32", "bfloat16", "float16")
+STEP_EVERY = 10.0
+LANES = 16
+
+StageName = Literal["encode", "denoise", "decode"]
+
+
+@dataclass(frozen=True)
+class RunPolicy:
+    """How a run goes about its job, whatever the job is."""
+
+    stop_after: StageName | None = None
+    """The run ends behind this stage."""
+    from_stage: StageName | None = None
+    """This stage and those behind it are computed anew."""
+    step_every: float = STEP_EVERY
+    """Seconds after which an unfinished denoise is kept; 0 for after every step."""
+    degrade: bool = True
+    """Whether a stage that runs out of memory is tried once more with one thing changed."""
+    preview: int = 0
+    """Steps from one rough picture to the next; 0 for none."""
+    sample_memory: bool = False
+    """Whether memory is recorded ten times a second, not at events alone."""
+    strict: bool = False
+    """Whether a damaged artifact is refused instead of computed again."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Which files the pictures of a run go to."""
+
+    paths: tuple[str, ...] = ()
+    """One for each request; none where nothing is to be written."""
+    overwrite: bool = False
+    """Whether files that are there are replaced."""
+    metadata: bool = True
+    """Whether a picture's file says how it was made."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a line of a prompt file calls its pictures."""
+
+    line: int = 0
+    """The number of the line, from 1; 0 for a request that is of no file."""
+    id: str | None = None
+    """The id that the line gave."""
+
+
+@dataclass(frozen=True, order=True)
+class RefusedLine:
+    """A line of a prompt file that makes no picture, and why."""
+
+    line: int
+    """The number of the line, from 1."""
+    text: str
+    """The reason."""
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a job repeats: its model must be the same."""
+
+    what: str
+    """Such as "the picture"."""
+    identity: str
+    """The model's identity then."""
+    advice: str
+    """What to do where it is another now."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is asked for.
+
+    From Python each field may also be given as the text that the command line takes for it, lists for tuples, `dtype`
+    as one type for all components, and `max_memory` as {device: amount}. Raises InvalidInput for what cannot be.
+    """
+
+    family: str
+    """The model family, such as "flux"."""
+    requests: tuple[Request, ...]
+    """The pictures."""
+    model: str | None = None
+    """A checkpoint other than the family's: a hub id, a folder, or "demo"."""
+    revision: str | None = None
+    """A commit, tag or branch of a model of the hub."""
+    loras: tuple[LoraRequest, ...] = ()
+    """LoRAs that are merged into the weights."""
+    dtype: Mapping[str, str] = field(default_factory=dict)
+    """The name of a type by component; "" stands for all others."""
+    devices: tuple[str, ...] = ()
+    """The devices to use, in this order; none: all cards there are, or the CPU."""
+    max_memory: MemoryLimits = field(default_factory=MemoryLimits)
+    """The most that may be used of devices."""
+    place: tuple[PlaceRequest, ...] = ()
+    """Where stages and components should go; the plan decides about the rest."""
+    allow_offload: Literal["cpu", "disk"] | None = None
+    """Whether blocks that fit no card may wait in host memory, and on the disk where they must."""
+    lanes: int | None = None
+    """Requests that are denoised at a time; None: as many as keep the cards busy."""
+    modulation_table: bool = True
+    """Whether layers that see only conditioning are computed ahead and left out."""
+    peer_copies: bool = True
+    """Whether cards copy to each other directly; otherwise through host memory."""
+    store: str = ""
+    """A folder or URL for artifacts, or "memory"; empty for the one that the caller has, or the user's own."""
+    run: str = ""
+    """The name of the run; empty for a new one."""
+    policy: RunPolicy = field(default_factory=RunPolicy)
+    """How the run goes about it."""
+    output: Output = field(default_factory=Output)
+    """The files that pictures go to."""
+    labels: tuple[Label, ...] = ()
+    """What lines of a prompt file call the requests, one for each; none where there is no file."""
+    refused: tuple[RefusedLine, ...] = ()
+    """Lines of a prompt file that make no picture."""
+    origin: Origin | None = None
+    """What the job repeats, if it does."""
+    resumed: bool = False
+    """Whether the run goes on with one from before, and may find its pictures there."""
+
+    def __post_init__(self) -> None:
+        for name, value in _typed(self).items():
+            object.__setattr__(self, name, value)
+        if self.family not in FAMILIES:
+            close = get_close_matches(str(self.family), FAMILIES, 1)
+            raise InvalidInput(f"there is no family {shown(str(self.family))} -> choose from "
+                               f"{', '.join(close or FAMILIES)}")
+        if not self.requests:
+            raise InvalidInput("`requests` are none -> give at least one Request")
+        for request in self.requests:
+            check_tokens(self.defaults, request.text_tokens)
+        for each, lists in (("labels", self.labels), ("`output` paths", self.output.paths)):
+            if len(lists) not in (0, len(self.requests)):
+                raise InvalidInput(f"{len(self.requests)} requests and {len(lists)} {each} -> one for each, or none")
+
+    @property
+    def defaults(self) -> Family:
+        """The family with the defaults of its checkpoint: the demo has its own."""
+        return FAMILIES["demo" if self.model == "demo" else self.family]
+
+    @property
+    def listed(self) -> bool:
+        """Whether the pictures come from the lines of a file, of which some may be refused."""
+        return bool(self.refused) or bool(self.labels and self.labels[0].line)
+
+    @property
+    def tensor_parallel(self) -> int | None:
+        """The processes that are to denoise together, 0: one for each card; None where it is one alone."""
+        return tensor_parallel_processes(self.place)
+
+    @property
+    def positions(self) -> dict[int, int]:
+        """By the index of a request in the whole run, its position in the job."""
+        return {request.index: position for position, request in enumerate(self.requests)}
+
+    def only(self, positions: Sequence[int]) -> "Job":
+        """The job with the requests at these positions alone."""
+        def part(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[at] for at in positions) if values else ()
+
+        return replace(self, requests=part(self.requests), labels=part(self.labels),
+                       output=replace(self.output, paths=part(self.output.paths)))
+
+    def without(self, lost: Mapping[int, str]) -> "Job":
+        """The job less the requests with these indices, whose lines are refused for these reasons."""
+        kept = [at for at, request in enumerate(self.requests) if request.index not in lost]
+        lines = [RefusedLine(self.label(at).line, lost[request.index]) for at, request in enumerate(self.requests)
+                 if request.index in lost]
+        if not kept:
+            raise InvalidInput(f"no line is left: {next(iter(lost.values()))}")
+        return replace(self.only(kept), refused=tuple(sorted({*self.refused, *lines})))
+
+    def label(self, position: int) -> Label:
+        """What the line of a request calls it."""
+        return self.labels[position] if self.labels else Label()
+
+    def absolute(self) -> "Job":
+        """The job as processes in other folders understand it: with whole paths."""
+        store = self.store if "://" in self.store or self.store in ("", "memory") else os.path.abspath(self.store)
+        loras = tuple(replace(lora, source=absolute(lora.source)) for lora in self.loras)
+        paths = tuple(map(os.path.abspath, self.output.paths))
+        return replace(self, store=store, loras=loras, model=None if self.model is None else absolute(self.model),
+                       output=replace(self.output, paths=paths))
+
+    def to_json(self) -> dict[str, Any]:
+        """The job as JSON."""
+        said: dict[str, Any] = _adapter().dump_python(self, mode="json")
+        return {"version": VERSION, **said}
+
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> "Job":
+        """The job that `to_json` wrote; InvalidInput, with the field, where it cannot be."""
+        from pydantic import ValidationError
+
+        version = said.get("version")
+        if type(version) is not int or version != VERSION:
+            raise InvalidInput(f"version {version!r}, where this program reads {VERSION}")
+        if unknown := said.keys() - {"version", *cls.__dataclass_fields__}:
+            raise InvalidInput(f"{min(unknown)}: no field of a job")
+        text = json.dumps({name: value for name, value in said.items() if name != "version"})
+        try:
+            return _adapter().validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise InvalidInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def new_run() -> str:
+    """A name for a run that no other has."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def absolute(name: str) -> str:
+    """A model or a LoRA as processes in other folders understand it: the path of what is here, or its hub name."""
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
+@cache
+def _adapter() -> "TypeAdapter[Job]":
+    # Imported where a job is written or read alone: a command line answers before.
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Job)
+
+
+def _typed(job: Any) -> dict[str, Any]:
+    """The fields of a job that came in another form than they are kept in."""
+    requests, place, loras = job.requests, job.place, job.loras
+    if isinstance(requests, Request) or not all(isinstance(each, Request) for each in requests):
+        raise InvalidInput(f"`requests` are {type(requests).__name__} -> a list of runner.Request")
+    place = [place] if isinstance(place, str | PlaceRequest) else place
+    return {
+        "requests": tuple(requests),
+        "model": None if job.model is None else str(job.model),
+        "loras": read_loras(loras),
+        "dtype": _types(job.dtype),
+        "devices": (job.devices,) if isinstance(job.devices, str) else tuple(map(str, job.devices)),
+        "max_memory": _limits(job.max_memory),
+        "place": tuple(each if isinstance(each, PlaceRequest) else PlaceRequest.read(each) for each in place),
+        "allow_offload": _one_of("allow_offload", job.allow_offload, (None, "cpu", "disk")),
+        "lanes": _lanes(job.lanes),
+        "store": os.fspath(job.store),
+        "labels": tuple(job.labels),
+        "refused": tuple(job.refused),
+    }
+
+
+def _types(dtype: Any) -> dict[str, str]:
+    named = dtype if isinstance(dtype, Mapping) else {} if dtype is None else {"": dtype}
+    found = {str(name): str(value).removeprefix("torch.") for name, value in named.items()}
+    for name, value in found.items():
+        if value not in DTYPES:
+            raise InvalidInput(f"`dtype` {shown(value)}{f' of {name}' if name else ''}: choose one of "
+                               f"{', '.join(DTYPES)}")
+    return found
+
+
+def _limits(limits: Any) -> MemoryLimits:
+    if isinstance(limits, MemoryLimits):
+        return limits
+    if isinstance(limits, Mapping):
+        limits = ",".join(f"{name}={amount}" for name, amount in limits.items())
+    return MemoryLimits.read(str(limits)) if limits else MemoryLimits()
+
+
+def _lanes(lanes: Any) -> int | None:
+    if lanes is None:
+        return None
+    check_whole("lanes", lanes, 1, LANES)
+    return int(lanes)
+
+
+def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    if value not in choices:
+        raise InvalidInput(f"`{name}` is {shown(str(value))} -> choose from {', '.join(map(str, choices))}")
+    return value
+
+
+def default_store() -> Path:
+    """The folder where artifacts are kept unless a job says otherwise: in the user's cache."""
+    cache_home = os.environ.get("XDG_CACHE_HOME", "")
+    home = os.path.expanduser("~")
+    if not os.path.isabs(cache_home) and not os.path.isabs(home):
+        raise InvalidInput("there is no home folder to keep artifacts in -> `store=DIR`, or `store=memory`")
+    return (Path(cache_home) if os.path.isabs(cache_home) else Path(home) / ".cache") / "stagerun" / "store"

@@ -1,0 +1,137 @@
+"""From a job to a plan: the model found and checked, its stages cut, every component placed where it fits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from runner.demo import CHECKPOINT
+from runner.job import Job
+from runner.planning.cache import PlanCache
+from runner.planning.memory_limits import limited, read_machine
+from runner.planning.place_option import places_asked_for
+from runner.planning.placer import Placer
+from runner.planning.plan import Plan, largest
+from runner.planning.suggestions import with_fixes
+from runner.request import Request, nearest_sizes
+from runner.text import shown
+from stages.card_test import check_cards
+from stages.errors import InvalidInput, ModelError
+from stages.families import FAMILIES
+from stages.loading import lora_merge
+from stages.machine import Machine, probe
+from stages.models.checkpoint import Checkpoint, check, find
+from stages.models.lora import LoraRequest, found
+from stages.pipeline.split import require, split
+
+
+def make_plan(
+    job: Job, *, machine: str | Machine | None = None, download: bool = True, cache: PlanCache | None = None
+) -> Plan:
+    """Find and check the job's model, and place every component where it fits together with its activations.
+
+    `machine` is one that need not be here, such as "2x16GB"; by default it is this one. Weights that are not here are
+    downloaded when all of them are placed, unless `download` is False or the machine is not this one. Of a job whose
+    requests come from the lines of a file, those of a size that the model does not make become refused lines. `cache`
+    has what other plans of the same model found out.
+
+    Raises ModelError, InvalidInput, or DoesNotFit with fixes that make all of the job fit, if there are any.
+    """
+    cache = cache or PlanCache()
+    plan = with_fixes(job, partial(_planned, machine=machine, cache=cache))
+    return fetched(plan) if download and plan.machine.here else plan
+
+
+def fetched(plan: Plan) -> Plan:
+    """The same plan with the model's weights on this machine: downloaded, where they are not; ModelError if not."""
+    if not plan.checkpoint.absent:
+        return plan
+    # Of the commit that was planned for, whatever has become of its branch.
+    checkpoint = find(plan.checkpoint.source, revision=plan.checkpoint.path.name)
+    if plan.checkpoint.loras:
+        checkpoint = checkpoint.adapted(plan.checkpoint.loras)
+    return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, largest(plan.requests).inputs))
+
+
+def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Plan:
+    there = read_machine(machine) if isinstance(machine, str) else machine or check_cards(probe(job.devices))
+    there = limited(there, job.max_memory)
+    if there.here:
+        require(job.defaults.requires)
+    checkpoint = _checkpoint(job)
+    stages = split(checkpoint, largest(job.requests).inputs)
+    multiple = stages[1].scale_factor * job.defaults.patch
+    job = _makeable(job, multiple)
+    most = largest(job.requests)
+    dtypes: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in job.dtype.items()}
+    placer = Placer(there, most.inputs, dtypes, places_asked_for(job.place, stages), job.allow_offload,
+                    job.lanes, smaller_sizes(most, multiple), job.modulation_table, len(job.requests))
+    placed = placer.place(stages, cache)
+    places = placed.places if job.peer_copies else {
+        part: replace(place, placement=place.placement.through_host()) for part, place in placed.places.items()}
+    _check_components(job, [component for _, component in places])
+    loras = tuple(LoraRequest(lora.source, lora.scale, lora.digest) for lora in checkpoint.loras)
+    return Plan(replace(job, loras=loras), checkpoint, there, stages, places, placed.weights, placed.needs,
+                placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, placer)
+
+
+def _checkpoint(job: Job) -> Checkpoint:
+    """The job's model, checked, with its LoRAs; its weights may be elsewhere."""
+    family = job.defaults
+    is_demo = family.repo == "demo" and job.model in (None, "demo")
+    source: str | Path = CHECKPOINT if is_demo else job.model or family.repo
+    named = find(source, revision=job.revision, components=())
+    check(replace(named, source="demo") if is_demo else named, family=FAMILIES[job.family])
+    checkpoint = find(source, revision=job.revision, weights=False)
+    if job.origin is not None and job.origin.identity != checkpoint.identity:
+        raise ModelError(f"{job.origin.what} was made by {job.origin.identity}, but {job.model or family.repo} is now "
+                         f"{checkpoint.identity} -> {job.origin.advice}")
+    if job.loras:
+        checkpoint = with_loras(checkpoint, job.loras)
+    return replace(checkpoint, source="demo") if is_demo else checkpoint
+
+
+def with_loras(checkpoint: Checkpoint, asked: Sequence[LoraRequest]) -> Checkpoint:
+    """The checkpoint with these LoRAs; ModelError for one that is not there, or not made for it."""
+    loras = [found(each, checkpoint.pipeline) for each in asked]
+    if twice := [lora.source for lora in loras if loras.count(lora) > 1]:
+        raise InvalidInput(f"`loras` name {twice[0]} twice -> name it once, with the sum of its scales")
+    adapted = checkpoint.adapted({lora: lora_merge.reaches(lora, checkpoint) for lora in loras})
+    for component in adapted.components.values():
+        if component.loras:
+            lora_merge.check(component)
+    return adapted
+
+
+def smaller_sizes(request: Request, multiple: int) -> Mapping[str, float]:
+    """Smaller sizes of the same shape, the largest first, with their part of the request's pixels."""
+    found = {}
+    for part in (0.875, 0.75, 0.625, 0.5, 0.375, 0.25):
+        width, height = (int(side * part) // multiple * multiple for side in (request.width, request.height))
+        if width and height:
+            found[f"{width}x{height}"] = width * height / (request.width * request.height)
+    return found
+
+
+def _makeable(job: Job, multiple: int) -> Job:
+    """The job less the requests whose size the model would silently round; InvalidInput unless they are of a file."""
+    lost: dict[int, str] = {}
+    for request in job.requests:
+        if request.width % multiple or request.height % multiple:
+            below, above = nearest_sizes((request.width, request.height), multiple)
+            text = (f"`size` {request.width}x{request.height}: this model makes multiples of {multiple}; nearest are "
+                    f"{below[0]}x{below[1]} and {above[0]}x{above[1]}")
+            if not job.listed:
+                raise InvalidInput(text)
+            lost[request.index] = text
+    return job.without(lost) if lost else job
+
+
+def _check_components(job: Job, known: Sequence[str]) -> None:
+    for component in job.dtype.keys() - {"", *known}:
+        close = get_close_matches(component, known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+        raise InvalidInput(f"`dtype`: the model has no component {shown(component)} -> {hint}")
