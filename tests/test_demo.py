@@ -13,10 +13,10 @@ from PIL import Image
 from runner import Request, make_plan, run_all
 from runner.artifacts import FolderStore, MemoryStore
 from runner.demo import CHECKPOINT
-from runner.demo.judge import Score, pictures_of, score
-from runner.demo.scenes import Prompt, exam_prompts
 from runner.request import ask
 from stages.families import FAMILIES
+from tools.demo.judge import Score, pictures_of, score
+from tools.demo.scenes import Prompt, exam_prompts
 
 DEMO = FAMILIES["demo"]
 

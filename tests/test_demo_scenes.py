@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from runner.demo.judge import judge, score
-from runner.demo.scenes import (
+from tools.demo.judge import judge, score
+from tools.demo.scenes import (
     POSITIONS,
     RADII,
     RELATIONS,
@@ -23,7 +23,7 @@ from runner.demo.scenes import (
     random_solo,
     training_scene,
 )
-from runner.demo.shapes import COLORS, SHAPES, SIDE
+from tools.demo.shapes import COLORS, SHAPES, SIDE
 
 SOLOS, PAIRS = exam_prompts()
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from runner.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
-from runner.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
-from runner.demo.grounding import UNSAID, Grounding, grounding_optimizer, named, train_grounding
-from runner.demo.latents import GRID, Latents, load_latents, save_latents
-from runner.demo.muon import Muon, orthogonal
-from runner.demo.phase import Phase
-from runner.demo.scenes import POSITIONS, Pair, Solo, training_scene
-from runner.demo.shapes import COLORS, SHAPES
-from runner.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder, sample_captions
-from runner.demo.train import export, thin, tokenizers, warmed
+from tools.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
+from tools.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
+from tools.demo.grounding import UNSAID, Grounding, grounding_optimizer, named, train_grounding
+from tools.demo.latents import GRID, Latents, load_latents, save_latents
+from tools.demo.muon import Muon, orthogonal
+from tools.demo.phase import Phase
+from tools.demo.scenes import POSITIONS, Pair, Solo, training_scene
+from tools.demo.shapes import COLORS, SHAPES
+from tools.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder, sample_captions
+from tools.demo.train import export, thin, tokenizers, warmed
 
 CPU = torch.device("cpu")
 

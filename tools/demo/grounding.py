@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional
 from transformers import T5EncoderModel, T5Tokenizer
 
-from runner.demo.phase import Phase, learning_rate
-from runner.demo.scenes import POSITIONS, RELATIONS, Pair, Scene, training_scene
-from runner.demo.shapes import COLORS, SHAPES
-from runner.demo.text import T5_WIDTH, TEXT_TOKENS, relative_bias
+from tools.demo.phase import Phase, learning_rate
+from tools.demo.scenes import POSITIONS, RELATIONS, Pair, Scene, training_scene
+from tools.demo.shapes import COLORS, SHAPES
+from tools.demo.text import T5_WIDTH, TEXT_TOKENS, relative_bias
 
 CAPTIONS = 64
 PEAK = 3e-3

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from runner.demo.scenes import training_scene
+from tools.demo.scenes import training_scene
 
 TEXT_TOKENS = 20
 CLIP_TOKENS = 32

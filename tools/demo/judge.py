@@ -1,6 +1,6 @@
 """Tells by the pixels whether a picture shows its scene, and scores a checkpoint on the held-out prompts.
 
-    python -m runner.demo.judge [--model FOLDER] [--steps N]
+    python -m tools.demo.judge [--model FOLDER] [--steps N]
 
 Every threshold here comes from the drawings and the palette; none was tuned to a model's pictures.
 """
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runner.demo import CHECKPOINT
-from runner.demo.scenes import POSITIONS, RADII, RELATIONS, Pair, Prompt, Scene, Solo, exam_prompts
-from runner.demo.shapes import COLORS, SHAPES, SIDE, place
+from tools.demo.scenes import POSITIONS, RADII, RELATIONS, Pair, Prompt, Scene, Solo, exam_prompts
+from tools.demo.shapes import COLORS, SHAPES, SIDE, place
 
 STEPS = 12
 FRAME = 3
@@ -228,7 +228,7 @@ def pictures_of(model: Path, prompts: Iterable[Prompt], steps: int = STEPS, batc
 
 def main() -> None:
     """Print the scores of a checkpoint, and every picture that is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m runner.demo.judge", description="Score a demo checkpoint.")
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.judge", description="Score a demo checkpoint.")
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()

@@ -9,11 +9,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
-from runner.demo.latents import CHANNELS, GRID, Latents
-from runner.demo.muon import Muon
-from runner.demo.phase import Phase, learning_rate
-from runner.demo.scenes import training_caption
-from runner.demo.text import CLIP_TOKENS, CLIP_WIDTH, T5_WIDTH, TEXT_TOKENS
+from tools.demo.latents import CHANNELS, GRID, Latents
+from tools.demo.muon import Muon
+from tools.demo.phase import Phase, learning_rate
+from tools.demo.scenes import training_caption
+from tools.demo.text import CLIP_TOKENS, CLIP_WIDTH, T5_WIDTH, TEXT_TOKENS
 
 BATCH = 48
 HEADS, HEAD = 3, 64

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
-from runner.demo.scenes import Pair, Scene, Solo, every_solo, held_out, pixels_of, random_pair
-from runner.demo.shapes import SIDE
+from tools.demo.scenes import Pair, Scene, Solo, every_solo, held_out, pixels_of, random_pair
+from tools.demo.shapes import SIDE
 
 CHANNELS = 16
 GRID = SIDE // 16

@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
-from runner.demo.phase import Phase, learning_rate
-from runner.demo.scenes import layout, training_scene
-from runner.demo.shapes import SIDE, paint, place
+from tools.demo.phase import Phase, learning_rate
+from tools.demo.scenes import layout, training_scene
+from tools.demo.shapes import SIDE, paint, place
 
 CROP = 64
 CROPS = 24

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runner.demo.shapes import COLORS, SHAPES, Pixels, paint, place
+from tools.demo.shapes import COLORS, SHAPES, Pixels, paint, place
 
 RADII = {"small": 15, "large": 27}
 # Multiples of 16 px, the transformer's token: a shape looks the same to the model at every position.

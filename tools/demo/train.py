@@ -1,6 +1,6 @@
 """Trains the demo checkpoint from nothing, on a CPU or an accelerator; interrupted and started again, it goes on.
 
-python -m runner.demo.train [--out FOLDER] [--state FOLDER] [--minutes-vae M] [--minutes-words M] [--minutes M]
+python -m tools.demo.train [--out FOLDER] [--state FOLDER] [--minutes-vae M] [--minutes-words M] [--minutes M]
     [--start CHECKPOINT]
 """
 
@@ -17,12 +17,12 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from runner.demo import CHECKPOINT
-from runner.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
-from runner.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
-from runner.demo.grounding import Grounding, grounding_optimizer, train_grounding
-from runner.demo.latents import Latents, encode_scenes, load_latents, save_latents
-from runner.demo.phase import Phase
-from runner.demo.text import (
+from tools.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
+from tools.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
+from tools.demo.grounding import Grounding, grounding_optimizer, train_grounding
+from tools.demo.latents import Latents, encode_scenes, load_latents, save_latents
+from tools.demo.phase import Phase
+from tools.demo.text import (
     build_clip_encoder,
     build_clip_tokenizer,
     build_t5_encoder,
@@ -141,12 +141,12 @@ def train(out: Path, state: Path, budgets: Budgets, start: Path | None = None) -
     phase.load()
     train_painter(phase, studio, device, lambda: export(out, state, studio, autoencoder))
     export(out, state, studio, autoencoder)
-    thin(state / LOSSES, out.parent / LOSSES)
+    thin(state / LOSSES, (Path(__file__).parent if out == CHECKPOINT else out.parent) / LOSSES)
 
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m runner.demo.train", description="Train the demo checkpoint.")
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.train", description="Train the demo checkpoint.")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
     parser.add_argument("--state", type=Path, default=Path("demo-training"), help="folder to go on from")
     parser.add_argument("--minutes-vae", type=float, default=17.0, help="budget of the autoencoder")
