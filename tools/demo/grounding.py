@@ -11,104 +11,113 @@ import torch
 from torch.nn import functional
 from transformers import T5EncoderModel, T5Tokenizer
 
-from tools.demo.phase import Phase, learning_rate
+from tools.demo.phase import Phase
 from tools.demo.scenes import POSITIONS, RELATIONS, Pair, Scene, training_scene
 from tools.demo.shapes import COLORS, SHAPES
-from tools.demo.text import T5_WIDTH, TEXT_TOKENS, relative_bias
+from tools.demo.text import T5_WIDTH, TEXT_TOKENS, position_bias
 
-CAPTIONS = 64
+BATCH = 64
 PEAK = 3e-3
 BACKGROUND = "behind all"
-KINDS = (tuple(COLORS), tuple(SHAPES), (*POSITIONS, BACKGROUND))
-# An answer that is not asked for, as cross_entropy passes it over.
-UNSAID = -100
-# What heads read is blurred, so that the answers stand out of the embeddings as clearly as the words do.
-BLUR = 0.5
+CLASSES = (tuple(COLORS), tuple(SHAPES), (*POSITIONS, BACKGROUND))
+"""What each of the three heads tells apart."""
+# A label that is not asked for, as cross_entropy passes it over.
+IGNORED = -100
+# Noise on what the heads read, so that the labels stand out of the embeddings as clearly as the words do.
+NOISE = 0.5
 
-Answer = tuple[int, int, int]
+Labels = tuple[int, int, int]
+"""Color, shape and place, each as the index of a class."""
 
 
 class Grounding(torch.nn.Module):
-    """Reads color, shape and place of a thing off the embedding of each word that names it."""
+    """Heads that read color, shape and place of a thing off the embedding of each word that names it."""
 
     def __init__(self, tokenizer: T5Tokenizer) -> None:
         super().__init__()
-        self.heads = torch.nn.ModuleList(torch.nn.Linear(T5_WIDTH, len(kinds)) for kinds in KINDS)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(T5_WIDTH, len(classes)) for classes in CLASSES)
         self._tokenizer = tokenizer
-        self._colors, self._shapes = ({tokenizer(word).input_ids[0]: word for word in kinds} for kinds in KINDS[:2])
+        self._colors, self._shapes = (
+            {tokenizer(word).input_ids[0]: word for word in classes} for classes in CLASSES[:2]
+        )
 
     def loss(self, t5: T5EncoderModel, rng: random.Random, device: torch.device) -> torch.Tensor:
         """The cross-entropy over all named things of a batch of captions, none of a held-out scene."""
-        ids, answers = (part.to(device) for part in self.captions(rng))
+        ids, labels = (part.to(device) for part in self.batch(rng))
         hidden: torch.Tensor = t5(ids)[0]
-        blurred = hidden + BLUR * torch.randn_like(hidden)
+        noisy = hidden + NOISE * torch.randn_like(hidden)
         losses = [
-            functional.cross_entropy(head(blurred).flatten(0, 1), answers[..., kind].flatten(), ignore_index=UNSAID)
-            for kind, head in enumerate(self.heads)
+            functional.cross_entropy(head(noisy).flatten(0, 1), labels[..., index].flatten(), ignore_index=IGNORED)
+            for index, head in enumerate(self.heads)
         ]
         return torch.stack(losses).sum()
 
-    def captions(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (captions, tokens) and color, shape and place of each token's thing (captions, tokens, 3)."""
-        told = [training_scene(rng) for _ in range(CAPTIONS)]
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids of captions [captions, tokens], and the labels of each token [captions, tokens, 3]."""
+        examples = [training_scene(rng) for _ in range(BATCH)]
         ids: torch.Tensor = self._tokenizer(
-            [text for text, _ in told], padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt"
+            [text for text, _ in examples], padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt"
         ).input_ids
-        rows = zip(ids.tolist(), told, strict=True)
-        return ids, torch.stack([self.answers(row, text, scene) for row, (text, scene) in rows])
+        rows = zip(ids.tolist(), examples, strict=True)
+        return ids, torch.stack([self.token_labels(row, text, scene) for row, (text, scene) in rows])
 
-    def answers(self, ids: list[int], text: str, scene: Scene) -> torch.Tensor:
-        """Color, shape and place (tokens, 3) of what each token names; UNSAID for all other tokens."""
-        things = named(text, scene)
-        found = torch.full((len(ids), len(KINDS)), UNSAID)
-        shapes = [spot for spot, token in enumerate(ids) if token in self._shapes]
-        colors = [spot for spot, token in enumerate(ids) if token in self._colors]
-        for spot, thing in zip(shapes, things, strict=True):
-            found[spot] = torch.tensor(thing)
-        for spot, thing in zip(colors, things, strict=False):
-            found[spot] = torch.tensor(thing)
+    def token_labels(self, ids: list[int], text: str, scene: Scene) -> torch.Tensor:
+        """Color, shape and place of what each token of a caption names [tokens, 3]; IGNORED for all other tokens."""
+        things = scene_labels(text, scene)
+        labels = torch.full((len(ids), len(CLASSES)), IGNORED)
+        shapes = [at for at, token in enumerate(ids) if token in self._shapes]
+        colors = [at for at, token in enumerate(ids) if token in self._colors]
+        for at, thing in zip(shapes, things, strict=True):
+            labels[at] = torch.tensor(thing)
+        for at, thing in zip(colors, things, strict=False):
+            labels[at] = torch.tensor(thing)
         # A color after those of the things is the background's.
-        for spot in colors[len(things) :]:
-            found[spot] = torch.tensor([_number(0, self._colors[ids[spot]]), UNSAID, _number(2, BACKGROUND)])
-        return found
+        for at in colors[len(things) :]:
+            labels[at] = torch.tensor([_color(self._colors[ids[at]]), IGNORED, _place(BACKGROUND)])
+        return labels
 
 
-def named(text: str, scene: Scene) -> list[Answer]:
-    """Color, shape and place of each thing in the caption's order, as numbers; UNSAID for a place left open."""
+def scene_labels(text: str, scene: Scene) -> list[Labels]:
+    """The labels of each thing in the caption's order; the place is IGNORED where the caption leaves it open."""
     if isinstance(scene, Pair):
-        first, other = (_number(2, place) for place in RELATIONS[scene.relation])
+        first, other = (_place(position) for position in RELATIONS[scene.relation])
         return [
-            (_number(0, scene.color), _number(1, scene.shape), first),
-            (_number(0, scene.other_color), _number(1, scene.other_shape), other),
+            (_color(scene.color), _shape(scene.shape), first),
+            (_color(scene.other_color), _shape(scene.other_shape), other),
         ]
-    place = _number(2, scene.position) if scene.position in text else UNSAID
-    return [(_number(0, scene.color), _number(1, scene.shape), place)]
+    place = _place(scene.position) if scene.position in text else IGNORED
+    return [(_color(scene.color), _shape(scene.shape), place)]
 
 
-def _number(kind: int, word: str) -> int:
-    return KINDS[kind].index(word)
+def _color(word: str) -> int:
+    return CLASSES[0].index(word)
+
+
+def _shape(word: str) -> int:
+    return CLASSES[1].index(word)
+
+
+def _place(word: str) -> int:
+    return CLASSES[2].index(word)
 
 
 def grounding_optimizer(t5: T5EncoderModel, grounding: Grounding) -> torch.optim.Optimizer:
     """AdamW for all weights of the encoder and the heads, ten times faster for the few that tell words' order."""
-    bias = relative_bias(t5)
+    bias = position_bias(t5)
     rest = [weights for weights in [*t5.parameters(), *grounding.parameters()] if weights is not bias]
     groups = [{"params": rest, "peak": PEAK}, {"params": [bias], "peak": 10 * PEAK}]
     return torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def train_grounding(phase: Phase, loss: Callable[[random.Random], torch.Tensor]) -> None:
-    """Learn until the budget is spent, the rate falling to zero with it."""
+    """Train until the budget is spent; `loss` draws a batch from the generator it is given."""
     rng = random.Random(f"grounding/{phase.steps}")
     (optimizer,) = phase.optimizers
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
 
-    def step(fraction: float) -> float:
-        learning_rate(phase.optimizers, min(1.0, (phase.steps + 1) / 50) * min(1.0, 1.5 * (1 - fraction)) + 1e-3)
+    def step(_: float) -> float:
         error = loss(rng)
-        optimizer.zero_grad()
-        torch.autograd.backward(error)
-        torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], 1.0)
-        optimizer.step()
+        phase.update(error, weights)
         return float(error.detach())
 
-    phase.run(step)
+    phase.run(step, warmup=50, decay=1.5)

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 SIDE = 128
-FINE = 8
+"""Pixels along each side of a drawing."""
+SUPERSAMPLING = 8
+"""Shapes are drawn this many times larger, and averaged, for smooth edges."""
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 165, 60),
@@ -20,79 +22,82 @@ COLORS = {
     "white": (245, 245, 245),
     "black": (25, 25, 25),
 }
+"""The palette: red, green and blue, 0 to 255."""
 
 Pixels = NDArray[np.float32]
 Point = tuple[float, float]
+Draw = ImageDraw.ImageDraw
 
 
-def _circle(d: ImageDraw.ImageDraw, c: float, r: float) -> None:
-    d.ellipse((c - r, c - r, c + r, c + r), fill=255)
+def _circle(draw: Draw, c: float, r: float) -> None:
+    draw.ellipse((c - r, c - r, c + r, c + r), fill=255)
 
 
-def _ring(d: ImageDraw.ImageDraw, c: float, r: float) -> None:
-    _circle(d, c, r)
+def _ring(draw: Draw, c: float, r: float) -> None:
+    _circle(draw, c, r)
     hole = r * 0.55
-    d.ellipse((c - hole, c - hole, c + hole, c + hole), fill=0)
+    draw.ellipse((c - hole, c - hole, c + hole, c + hole), fill=0)
 
 
-def _cross(d: ImageDraw.ImageDraw, c: float, r: float) -> None:
+def _cross(draw: Draw, c: float, r: float) -> None:
     arm = r * 0.34
-    d.rectangle((c - arm, c - r, c + arm, c + r), fill=255)
-    d.rectangle((c - r, c - arm, c + r, c + arm), fill=255)
+    draw.rectangle((c - arm, c - r, c + arm, c + r), fill=255)
+    draw.rectangle((c - r, c - arm, c + r, c + arm), fill=255)
 
 
-def _heart(d: ImageDraw.ImageDraw, c: float, r: float) -> None:
+def _heart(draw: Draw, c: float, r: float) -> None:
     lobe = r * 1.06
     top = c - r * 0.85
-    d.ellipse((c - r, top, c - r + lobe, top + lobe), fill=255)
-    d.ellipse((c + r - lobe, top, c + r, top + lobe), fill=255)
-    d.polygon([(c - r * 0.93, c - r * 0.08), (c, c - r * 0.3), (c + r * 0.93, c - r * 0.08), (c, c + r)], fill=255)
+    draw.ellipse((c - r, top, c - r + lobe, top + lobe), fill=255)
+    draw.ellipse((c + r - lobe, top, c + r, top + lobe), fill=255)
+    draw.polygon([(c - r * 0.93, c - r * 0.08), (c, c - r * 0.3), (c + r * 0.93, c - r * 0.08), (c, c + r)], fill=255)
 
 
-def _skeleton(d: ImageDraw.ImageDraw, c: float, r: float, *, corners: tuple[Point, ...]) -> None:
-    d.polygon([(c + x * r, c + y * r) for x, y in corners], fill=255)
+def _polygon(draw: Draw, c: float, r: float, *, corners: tuple[Point, ...]) -> None:
+    draw.polygon([(c + x * r, c + y * r) for x, y in corners], fill=255)
 
 
 def _star_corners() -> tuple[Point, ...]:
     spokes = [(i * math.pi / 5, 0.42 if i % 2 else 1.0) for i in range(10)]
-    return tuple((length * math.sin(turn), -length * math.cos(turn)) for turn, length in spokes)
+    return tuple((length * math.sin(angle), -length * math.cos(angle)) for angle, length in spokes)
 
 
-SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, float, float], None]] = {
+SHAPES: dict[str, Callable[[Draw, float, float], None]] = {
     "circle": _circle,
-    "square": partial(_skeleton, corners=((-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88))),
-    "triangle": partial(_skeleton, corners=((0, -1), (0.98, 0.8), (-0.98, 0.8))),
-    "star": partial(_skeleton, corners=_star_corners()),
+    "square": partial(_polygon, corners=((-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88))),
+    "triangle": partial(_polygon, corners=((0, -1), (0.98, 0.8), (-0.98, 0.8))),
+    "star": partial(_polygon, corners=_star_corners()),
     "ring": _ring,
     "cross": _cross,
-    "diamond": partial(_skeleton, corners=((0, -1), (0.72, 0), (0, 1), (-0.72, 0))),
+    "diamond": partial(_polygon, corners=((0, -1), (0.72, 0), (0, 1), (-0.72, 0))),
     "heart": _heart,
 }
+"""What draws each shape in white: around the point (center, center), as far as the radius reaches."""
 
 
 @lru_cache(maxsize=512)
-def stamp(shape: str, radius: int) -> Pixels:
+def shape_mask(shape: str, radius: int) -> Pixels:
     """The shape's coverage of each pixel, 0 to 1, in a square of 2 * radius + 4 pixels around its center."""
     side = 2 * radius + 4
-    fine = Image.new("L", (side * FINE, side * FINE))
-    SHAPES[shape](ImageDraw.Draw(fine), side * FINE / 2, radius * FINE)
-    samples = np.asarray(fine, dtype=np.float32).reshape(side, FINE, side, FINE)
+    fine = Image.new("L", (side * SUPERSAMPLING, side * SUPERSAMPLING))
+    SHAPES[shape](ImageDraw.Draw(fine), side * SUPERSAMPLING / 2, radius * SUPERSAMPLING)
+    samples = np.asarray(fine, dtype=np.float32).reshape(side, SUPERSAMPLING, side, SUPERSAMPLING)
     coverage: Pixels = samples.mean((1, 3), dtype=np.float32) / np.float32(255)
     coverage.flags.writeable = False
     return coverage
 
 
-def place(shape: str, radius: int, center: tuple[int, int]) -> Pixels:
-    """The coverage of a whole picture, (SIDE, SIDE), by one shape that lies wholly inside it."""
-    mark = stamp(shape, radius)
+def picture_mask(shape: str, radius: int, center: tuple[int, int]) -> Pixels:
+    """The coverage of a whole picture, [SIDE, SIDE], by one shape that lies wholly inside it."""
+    mask = shape_mask(shape, radius)
     left, top = center[0] - radius - 2, center[1] - radius - 2
-    mask = np.zeros((SIDE, SIDE), dtype=np.float32)
-    mask[top : top + mark.shape[0], left : left + mark.shape[1]] = mark
-    return mask
+    picture = np.zeros((SIDE, SIDE), dtype=np.float32)
+    picture[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+    return picture
 
 
 def paint(background: str, things: list[tuple[str, Pixels]]) -> Pixels:
-    """Pixels (SIDE, SIDE, 3), 0 to 255: each (color, coverage) laid over the background in turn."""
+    """Pixels [SIDE, SIDE, 3], 0 to 255: each thing's color laid over the background by its coverage, in turn."""
     pixels = np.empty((SIDE, SIDE, 3), dtype=np.float32)
     pixels[:] = COLORS[background]
     for color, mask in things:
