@@ -29,9 +29,9 @@ class Latents:
     values: torch.Tensor
     """Shifted, scaled and packed, float16 on the host: [scenes, tokens, 64]."""
     shift: float
-    """The mean of the autoencoder's latents, which was taken from them."""
+    """The mean of the autoencoder's latents, subtracted from them."""
     scale: float
-    """One by their standard deviation, which they were multiplied with."""
+    """One by their standard deviation, multiplied with them."""
 
 
 def _training_scenes() -> list[Scene]:

@@ -136,13 +136,13 @@ def train(out: Path, state: Path, budgets: Budgets, start: Path | None = None) -
     model.to(device)
     latents = cached_latents(state, autoencoder, device)
     training = FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, latents)
+    # Called "painter", here and in its seed, as in the log of the training that made the checkpoint.
     modules: dict[str, torch.nn.Module] = {"painter": model, "average": training.average}
-    # The phase's name is that of the log that is kept.
     phase = Phase("painter", budgets.flow * 60, state, state / LOSSES, modules, flow_optimizers(model))
     phase.load()
     train_flow(phase, training, device, lambda: export_checkpoint(out, state, training, autoencoder))
     export_checkpoint(out, state, training, autoencoder)
-    thin_log(state / LOSSES, (Path(__file__).parent if out == CHECKPOINT else out.parent) / LOSSES)
+    thin_log(state / LOSSES, (Path(__file__).parent if out.samefile(CHECKPOINT) else out.parent) / LOSSES)
 
 
 def main() -> None:
