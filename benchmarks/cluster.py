@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def asked(count: int) -> "list[Request]":
-    """The demo's exam prompts, the ones with two shapes first, a seed each."""
-    from runner.demo.scenes import exam_prompts
+    """The prompts that the demo is scored on, the ones with two shapes first, a seed each."""
     from runner.request import ask
     from stages.families import FAMILIES
+    from tools.demo.scenes import held_out_prompts
 
-    texts = [prompt.text for kind in reversed(exam_prompts()) for prompt in kind][:count]
+    texts = [prompt.text for kind in reversed(held_out_prompts()) for prompt in kind][:count]
     return [replace(ask(text, FAMILIES["demo"], seed=at)[0], index=at) for at, text in enumerate(texts)]
 
 

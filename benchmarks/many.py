@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from benchmarks.table import Raw, markdown, write
-from runner.demo.scenes import COLORS, SHAPES
+from tools.demo.scenes import COLORS, SHAPES
 
 STAGES = ("encode", "denoise", "decode")
 PLACES = ("on the left", "on the right", "at the top", "at the bottom", "in the center")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from runner.request import Request
     from stages.errors import RankLost, StagerunError
 
+    __version__: str
+
 __all__ = [
     "Job", "Picture", "Plan", "RankLost", "RankProcesses", "Report", "Request", "RunPolicy", "StagerunError", "gather",
     "make_plan", "run_all", "run_on_ray", "run_stage", "spawn", "split_between_ranks",
@@ -45,7 +47,24 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # Lazy, because the command line imports this package and must answer before torch is imported.
-    if name not in _HOMES:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("stagerun")
+    except PackageNotFoundError as error:
+        raise AttributeError("stagerun is not installed, so nothing says its version") from error

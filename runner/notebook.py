@@ -17,6 +17,8 @@ from runner.text import gib
 if TYPE_CHECKING:
     from runner.artifacts import Store
 
+__all__ = ["Charts", "Live", "Memory"]
+
 APART = 0.25
 WIDTH = 860
 

@@ -13,40 +13,40 @@ from PIL import Image
 from runner import Request, make_plan, run_all
 from runner.artifacts import FolderStore, MemoryStore
 from runner.demo import CHECKPOINT
-from runner.demo.judge import Score, pictures_of, score
-from runner.demo.scenes import Prompt, exam_prompts
 from runner.request import ask
 from stages.families import FAMILIES
+from tools.demo.judge import Score, pictures_of, score
+from tools.demo.scenes import Prompt, held_out_prompts
 
 DEMO = FAMILIES["demo"]
 
 
 def judged(prompts: list[Prompt], pictures: Iterable[Image.Image]) -> Score:
     result = score(prompts, pictures)
-    print(f"{result.passed} of {result.of}: {result.right}")
+    print(f"{result.passed} of {result.total}: {result.right}")
     return result
 
 
 def test_one_object_prompts_held_out_of_training() -> None:
     """By diffusers' pipeline, which takes ten at a time; that the runner's pictures are the same is tested below."""
-    prompts = exam_prompts()[0]
+    prompts = held_out_prompts()[0]
     result = judged(prompts, pictures_of(CHECKPOINT, prompts))
-    assert result.of == 100 and result.passed >= 90, result.wrong
+    assert result.total == 100 and result.passed >= 90, result.wrong
 
 
 def test_two_object_prompts_held_out_of_training() -> None:
-    prompts = exam_prompts()[1]
+    prompts = held_out_prompts()[1]
     result = judged(prompts, pictures_of(CHECKPOINT, prompts))
-    assert result.of == 50 and result.passed >= 35, result.wrong
+    assert result.total == 50 and result.passed >= 35, result.wrong
 
 
 def test_the_runner_draws_what_held_out_prompts_say() -> None:
-    prompts = [prompt for kind in exam_prompts() for prompt in kind[:6]]
+    prompts = [prompt for kind in held_out_prompts() for prompt in kind[:6]]
     asked = [ask(prompt.text, DEMO, seed=prompt.seed)[0] for prompt in prompts]
     requests = [dataclasses.replace(request, index=index) for index, request in enumerate(asked)]
     made = run_all(make_plan("demo", requests, devices=["cpu"])).pictures
     result = judged(prompts, (Image.fromarray(picture.pixels) for picture in made))
-    assert result.of == 12 and result.passed >= 10, result.wrong
+    assert result.total == 12 and result.passed >= 10, result.wrong
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

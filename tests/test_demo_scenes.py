@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from runner.demo.judge import judge, score
-from runner.demo.scenes import (
+from tools.demo.judge import judge, score
+from tools.demo.scenes import (
     POSITIONS,
     RADII,
     RELATIONS,
@@ -16,16 +16,16 @@ from runner.demo.scenes import (
     Solo,
     captions,
     draw,
-    exam_prompts,
     held_out,
+    held_out_prompts,
     mirrored,
     random_pair,
     random_solo,
     training_scene,
 )
-from runner.demo.shapes import COLORS, SHAPES, SIDE
+from tools.demo.shapes import COLORS, SHAPES, SIDE
 
-SOLOS, PAIRS = exam_prompts()
+SOLOS, PAIRS = held_out_prompts()
 
 
 def test_drawings_are_deterministic_and_sized() -> None:
@@ -67,19 +67,19 @@ def test_a_pair_told_the_other_way_is_the_same_picture() -> None:
     assert held_out(mirrored(pair)) == held_out(pair)
 
 
-def exam_prompts_are_fixed_held_out_and_distinct() -> None:
+def test_the_prompts_are_fixed_held_out_and_distinct() -> None:
     assert (len(SOLOS), len(PAIRS)) == (100, 50)
     assert all(held_out(prompt.scene) for prompt in SOLOS + PAIRS)
     assert len({prompt.scene for prompt in SOLOS + PAIRS}) == 150
     assert len({prompt.seed for prompt in SOLOS + PAIRS}) == 150
-    assert exam_prompts() == (SOLOS, PAIRS)
+    assert held_out_prompts() == (SOLOS, PAIRS)
     assert {prompt.scene.shape for prompt in SOLOS} == set(SHAPES)
 
 
 @pytest.mark.parametrize("prompts", [SOLOS, PAIRS], ids=["one shape", "two shapes"])
 def test_the_judge_passes_every_true_drawing(prompts: list[Prompt]) -> None:
     result = score(prompts, (draw(prompt.scene) for prompt in prompts))
-    assert result.passed == result.of == len(prompts), result.wrong[:3]
+    assert result.passed == result.total == len(prompts), result.wrong[:3]
 
 
 def _other(rng: random.Random, names: object, *taken: str) -> str:

@@ -8,65 +8,65 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from runner.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
-from runner.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
-from runner.demo.grounding import UNSAID, Grounding, grounding_optimizer, named, train_grounding
-from runner.demo.latents import GRID, Latents, load_latents, save_latents
-from runner.demo.muon import Muon, orthogonal
-from runner.demo.phase import Phase
-from runner.demo.scenes import POSITIONS, Pair, Solo, training_scene
-from runner.demo.shapes import COLORS, SHAPES
-from runner.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder, sample_captions
-from runner.demo.train import export, thin, tokenizers, warmed
+from tools.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
+from tools.demo.flow import FlowTraining, VelocityModel, build_transformer, flow_optimizers, frozen_copy, train_flow
+from tools.demo.grounding import IGNORED, Grounding, grounding_optimizer, scene_labels, train_grounding
+from tools.demo.latents import GRID, Latents, load_latents, save_latents
+from tools.demo.muon import Muon, orthogonal
+from tools.demo.phase import Phase
+from tools.demo.scenes import POSITIONS, Pair, Solo, training_scene
+from tools.demo.shapes import COLORS, SHAPES
+from tools.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder, sample_captions
+from tools.demo.train import build_tokenizers, export_checkpoint, load_weights, thin_log
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Studio]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowTraining]:
     folder = tmp_path_factory.mktemp("state")
     torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = tokenizers(folder)
-    painter = Painter(build_clip_encoder(clip_tokenizer), build_t5_encoder(t5_tokenizer), build_transformer())
+    clip_tokenizer, t5_tokenizer = build_tokenizers(folder)
+    model = VelocityModel(build_clip_encoder(clip_tokenizer), build_t5_encoder(t5_tokenizer), build_transformer())
     rng = random.Random(0)
     scenes = [training_scene(rng)[1] for _ in range(8)]
     latents = Latents(scenes, torch.randn(8, GRID * GRID, 64).half(), 0.1, 0.7)
-    return folder, Studio(painter, trailing_copy(painter), clip_tokenizer, t5_tokenizer, latents)
+    return folder, FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, latents)
 
 
-def test_every_word_of_the_captions_is_one_token(studio: tuple[Path, Studio]) -> None:
-    _, built = studio
+def test_every_word_of_the_captions_is_one_token(built: tuple[Path, FlowTraining]) -> None:
+    _, training = built
     corpus = sample_captions(2000)
     words = {word.strip(",.") for text in corpus for word in text.split()}
     assert len(words) > 30
-    assert all(len(built.t5_tokenizer(word).input_ids) == 2 for word in words)
-    assert all(len(built.clip_tokenizer(word).input_ids) == 3 for word in words)
-    assert max(len(built.t5_tokenizer(text).input_ids) for text in corpus) <= TEXT_TOKENS
-    assert max(len(built.clip_tokenizer(text).input_ids) for text in corpus) <= CLIP_TOKENS
-    assert built.t5_tokenizer("A Red circle").input_ids == built.t5_tokenizer("a red circle").input_ids
+    assert all(len(training.t5_tokenizer(word).input_ids) == 2 for word in words)
+    assert all(len(training.clip_tokenizer(word).input_ids) == 3 for word in words)
+    assert max(len(training.t5_tokenizer(text).input_ids) for text in corpus) <= TEXT_TOKENS
+    assert max(len(training.clip_tokenizer(text).input_ids) for text in corpus) <= CLIP_TOKENS
+    assert training.t5_tokenizer("A Red circle").input_ids == training.t5_tokenizer("a red circle").input_ids
 
 
-def test_every_word_that_names_a_thing_is_asked_what_it_is_and_where(studio: tuple[Path, Studio]) -> None:
-    _, built = studio
+def test_every_word_that_names_a_thing_is_asked_what_it_is_and_where(built: tuple[Path, FlowTraining]) -> None:
+    _, training = built
     scene = Pair("red", "circle", "above", "blue", "circle", "white")
     text = "a red circle above a blue circle on a white background"
-    ids = built.t5_tokenizer(text).input_ids
+    ids = training.t5_tokenizer(text).input_ids
     colors, shapes, places = list(COLORS), list(SHAPES), list(POSITIONS)
-    answers = Grounding(built.t5_tokenizer).answers(ids, text, scene).tolist()
+    labels = Grounding(training.t5_tokenizer).token_labels(ids, text, scene).tolist()
     words = dict(zip(text.split(), range(len(ids)), strict=False))
     first = [colors.index("red"), shapes.index("circle"), places.index("at the top")]
     other = [colors.index("blue"), shapes.index("circle"), places.index("at the bottom")]
-    behind = [colors.index("white"), UNSAID, len(places)]
-    asked = {spot: row for spot, row in enumerate(answers) if row != [UNSAID] * 3}
+    behind = [colors.index("white"), IGNORED, len(places)]
+    asked = {spot: row for spot, row in enumerate(labels) if row != [IGNORED] * 3}
     assert asked == {1: first, 2: first, 5: other, 6: other, words["white"]: behind}
-    left_open = named("a red star", Solo("red", "star", "large", "on the left", "black"))
-    assert left_open == [(colors.index("red"), shapes.index("star"), UNSAID)]
+    left_open = scene_labels("a red star", Solo("red", "star", "large", "on the left", "black"))
+    assert left_open == [(colors.index("red"), shapes.index("star"), IGNORED)]
 
 
-def test_the_text_encoder_learns_its_words_and_keeps_them(studio: tuple[Path, Studio], tmp_path: Path) -> None:
-    _, built = studio
+def test_the_text_encoder_learns_its_words_and_keeps_them(built: tuple[Path, FlowTraining], tmp_path: Path) -> None:
+    _, training = built
     torch.manual_seed(0)
-    t5, grounding = build_t5_encoder(built.t5_tokenizer), Grounding(built.t5_tokenizer)
+    t5, grounding = build_t5_encoder(training.t5_tokenizer), Grounding(training.t5_tokenizer)
     phase = Phase("g", 1e9, tmp_path, tmp_path / "log", {"t5": t5}, [grounding_optimizer(t5, grounding)])
     losses: list[float] = []
 
@@ -78,7 +78,7 @@ def test_the_text_encoder_learns_its_words_and_keeps_them(studio: tuple[Path, St
 
     train_grounding(phase, loss)
     assert phase.steps == 8 and losses[-1] < 0.8 * losses[0]
-    painter_optimizers(Painter(build_clip_encoder(built.clip_tokenizer), t5, build_transformer()))
+    flow_optimizers(VelocityModel(build_clip_encoder(training.clip_tokenizer), t5, build_transformer()))
     assert not any(weights.requires_grad for weights in t5.parameters())
 
 
@@ -96,14 +96,14 @@ def test_a_phase_goes_on_where_it_stopped(tmp_path: Path) -> None:
         phase.optimizers[0].step()
         return float(loss.detach())
 
-    phase.run(step)
+    phase.run(step, warmup=1, decay=1.0)
     assert phase.steps > 0
     again, other = begin(0.02)
     assert not torch.equal(layer.weight, other.weight)
     again.load()
     assert (again.steps, again.spent) == (phase.steps, phase.spent)
     assert torch.equal(layer.weight, other.weight)
-    again.run(step)
+    again.run(step, warmup=1, decay=1.0)
     assert again.steps == phase.steps
 
 
@@ -114,8 +114,8 @@ def test_muon_makes_directions_orthogonal() -> None:
         assert spread.min() > 0.5 and spread.max() < 1.5
 
 
-def test_latents_come_back_from_disk(studio: tuple[Path, Studio], tmp_path: Path) -> None:
-    latents = studio[1].latents
+def test_latents_come_back_from_disk(built: tuple[Path, FlowTraining], tmp_path: Path) -> None:
+    latents = built[1].latents
     save_latents(latents, tmp_path / "latents.pt")
     again = load_latents(tmp_path / "latents.pt")
     assert again.scenes == latents.scenes
@@ -123,8 +123,8 @@ def test_latents_come_back_from_disk(studio: tuple[Path, Studio], tmp_path: Path
     assert (again.shift, again.scale) == (latents.shift, latents.scale)
 
 
-def test_one_step_of_each_kind_and_an_export_that_draws(studio: tuple[Path, Studio], tmp_path: Path) -> None:
-    folder, built = studio
+def test_one_step_of_each_kind_and_an_export_that_draws(built: tuple[Path, FlowTraining], tmp_path: Path) -> None:
+    folder, training = built
     autoencoder = build_autoencoder()
     before = [weights.clone() for weights in autoencoder.parameters()]
     phase = Phase("a", 1e-6, folder, folder / "log", {"a": autoencoder}, [autoencoder_optimizer(autoencoder)])
@@ -132,12 +132,12 @@ def test_one_step_of_each_kind_and_an_export_that_draws(studio: tuple[Path, Stud
     assert phase.steps == 1
     assert any(not torch.equal(old, new) for old, new in zip(before, autoencoder.parameters(), strict=True))
 
-    assert not built.average.transformer.proj_out.weight.any()
-    phase = Phase("p", 1e-6, folder, folder / "log", {"p": built.painter}, painter_optimizers(built.painter))
-    train_painter(phase, built, CPU, lambda: None)
-    assert built.average.transformer.proj_out.weight.any()
+    assert not training.average.transformer.proj_out.weight.any()
+    phase = Phase("p", 1e-6, folder, folder / "log", {"p": training.model}, flow_optimizers(training.model))
+    train_flow(phase, training, CPU, lambda: None)
+    assert training.average.transformer.proj_out.weight.any()
 
-    export(tmp_path, folder, built, autoencoder)
+    export_checkpoint(tmp_path, folder, training, autoencoder)
     assert (tmp_path / "tokenizer_2" / "spiece.model").exists()
     assert not list(tmp_path.rglob("*.bin"))
     pipe = FluxPipeline.from_pretrained(tmp_path, dtype=torch.float32)
@@ -150,17 +150,19 @@ def test_one_step_of_each_kind_and_an_export_that_draws(studio: tuple[Path, Stud
 def test_a_thinned_log_keeps_each_phase_s_last_line(tmp_path: Path) -> None:
     lines = [json.dumps({"phase": phase, "step": step}) for phase in ("a", "b") for step in range(301)]
     (tmp_path / "log").write_text("\n".join(lines) + "\n")
-    thin(tmp_path / "log", tmp_path / "kept", lines=20)
+    thin_log(tmp_path / "log", tmp_path / "kept", lines=20)
     kept = [json.loads(line) for line in (tmp_path / "kept").read_text().splitlines()]
     assert len(kept) < 30
     assert {"phase": "a", "step": 300} in kept
     assert kept[-1] == {"phase": "b", "step": 300}
 
 
-def test_learning_goes_on_from_a_checkpoint(studio: tuple[Path, Studio], tmp_path: Path) -> None:
-    folder, built = studio
-    export(tmp_path, folder, built, build_autoencoder())
+def test_learning_goes_on_from_a_checkpoint(built: tuple[Path, FlowTraining], tmp_path: Path) -> None:
+    folder, training = built
+    export_checkpoint(tmp_path, folder, training, build_autoencoder())
     torch.manual_seed(5)
-    encoders = build_clip_encoder(built.clip_tokenizer), build_t5_encoder(built.t5_tokenizer)
-    warm = warmed(Painter(*encoders, build_transformer()), tmp_path).state_dict()
-    assert all(torch.equal(weights.half().float(), warm[name]) for name, weights in built.average.state_dict().items())
+    encoders = build_clip_encoder(training.clip_tokenizer), build_t5_encoder(training.t5_tokenizer)
+    model = VelocityModel(*encoders, build_transformer())
+    load_weights(model, tmp_path)
+    loaded, exported = model.state_dict(), training.average.state_dict()
+    assert all(torch.equal(weights.half().float(), loaded[name]) for name, weights in exported.items())

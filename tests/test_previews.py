@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 from runner.artifacts import MemoryStore
-from runner.demo.latent_rgb import demo_colors, pairs
-from runner.demo.scenes import every_solo, held_out
+from runner.demo import latent_rgb_weights
 from runner.events import json_lines, tee
 from runner.media.latent_rgb import Colors, cells_of, fitted, grid_of, learned
 from runner.media.previews import NOTHING_YET, Beside, Previewer, Strips, beside, enlarged, strips
 from runner.request import Request
 from stages.state import State
+from tools.demo.latent_rgb import latents_and_pixels
+from tools.demo.scenes import every_solo, held_out
 
 ASKED = Request("a red circle", 64, 48, 4, None, 7, 32)
 
@@ -86,9 +87,9 @@ def test_colors_are_learned_from_pictures_of_the_same_model_alone() -> None:
 
 
 def test_the_demo_has_colors_from_the_start() -> None:
-    colors, errors = demo_colors(), []
+    colors, errors = Colors(torch.tensor(latent_rgb_weights())), []
     unseen = random.Random(0).sample([scene for scene in every_solo() if held_out(scene)], 6)
-    for latents, pixels in pairs(unseen):
+    for latents, pixels in latents_and_pixels(unseen):
         rough = colors.picture(latents, (128, 128))
         grid = grid_of(latents, (128, 128))
         assert rough is not None and grid is not None and rough.shape == (32, 32, 3)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runner.demo import CHECKPOINT
+from runner.demo import CHECKPOINT, latent_rgb_weights
 from stages.errors import StoreError
 
 if TYPE_CHECKING:
@@ -108,9 +108,7 @@ def colors_of(plan: "Plan", store: "Store") -> Callable[[int], Colors | None]:
 
     def find(features: int) -> Colors | None:
         if plan.family.repo == "demo" and plan.checkpoint.path == CHECKPOINT:
-            from runner.demo.latent_rgb import demo_colors
-
-            return demo_colors()
+            return Colors(torch.tensor(latent_rgb_weights()))
         return learned(store, plan.checkpoint.identity, features)
 
     return find

@@ -1,6 +1,6 @@
 """Tells by the pixels whether a picture shows its scene, and scores a checkpoint on the held-out prompts.
 
-    python -m runner.demo.judge [--model FOLDER] [--steps N]
+    python -m tools.demo.judge [--model FOLDER] [--steps N]
 
 Every threshold here comes from the drawings and the palette; none was tuned to a model's pictures.
 """
@@ -13,44 +13,57 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import FluxPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
 from runner.demo import CHECKPOINT
-from runner.demo.scenes import POSITIONS, RADII, RELATIONS, Pair, Prompt, Scene, Solo, exam_prompts
-from runner.demo.shapes import COLORS, SHAPES, SIDE, place
+from tools.demo.scenes import POSITIONS, RADII, RELATIONS, Pair, Prompt, Scene, Solo, held_out_prompts
+from tools.demo.shapes import COLORS, SHAPES, SIDE, picture_mask
 
 STEPS = 12
 FRAME = 3
+"""Pixels along the edges that no shape reaches into."""
 # Half the distance between the palette's nearest two colors is 65: a color farther off than this has no name.
-COLOR_REACH = 60.0
+COLOR_DISTANCE = 60.0
 # A shape that is shifted by half a pixel still fits its own template better than 0.85, and others worse.
-FIT = 0.75
+LEAST_FIT = 0.75
 OFF_CENTER = 8.0
-FOREIGN = 0.02
+"""Pixels from a position's center within which a shape is there."""
+FOREIGN_SHARE = 0.02
+"""The share of a picture that may be of other colors."""
 
 Pixels = NDArray[np.float64]
-Marks = NDArray[np.bool_]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Thing:
-    """What the judge reads in one region: names, or None where nothing fits; `center` (x, y) in pixels."""
+class DetectedShape:
+    """What a region of a picture shows."""
 
     color: str | None
+    """One of COLORS; None where there is nothing, or nothing of these colors."""
     shape: str | None
+    """One of SHAPES; None where none fits well enough."""
     size: str | None
+    """One of RADII, as it fits best."""
     center: tuple[float, float]
+    """Where it is (x, y), in pixels."""
     fit: float
+    """How well shape and size fit: intersection over union, 0 to 1."""
     foreign: int
+    """Pixels of the region that are neither of the color nor of the background."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which attributes of the scene the picture shows rightly."""
+    """How a picture compares with its scene."""
 
     right: dict[str, bool]
+    """For each attribute of the scene whether the picture has it."""
     seen: str
+    """What the picture shows, in words."""
 
     @property
     def passed(self) -> bool:
@@ -60,20 +73,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Score:
-    """How many of `of` pictures passed, and how many were right in each attribute."""
+    """How many pictures show their scenes."""
 
-    of: int
+    total: int
+    """All pictures."""
     passed: int
+    """Those that show all of their scene and nothing else."""
     right: dict[str, int]
+    """Those that have each attribute right."""
     wrong: tuple[tuple[Prompt, Verdict], ...]
+    """What did not pass."""
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {count}" for name, count in self.right.items())
-        return f"{self.passed} of {self.of} ({parts})"
+        return f"{self.passed} of {self.total} ({parts})"
 
 
 def judge(picture: Image.Image, scene: Scene) -> Verdict:
-    """Read the picture and hold it against the scene; ValueError unless it is SIDE x SIDE."""
+    """Compare the picture with the scene; ValueError unless it is of SIDE x SIDE pixels."""
     if picture.size != (SIDE, SIDE):
         raise ValueError(f"the judge reads pictures of {SIDE}x{SIDE}, got {picture.width}x{picture.height}")
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
@@ -90,127 +107,126 @@ def score(prompts: Iterable[Prompt], pictures: Iterable[Image.Image]) -> Score:
     return Score(len(verdicts), len(verdicts) - len(wrong), dict(right), wrong)
 
 
-def _name(color: Pixels) -> str | None:
+def _color_name(color: Pixels) -> str | None:
     """The palette's nearest name, or None where none is near."""
-    far = {name: float(np.linalg.norm(color - np.asarray(rgb))) for name, rgb in COLORS.items()}
-    nearest = min(far, key=lambda name: far[name])
-    return nearest if far[nearest] <= COLOR_REACH else None
+    distances = {name: float(np.linalg.norm(color - np.asarray(rgb))) for name, rgb in COLORS.items()}
+    nearest = min(distances, key=lambda name: distances[name])
+    return nearest if distances[nearest] <= COLOR_DISTANCE else None
 
 
 def _background(pixels: Pixels) -> str | None:
-    """The name of the frame's median color: no shape reaches into the frame."""
+    """The name of the frame's median color."""
     frame = np.ones((SIDE, SIDE), dtype=bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
-    return _name(np.median(pixels[frame], axis=0))
+    return _color_name(np.median(pixels[frame], axis=0))
 
 
 @lru_cache(maxsize=64)
-def _template(shape: str, radius: int) -> tuple[Marks, tuple[float, float]]:
+def _template(shape: str, radius: int) -> tuple[Mask, tuple[float, float]]:
     """The shape in the middle of the picture, and where its centroid (x, y) lies."""
-    marks = place(shape, radius, (SIDE // 2, SIDE // 2)) > 0.5
-    return marks, _centroid(marks)
+    mask = picture_mask(shape, radius, (SIDE // 2, SIDE // 2)) > 0.5
+    return mask, _centroid(mask)
 
 
-def _centroid(marks: Marks) -> tuple[float, float]:
-    rows, columns = np.nonzero(marks)
+def _centroid(mask: Mask) -> tuple[float, float]:
+    rows, columns = np.nonzero(mask)
     return float(columns.mean()), float(rows.mean())
 
 
-def _fit(marks: Marks, center: tuple[float, float], shape: str, radius: int) -> tuple[float, tuple[float, float]]:
+def _fit(mask: Mask, center: tuple[float, float], shape: str, radius: int) -> tuple[float, tuple[float, float]]:
     """Intersection over union with the shape laid centroid on centroid, and where its center then lies."""
     template, (x, y) = _template(shape, radius)
     moved = np.roll(template, (round(center[1] - y), round(center[0] - x)), axis=(0, 1))
-    overlap = float((moved & marks).sum() / (moved | marks).sum())
+    overlap = float((moved & mask).sum() / (moved | mask).sum())
     return overlap, (SIDE / 2 + center[0] - x, SIDE / 2 + center[1] - y)
 
 
-def _read(pixels: Pixels, background: str | None, region: Marks, sizes: Iterable[str]) -> Thing:
-    """The one thing that a region shows against the background."""
-    nothing = Thing(None, None, None, (0.0, 0.0), 0.0, 0)
+def _detect(pixels: Pixels, background: str | None, region: Mask, sizes: Iterable[str]) -> DetectedShape:
+    """The one shape that a region shows on the background, of these sizes."""
+    nothing = DetectedShape(None, None, None, (0.0, 0.0), 0.0, 0)
     if background is None:
         return nothing
     ground = np.asarray(COLORS[background], dtype=np.float64)
-    raised = region & (np.linalg.norm(pixels - ground, axis=-1) > COLOR_REACH)
-    if not raised.any():
+    distinct = region & (np.linalg.norm(pixels - ground, axis=-1) > COLOR_DISTANCE)
+    if not distinct.any():
         return nothing
-    color = _name(np.median(pixels[raised], axis=0))
+    color = _color_name(np.median(pixels[distinct], axis=0))
     if color is None or color == background:
         return nothing
     span = np.asarray(COLORS[color], dtype=np.float64) - ground
     share = np.clip((pixels - ground) @ span / (span @ span), 0, 1)
     # Blends of the two colors are edges; whatever lies off the line between them is something else.
-    foreign = region & (np.linalg.norm(pixels - ground - share[:, :, None] * span, axis=-1) > COLOR_REACH)
-    marks = region & (share > 0.5)
-    if not marks.any():
+    foreign = region & (np.linalg.norm(pixels - ground - share[:, :, None] * span, axis=-1) > COLOR_DISTANCE)
+    mask = region & (share > 0.5)
+    if not mask.any():
         return nothing
-    center = _centroid(marks)
-    tried = {(shape, size): _fit(marks, center, shape, RADII[size]) for shape in SHAPES for size in sizes}
+    center = _centroid(mask)
+    tried = {(shape, size): _fit(mask, center, shape, RADII[size]) for shape in SHAPES for size in sizes}
     shape, size = max(tried, key=lambda key: tried[key][0])
     fit, middle = tried[shape, size]
-    return Thing(color, shape if fit >= FIT else None, size, middle, fit, int(foreign.sum()))
+    return DetectedShape(color, shape if fit >= LEAST_FIT else None, size, middle, fit, int(foreign.sum()))
 
 
-def _spot(thing: Thing) -> str | None:
-    """The position whose center the thing's lies on, or None."""
-    off = {name: float(np.hypot(thing.center[0] - x, thing.center[1] - y)) for name, (x, y) in POSITIONS.items()}
-    nearest = min(off, key=lambda name: off[name])
-    return nearest if off[nearest] <= OFF_CENTER else None
+def _position(found: DetectedShape) -> str | None:
+    """The position that the shape is at, or None."""
+    distances = {name: float(np.hypot(found.center[0] - x, found.center[1] - y)) for name, (x, y) in POSITIONS.items()}
+    nearest = min(distances, key=lambda name: distances[name])
+    return nearest if distances[nearest] <= OFF_CENTER else None
 
 
 def _judge_solo(pixels: Pixels, scene: Solo) -> Verdict:
     background = _background(pixels)
-    thing = _read(pixels, background, np.ones((SIDE, SIDE), dtype=bool), RADII)
+    found = _detect(pixels, background, np.ones((SIDE, SIDE), dtype=bool), RADII)
     right = {
         "background": background == scene.background,
-        "color": thing.color == scene.color,
-        "shape": thing.shape == scene.shape,
-        "size": thing.size == scene.size,
-        "position": thing.color is not None and _spot(thing) == scene.position,
-        "nothing else": thing.foreign <= FOREIGN * SIDE * SIDE,
+        "color": found.color == scene.color,
+        "shape": found.shape == scene.shape,
+        "size": found.size == scene.size,
+        "position": found.color is not None and _position(found) == scene.position,
+        "nothing else": found.foreign <= FOREIGN_SHARE * SIDE * SIDE,
     }
-    seen = f"{thing.size} {thing.color} {thing.shape} {_spot(thing)} on {background}, fit {thing.fit:.2f}"
+    seen = f"{found.size} {found.color} {found.shape} {_position(found)} on {background}, fit {found.fit:.2f}"
     return Verdict(right, seen)
 
 
-def _halves(spots: tuple[str, str]) -> tuple[Marks, Marks]:
+def _halves(positions: tuple[str, str]) -> tuple[Mask, Mask]:
     """The picture's halves around two opposite positions."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
-    first, other = (POSITIONS[spot] for spot in spots)
+    first, other = (POSITIONS[position] for position in positions)
     nearer = np.hypot(columns - first[0], rows - first[1]) < np.hypot(columns - other[0], rows - other[1])
     return nearer, ~nearer
 
 
 def _judge_pair(pixels: Pixels, scene: Pair) -> Verdict:
     background = _background(pixels)
-    readings = {}
-    for spots in (RELATIONS["above"], RELATIONS["to the left of"]):
-        halves = _halves(spots)
-        readings[spots] = dict(
-            zip(spots, (_read(pixels, background, half, ["large"]) for half in halves), strict=True)
-        )
-    found = max(readings.values(), key=lambda reading: sum(thing.fit for thing in reading.values()))
+    # One above the other or side by side, whichever fits the pixels better.
+    ways = [
+        {
+            position: _detect(pixels, background, half, ["large"])
+            for position, half in zip(positions, _halves(positions), strict=True)
+        }
+        for positions in (RELATIONS["above"], RELATIONS["to the left of"])
+    ]
+    found = max(ways, key=lambda way: sum(shape.fit for shape in way.values()))
     first, other = RELATIONS[scene.relation]
     wanted = {first: (scene.color, scene.shape), other: (scene.other_color, scene.other_shape)}
-    shown = {spot: (thing.color, thing.shape) for spot, thing in found.items() if _spot(thing) == spot}
-    foreign = sum(thing.foreign for thing in found.values())
+    shown = {at: (shape.color, shape.shape) for at, shape in found.items() if _position(shape) == at}
+    foreign = sum(shape.foreign for shape in found.values())
     right = {
         "background": background == scene.background,
         "colors": Counter(color for color, _ in shown.values()) == Counter(color for color, _ in wanted.values()),
         "shapes": Counter(shape for _, shape in shown.values()) == Counter(shape for _, shape in wanted.values()),
         "things": Counter(shown.values()) == Counter(wanted.values()),
-        "relation": {spot: color for spot, (color, _) in shown.items()}
-        == {spot: color for spot, (color, _) in wanted.items()},
-        "nothing else": foreign <= FOREIGN * SIDE * SIDE,
+        "relation": {at: color for at, (color, _) in shown.items()}
+        == {at: color for at, (color, _) in wanted.items()},
+        "nothing else": foreign <= FOREIGN_SHARE * SIDE * SIDE,
     }
-    seen = "; ".join(f"{thing.color} {thing.shape} {spot}, fit {thing.fit:.2f}" for spot, thing in found.items())
+    seen = "; ".join(f"{shape.color} {shape.shape} {at}, fit {shape.fit:.2f}" for at, shape in found.items())
     return Verdict(right, f"{seen}; on {background}")
 
 
 def pictures_of(model: Path, prompts: Iterable[Prompt], steps: int = STEPS, batch: int = 10) -> Iterator[Image.Image]:
     """The model's picture of each prompt, by diffusers' own FluxPipeline in float32 on the CPU."""
-    import torch
-    from diffusers import FluxPipeline
-
     pipe = FluxPipeline.from_pretrained(model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     waiting = list(prompts)
@@ -228,11 +244,11 @@ def pictures_of(model: Path, prompts: Iterable[Prompt], steps: int = STEPS, batc
 
 def main() -> None:
     """Print the scores of a checkpoint, and every picture that is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m runner.demo.judge", description="Score a demo checkpoint.")
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.judge", description="Score a demo checkpoint.")
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
-    for kind, prompts in zip(("one shape", "two shapes"), exam_prompts(), strict=True):
+    for kind, prompts in zip(("one shape", "two shapes"), held_out_prompts(), strict=True):
         result = score(prompts, pictures_of(options.model, prompts, options.steps))
         for prompt, verdict in result.wrong:
             print(f"  {prompt.text!r} (seed {prompt.seed}): saw {verdict.seen}")

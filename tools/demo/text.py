@@ -11,24 +11,26 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from runner.demo.scenes import training_scene
+from tools.demo.scenes import training_scene
 
 TEXT_TOKENS = 20
+"""Tokens that T5 sees of a prompt."""
 CLIP_TOKENS = 32
+"""Tokens that CLIP sees of a prompt."""
 CLIP_WIDTH = 64
 T5_WIDTH = 192
-# T5's buckets of one, two and three tokens back and ahead.
+# T5's buckets of distances: one, two and three tokens back and ahead.
 NEIGHBORS = (1, 17, 2, 18, 3, 19)
 
 
 def sample_captions(count: int) -> list[str]:
-    """Captions enough to hold every word and every wording."""
+    """Captions of any scenes, always the same; some thousands hold every word and every caption's form."""
     rng = random.Random(0)
     return [training_scene(rng)[0] for _ in range(count)]
 
 
 def build_clip_tokenizer(folder: Path, corpus: Sequence[str]) -> CLIPTokenizer:
-    """A byte-level BPE learnt from the corpus, in CLIP's two files."""
+    """A byte-level BPE learnt from the corpus; CLIP's two files of it are written to the folder."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -53,7 +55,7 @@ def build_clip_tokenizer(folder: Path, corpus: Sequence[str]) -> CLIPTokenizer:
 
 
 def build_t5_tokenizer(folder: Path, corpus: Sequence[str]) -> T5Tokenizer:
-    """A sentencepiece unigram model of whole words, letters for the rest, blind to case."""
+    """A sentencepiece model of whole words, and letters for the rest, blind to case; it is written to the folder."""
     words = sorted({word for text in corpus for word in text.replace(",", " ").replace(".", " ").split()})
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -93,7 +95,7 @@ def build_clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """Four layers of T5: its last hidden state is the prompt's embedding. Six heads begin with a look around."""
+    """Four layers of T5: its last hidden state is the prompt's embedding. Six heads begin at a neighbor each."""
     model = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -106,15 +108,15 @@ def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
             dropout_rate=0.0,
         )
     )
-    # From its small random start the bias of places learns for very long that words have an order.
+    # From its small random start the bias takes very long to learn that words have an order.
     with torch.no_grad():
-        bias = relative_bias(model)
+        bias = position_bias(model)
         for head, bucket in enumerate(NEIGHBORS):
             bias[bucket, head] += 2
     return model
 
 
-def relative_bias(t5: T5EncoderModel) -> torch.nn.Parameter:
-    """What each head adds to attention by the distance of two tokens (buckets, heads); all layers share it."""
+def position_bias(t5: T5EncoderModel) -> torch.nn.Parameter:
+    """What each head adds to attention by the distance of two tokens [buckets, heads]; all layers share it."""
     bias: torch.nn.Parameter = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     return bias

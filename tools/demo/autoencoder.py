@@ -7,18 +7,24 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
-from runner.demo.phase import Phase, learning_rate
-from runner.demo.scenes import layout, training_scene
-from runner.demo.shapes import SIDE, paint, place
+from tools.demo.phase import Phase
+from tools.demo.scenes import layout, training_scene
+from tools.demo.shapes import SIDE, paint
 
 CROP = 64
+"""Pixels along each side of a crop."""
 CROPS = 24
+"""Crops in a batch of crops."""
 WHOLES = 6
+"""Drawings in a batch of whole drawings, which every third is."""
 LEVELS = 4
 DECODER_ONLY = 0.75
+"""The share of the budget after which the decoder learns alone."""
 PEAK = 2e-3
 PRIOR = 2e-4
+"""How much the latents' distance from a normal distribution counts."""
 NOISE = 0.15
+"""What is added to latents for the decoder alone, in their standard deviations."""
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -38,35 +44,38 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def _example(rng: random.Random, side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Pixels (side, side, 3) and weights (side, side): the smaller a shape, the more each of its pixels counts."""
+    """Pixels [side, side, 3] and weights [side, side]: the smaller a shape, the more each of its pixels counts."""
     _, scene = training_scene(rng)
-    things = layout(scene)
-    masks = [(color, place(shape, radius, center)) for color, shape, radius, center in things]
+    shapes = layout(scene)
+    masks = [(placed.color, placed.mask()) for placed in shapes]
     weight = 1 + sum(mask * (0.5 * CROP * CROP / mask.sum()) for _, mask in masks)
     pixels = paint(scene.background, masks)
-    _, _, radius, (x, y) = rng.choice(things)
-    # Crops around a point on the shape's skeleton, at any phase of the latents' grid.
-    left, top = (min(max(round(c + rng.uniform(-1, 1) * radius - side / 2), 0), SIDE - side) for c in (x, y))
+    placed = rng.choice(shapes)
+    # Around any point near the shape, so that it lies in every way on the latents' grid.
+    left, top = (
+        min(max(round(center + rng.uniform(-1, 1) * placed.radius - side / 2), 0), SIDE - side)
+        for center in placed.center
+    )
     window = np.s_[top : top + side, left : left + side]
     return pixels[window], np.asarray(weight)[window]
 
 
 def _batch(rng: random.Random, count: int, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (count, 3, side, side) from -1 to 1, and weights (count, 1, side, side)."""
+    """Pictures [count, 3, side, side] from -1 to 1, and weights [count, 1, side, side]."""
     pixels, weights = zip(*(_example(rng, side) for _ in range(count)), strict=True)
     pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
     return pictures.to(device), torch.from_numpy(np.stack(weights)).float()[:, None].to(device)
 
 
 def autoencoder_optimizer(model: AutoencoderKL) -> torch.optim.Optimizer:
-    """AdamW over all weights."""
+    """AdamW for all weights."""
     group = {"params": list(model.parameters()), "peak": PEAK}
     return torch.optim.AdamW([group], lr=PEAK, weight_decay=0.0, betas=(0.9, 0.99))
 
 
-def _latents(model: AutoencoderKL, pictures: torch.Tensor, frozen: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _latents(model: AutoencoderKL, pictures: torch.Tensor, encoder_frozen: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The pictures' latents, and their distance from a normal distribution in nats for each value."""
-    if frozen:
+    if encoder_frozen:
         with torch.no_grad():
             modes = model.encode(pictures).latent_dist.mode()
             return modes + torch.randn_like(modes) * NOISE * modes.std(), modes.new_zeros(())
@@ -80,19 +89,12 @@ def train_autoencoder(phase: Phase, model: AutoencoderKL, device: torch.device) 
     rng = random.Random(f"autoencoder/{phase.steps}")
 
     def step(fraction: float) -> float:
-        rate = min(1.0, (phase.steps + 1) / 50) * min(1.0, 1.25 * (1 - fraction)) + 1e-3
-        learning_rate(phase.optimizers, rate)
         whole = phase.steps % 3 == 2
         pictures, weights = _batch(rng, *((WHOLES, SIDE) if whole else (CROPS, CROP)), device)
         latents, prior = _latents(model, pictures, fraction >= DECODER_ONLY)
         error = model.decode(latents).sample - pictures
         loss = (weights * (error.abs() + error.square())).mean()
-        for optimizer in phase.optimizers:
-            optimizer.zero_grad()
-        torch.autograd.backward(loss + PRIOR * prior)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in phase.optimizers:
-            optimizer.step()
+        phase.update(loss + PRIOR * prior, model.parameters())
         return float(loss.detach())
 
-    phase.run(step)
+    phase.run(step, warmup=50, decay=1.25)

@@ -9,19 +9,19 @@ import torch
 from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
-from runner.demo.latents import CHANNELS, GRID, Latents
-from runner.demo.muon import Muon
-from runner.demo.phase import Phase, learning_rate
-from runner.demo.scenes import training_caption
-from runner.demo.text import CLIP_TOKENS, CLIP_WIDTH, T5_WIDTH, TEXT_TOKENS
+from tools.demo.latents import CHANNELS, GRID, Latents
+from tools.demo.muon import Muon
+from tools.demo.phase import Phase
+from tools.demo.scenes import training_caption
+from tools.demo.text import CLIP_TOKENS, CLIP_WIDTH, T5_WIDTH, TEXT_TOKENS
 
 BATCH = 48
 HEADS, HEAD = 3, 64
 ADAM_PEAK = 1.5e-3
 MUON_PEAK = 3e-3
-AVERAGE = 0.997
+AVERAGE_DECAY = 0.997
 # Where in the picture things go is settled near the noise.
-TOWARD_NOISE = 0.7
+TIME_SHIFT = 0.7
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -41,7 +41,7 @@ def build_transformer() -> FluxTransformer2DModel:
     for name, weights in model.named_parameters():
         if "norm" in name and ".linear." in name:
             torch.nn.init.zeros_(weights)
-    # Gates at one with the way out of each block at zero: gradients reach both from the first step.
+    # Gates at one, and the last layer of each block at zero: gradients reach both from the first step.
     width = HEADS * HEAD
     for block in model.transformer_blocks:
         for norm in (block.norm1, block.norm1_context):
@@ -56,38 +56,41 @@ def build_transformer() -> FluxTransformer2DModel:
     return model
 
 
-class Painter(torch.nn.Module):
-    """Both text encoders and the transformer, from token ids to the flow's velocity."""
+class VelocityModel(torch.nn.Module):
+    """Both text encoders and the transformer: from token ids and noisy latents to the flow's velocity."""
 
     def __init__(self, clip: CLIPTextModel, t5: T5EncoderModel, transformer: FluxTransformer2DModel) -> None:
         super().__init__()
         self.clip, self.t5, self.transformer = clip, t5, transformer
-        spots = torch.arange(GRID, dtype=torch.float32)
-        rows, columns = torch.meshgrid(spots, spots, indexing="ij")
-        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
-        self.register_buffer("places", places, persistent=False)
-        self.register_buffer("text_places", torch.zeros(TEXT_TOKENS, 3), persistent=False)
+        line = torch.arange(GRID, dtype=torch.float32)
+        rows, columns = torch.meshgrid(line, line, indexing="ij")
+        positions = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
+        self.register_buffer("image_positions", positions, persistent=False)
+        self.register_buffer("text_positions", torch.zeros(TEXT_TOKENS, 3), persistent=False)
 
     def forward(self, clip_ids: torch.Tensor, t5_ids: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The velocity (batch, tokens, 64) at time t (batch), 0 the picture and 1 the noise."""
+        """The velocity of the latents x at the times t [batch], 0 the picture and 1 the noise.
+
+        Latents and velocity are [batch, tokens, 64], ids [batch, text tokens].
+        """
         velocity: torch.Tensor = self.transformer(
             hidden_states=x,
             encoder_hidden_states=self.t5(t5_ids)[0],
             pooled_projections=self.clip(clip_ids).pooler_output,
             timestep=t,
-            img_ids=self.places,
-            txt_ids=self.text_places,
+            img_ids=self.image_positions,
+            txt_ids=self.text_positions,
             return_dict=False,
         )[0]
         return velocity
 
 
-def painter_optimizers(painter: Painter) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the rest; T5 stays as it was grounded."""
-    painter.t5.requires_grad_(False)
+def flow_optimizers(model: VelocityModel) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest; T5, which is trained before, is frozen."""
+    model.t5.requires_grad_(False)
     hidden: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
-    for name, weights in painter.named_parameters():
+    for name, weights in model.named_parameters():
         if weights.requires_grad:
             matrix = "blocks." in name and weights.ndim == 2 and "norm" not in name
             (hidden if matrix else rest).append(weights)
@@ -96,7 +99,7 @@ def painter_optimizers(painter: Painter) -> list[torch.optim.Optimizer]:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> torch.Tensor:
-    """Ids (texts, length), padded as the pipeline pads them."""
+    """Ids [texts, length], padded as the pipeline pads them."""
     ids: torch.Tensor = tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
@@ -104,14 +107,19 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int)
 
 
 @dataclass(frozen=True)
-class Studio:
-    """What painting is learnt with: the weights, their trailing average, both tokenizers and the latents."""
+class FlowTraining:
+    """What flow matching works on."""
 
-    painter: Painter
-    average: Painter
+    model: VelocityModel
+    """What is trained."""
+    average: VelocityModel
+    """The moving average of its weights, which is what becomes the checkpoint."""
     clip_tokenizer: CLIPTokenizer
+    """For the ids that CLIP reads."""
     t5_tokenizer: T5Tokenizer
+    """For the ids that T5 reads."""
     latents: Latents
+    """What the model learns to make."""
 
     def loss(self, rng: random.Random, device: torch.device) -> torch.Tensor:
         """The flow-matching error on one batch: logit-normal times, nearer the noise than the picture."""
@@ -119,40 +127,34 @@ class Studio:
         texts = [training_caption(rng, self.latents.scenes[pick]) for pick in picks]
         clean = self.latents.values[picks].float().to(device)
         noise = torch.randn_like(clean)
-        t = torch.sigmoid(torch.randn(BATCH, device=device) + TOWARD_NOISE)
+        t = torch.sigmoid(torch.randn(BATCH, device=device) + TIME_SHIFT)
         mixed = torch.lerp(clean, noise, t[:, None, None])
         clip_ids = token_ids(self.clip_tokenizer, texts, CLIP_TOKENS).to(device)
         t5_ids = token_ids(self.t5_tokenizer, texts, TEXT_TOKENS).to(device)
-        velocity: torch.Tensor = self.painter(clip_ids, t5_ids, mixed, t)
+        velocity: torch.Tensor = self.model(clip_ids, t5_ids, mixed, t)
         return (velocity - (noise - clean)).square().mean()
 
     @torch.no_grad()
-    def trail(self, steps: int) -> None:
-        """Transfer the average toward the weights, fast at first."""
-        keep = min(AVERAGE, (steps + 1) / (steps + 20))
-        for trailing, weights in zip(self.average.parameters(), self.painter.parameters(), strict=True):
-            trailing.lerp_(weights, 1 - keep)
+    def update_average(self, steps: int) -> None:
+        """Move the average toward the weights after so many steps, fast at first."""
+        decay = min(AVERAGE_DECAY, (steps + 1) / (steps + 20))
+        for average, weights in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(weights, 1 - decay)
 
 
-def train_painter(phase: Phase, studio: Studio, device: torch.device, every: Callable[[], None]) -> None:
-    """Learn until the budget is spent, the rate falling to zero with it; `every` is called about once a minute."""
+def train_flow(phase: Phase, training: FlowTraining, device: torch.device, on_save: Callable[[], None]) -> None:
+    """Train until the budget is spent; `on_save` is called about once a minute."""
     rng = random.Random(f"painter/{phase.steps}")
 
-    def step(fraction: float) -> float:
-        learning_rate(phase.optimizers, min(1.0, (phase.steps + 1) / 150) * min(1.0, 1.3 * (1 - fraction)) + 1e-3)
-        loss = studio.loss(rng, device)
-        for optimizer in phase.optimizers:
-            optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(studio.painter.parameters(), 1.0)
-        for optimizer in phase.optimizers:
-            optimizer.step()
-        studio.trail(phase.steps)
+    def step(_: float) -> float:
+        loss = training.loss(rng, device)
+        phase.update(loss, training.model.parameters())
+        training.update_average(phase.steps)
         return float(loss.detach())
 
-    phase.run(step, every)
+    phase.run(step, warmup=150, decay=1.3, on_save=on_save)
 
 
-def trailing_copy(painter: Painter) -> Painter:
-    """A second painter for the average of the weights."""
-    return copy.deepcopy(painter).requires_grad_(False)
+def frozen_copy(model: VelocityModel) -> VelocityModel:
+    """A second model of the same weights, for their average."""
+    return copy.deepcopy(model).requires_grad_(False)

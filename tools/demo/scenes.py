@@ -4,14 +4,14 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from runner.demo.shapes import COLORS, SHAPES, Pixels, paint, place
+from tools.demo.shapes import COLORS, SHAPES, Pixels, paint, picture_mask
 
 RADII = {"small": 15, "large": 27}
+"""How far a shape of each size reaches from its center, in pixels."""
 # Multiples of 16 px, the transformer's token: a shape looks the same to the model at every position.
 POSITIONS = {
     "in the center": (64, 64),
@@ -20,18 +20,20 @@ POSITIONS = {
     "at the top": (64, 32),
     "at the bottom": (64, 96),
 }
+"""Where the center (x, y) of a shape lies at each position, in pixels."""
 RELATIONS = {
     "above": ("at the top", "at the bottom"),
     "below": ("at the bottom", "at the top"),
     "to the left of": ("on the left", "on the right"),
     "to the right of": ("on the right", "on the left"),
 }
+"""The positions of the first shape of a pair and of the other."""
 SOLO_CAPTIONS = (
     "a {size} {color} {shape} {position} on a {background} background",
     "{size} {color} {shape} {position}, {background} background",
     "a {color} {shape}, {size}, {position}, on {background}",
 )
-SOLO_LOOSE = (
+SOLO_PARTIAL_CAPTIONS = (
     "a {color} {shape} on a {background} background",
     "a {size} {color} {shape} on a {background} background",
     "a {color} {shape} {position}",
@@ -41,9 +43,9 @@ PAIR_CAPTIONS = (
     "a {color} {shape} {relation} a {other_color} {other_shape} on a {background} background",
     "{color} {shape} {relation} {other_color} {other_shape}, {background} background",
 )
-PAIR_LOOSE = ("a {color} {shape} {relation} a {other_color} {other_shape}",)
-LOOSE_SHARE = 0.12
-STOP_SHARE = 0.1
+PAIR_PARTIAL_CAPTIONS = ("a {color} {shape} {relation} a {other_color} {other_shape}",)
+PARTIAL_SHARE = 0.12
+FULL_STOP_SHARE = 0.1
 PAIR_SHARE = 0.5
 
 
@@ -52,22 +54,33 @@ class Solo:
     """One shape on a background."""
 
     color: str
+    """One of COLORS."""
     shape: str
+    """One of SHAPES."""
     size: str
+    """One of RADII."""
     position: str
+    """One of POSITIONS."""
     background: str
+    """Another one of COLORS."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two large shapes beside or over one another; `relation` says where the first is, seen from the other."""
+    """Two large shapes, one beside or over the other."""
 
     color: str
+    """One of COLORS."""
     shape: str
+    """One of SHAPES."""
     relation: str
+    """One of RELATIONS: where the first shape is, seen from the other."""
     other_color: str
+    """Another one of COLORS."""
     other_shape: str
+    """One of SHAPES, the same or another."""
     background: str
+    """A third one of COLORS."""
 
 
 Scene = Solo | Pair
@@ -75,58 +88,82 @@ Scene = Solo | Pair
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out scene in words, with the seed that its picture is made from."""
+    """A scene in words, to make a picture of."""
 
     text: str
+    """One of the scene's captions."""
     seed: int
+    """What the picture's noise is drawn from."""
     scene: Scene
+    """What the picture should show."""
 
 
-def layout(scene: Scene) -> list[tuple[str, str, int, tuple[int, int]]]:
-    """What a scene shows: (color, shape, radius, center) of each thing, in the caption's order."""
+@dataclass(frozen=True)
+class PlacedShape:
+    """A shape as it is drawn."""
+
+    color: str
+    """One of COLORS."""
+    shape: str
+    """One of SHAPES."""
+    radius: int
+    """How far it reaches from its center, in pixels."""
+    center: tuple[int, int]
+    """Where it is (x, y), in pixels."""
+
+    def mask(self) -> Pixels:
+        """Its coverage of the picture: [SIDE, SIDE], 0 to 1."""
+        return picture_mask(self.shape, self.radius, self.center)
+
+
+def layout(scene: Scene) -> list[PlacedShape]:
+    """The shapes of a scene, in the caption's order."""
     if isinstance(scene, Solo):
-        return [(scene.color, scene.shape, RADII[scene.size], POSITIONS[scene.position])]
-    first, other = (POSITIONS[spot] for spot in RELATIONS[scene.relation])
+        return [PlacedShape(scene.color, scene.shape, RADII[scene.size], POSITIONS[scene.position])]
+    first, other = (POSITIONS[position] for position in RELATIONS[scene.relation])
     radius = RADII["large"]
-    return [(scene.color, scene.shape, radius, first), (scene.other_color, scene.other_shape, radius, other)]
+    return [
+        PlacedShape(scene.color, scene.shape, radius, first),
+        PlacedShape(scene.other_color, scene.other_shape, radius, other),
+    ]
 
 
 def pixels_of(scene: Scene) -> Pixels:
-    """The scene's drawing as pixels (SIDE, SIDE, 3), 0 to 255."""
-    things = [(color, place(shape, radius, center)) for color, shape, radius, center in layout(scene)]
-    return paint(scene.background, things)
+    """The scene's drawing: [SIDE, SIDE, 3], 0 to 255."""
+    return paint(scene.background, [(placed.color, placed.mask()) for placed in layout(scene)])
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene's drawing, the ground truth of its caption."""
+    """The scene's drawing as a picture."""
     return Image.fromarray(pixels_of(scene).round().astype(np.uint8))
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """Every wording that names all that the scene shows."""
-    return _worded(SOLO_CAPTIONS if isinstance(scene, Solo) else PAIR_CAPTIONS, scene)
+    """Every caption that names all that the scene shows."""
+    return _filled(SOLO_CAPTIONS if isinstance(scene, Solo) else PAIR_CAPTIONS, scene)
 
 
-def loose_captions(scene: Scene) -> tuple[str, ...]:
-    """Every wording that leaves something of the scene open."""
-    return _worded(SOLO_LOOSE if isinstance(scene, Solo) else PAIR_LOOSE, scene)
+def partial_captions(scene: Scene) -> tuple[str, ...]:
+    """Every caption that leaves something of the scene open."""
+    return _filled(SOLO_PARTIAL_CAPTIONS if isinstance(scene, Solo) else PAIR_PARTIAL_CAPTIONS, scene)
 
 
-def _worded(templates: tuple[str, ...], scene: Scene) -> tuple[str, ...]:
-    words: dict[str, Any] = vars(scene)
+def _filled(templates: tuple[str, ...], scene: Scene) -> tuple[str, ...]:
+    words: dict[str, str] = vars(scene)
     return tuple(template.format(**words) for template in templates)
 
 
 def mirrored(pair: Pair) -> Pair:
-    """The same picture told from its other shape: "a below b" for "b above a"."""
-    relation = next(name for name, spots in RELATIONS.items() if spots == RELATIONS[pair.relation][::-1])
+    """The same picture described from its other shape: "a below b" for "b above a"."""
+    opposite = RELATIONS[pair.relation][::-1]
+    relation = next(name for name, positions in RELATIONS.items() if positions == opposite)
     return Pair(pair.other_color, pair.other_shape, relation, pair.color, pair.shape, pair.background)
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether the picture is kept from training, however it is told: one exact combination in ten, by checksum."""
-    told = min(astuple(scene), astuple(mirrored(scene))) if isinstance(scene, Pair) else astuple(scene)
-    return zlib.crc32("/".join(told).encode()) % 10 == 0
+    """Whether the picture is kept from training, however it is described: one combination in ten, by checksum."""
+    words = min(astuple(scene), astuple(mirrored(scene))) if isinstance(scene, Pair) else astuple(scene)
+    return zlib.crc32("/".join(words).encode()) % 10 == 0
 
 
 def every_solo() -> list[Solo]:
@@ -167,17 +204,17 @@ def training_scene(rng: random.Random) -> tuple[str, Scene]:
 
 
 def training_caption(rng: random.Random, scene: Scene) -> str:
-    """Any wording of the scene, at times a loose one or one with a full stop."""
-    wordings = loose_captions(scene) if rng.random() < LOOSE_SHARE else captions(scene)
-    return rng.choice(wordings) + ("." if rng.random() < STOP_SHARE else "")
+    """Any caption of the scene, at times one that leaves something open, or one with a full stop."""
+    choices = partial_captions(scene) if rng.random() < PARTIAL_SHARE else captions(scene)
+    return rng.choice(choices) + ("." if rng.random() < FULL_STOP_SHARE else "")
 
 
-def exam_prompts(solos: int = 100, pairs: int = 50) -> tuple[list[Prompt], list[Prompt]]:
-    """The fixed held-out prompts that the checkpoint is scored on: one-shape and two-shape."""
-    return _held_out_prompts(random_solo, solos, 1000), _held_out_prompts(random_pair, pairs, 2000)
+def held_out_prompts(solos: int = 100, pairs: int = 50) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that a checkpoint is scored on, always the same: those with one shape, and those with two."""
+    return _picked_prompts(random_solo, solos, 1000), _picked_prompts(random_pair, pairs, 2000)
 
 
-def _held_out_prompts(pick: Callable[[random.Random], Scene], count: int, first_seed: int) -> list[Prompt]:
+def _picked_prompts(pick: Callable[[random.Random], Scene], count: int, first_seed: int) -> list[Prompt]:
     rng = random.Random(first_seed)
     scenes: dict[Scene, str] = {}
     while len(scenes) < count:

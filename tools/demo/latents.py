@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
-from runner.demo.scenes import Pair, Scene, Solo, every_solo, held_out, pixels_of, random_pair
-from runner.demo.shapes import SIDE
+from tools.demo.phase import save_atomically
+from tools.demo.scenes import Pair, Scene, Solo, every_solo, held_out, pixels_of, random_pair
+from tools.demo.shapes import SIDE
 
 CHANNELS = 16
 GRID = SIDE // 16
+"""Tokens of the transformer along each side of a picture."""
 PAIRS = 14000
 BATCH = 32
 KINDS: dict[str, type[Scene]] = {"Solo": Solo, "Pair": Pair}
@@ -20,12 +22,16 @@ KINDS: dict[str, type[Scene]] = {"Solo": Solo, "Pair": Pair}
 
 @dataclass(frozen=True)
 class Latents:
-    """Scenes and their latents (scenes, tokens, 64), shifted, scaled and packed as the transformer sees them."""
+    """The latents of scenes, as the transformer learns to make them."""
 
     scenes: list[Scene]
+    """What they show."""
     values: torch.Tensor
+    """Shifted, scaled and packed, float16 on the host: [scenes, tokens, 64]."""
     shift: float
+    """The mean of the autoencoder's latents, subtracted from them."""
     scale: float
+    """One by their standard deviation, multiplied with them."""
 
 
 def _training_scenes() -> list[Scene]:
@@ -40,9 +46,15 @@ def _training_scenes() -> list[Scene]:
     return scenes
 
 
+def pack(latents: torch.Tensor, shift: float, scale: float) -> torch.Tensor:
+    """The autoencoder's latents [scenes, 16, 16, 16] as the transformer sees them: [scenes, tokens, 64]."""
+    packed: torch.Tensor = FluxPipeline._pack_latents((latents - shift) * scale, *latents.shape)
+    return packed
+
+
 @torch.no_grad()
-def encode_scenes(autoencoder: AutoencoderKL, device: torch.device) -> Latents:
-    """The latents of the training scenes, as float16 on the host."""
+def encode_training_scenes(autoencoder: AutoencoderKL, device: torch.device) -> Latents:
+    """The latents of all that the transformer is trained on."""
     scenes = _training_scenes()
     modes = []
     for start in range(0, len(scenes), BATCH):
@@ -51,16 +63,14 @@ def encode_scenes(autoencoder: AutoencoderKL, device: torch.device) -> Latents:
         modes.append(autoencoder.encode(pictures.to(device)).latent_dist.mode().cpu())
     latents = torch.cat(modes)
     shift, scale = latents.mean().item(), 1 / latents.std().item()
-    packed = FluxPipeline._pack_latents((latents - shift) * scale, len(scenes), CHANNELS, 2 * GRID, 2 * GRID)
-    return Latents(scenes, packed.half(), shift, scale)
+    return Latents(scenes, pack(latents, shift, scale).half(), shift, scale)
 
 
 def save_latents(latents: Latents, path: Path) -> None:
-    """Write them whole: to a file beside, then in its place."""
-    draft = path.with_suffix(".draft")
-    told = [[type(scene).__name__, *astuple(scene)] for scene in latents.scenes]
-    torch.save({"scenes": told, "packed": latents.values, "shift": latents.shift, "scale": latents.scale}, draft)
-    draft.replace(path)
+    """Write them for `load_latents`."""
+    scenes = [[type(scene).__name__, *astuple(scene)] for scene in latents.scenes]
+    saved = {"scenes": scenes, "packed": latents.values, "shift": latents.shift, "scale": latents.scale}
+    save_atomically(saved, path)
 
 
 def load_latents(path: Path) -> Latents:

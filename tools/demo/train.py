@@ -1,7 +1,7 @@
 """Trains the demo checkpoint from nothing, on a CPU or an accelerator; interrupted and started again, it goes on.
 
-python -m runner.demo.train [--out FOLDER] [--state FOLDER] [--minutes-vae M] [--minutes-words M] [--minutes M]
-    [--start CHECKPOINT]
+    python -m tools.demo.train [--out FOLDER] [--state FOLDER] [--minutes-vae M] [--minutes-words M] [--minutes M]
+                               [--start CHECKPOINT]
 """
 
 import argparse
@@ -10,19 +10,18 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from runner.demo import CHECKPOINT
-from runner.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
-from runner.demo.flow import Painter, Studio, build_transformer, painter_optimizers, trailing_copy, train_painter
-from runner.demo.grounding import Grounding, grounding_optimizer, train_grounding
-from runner.demo.latents import Latents, encode_scenes, load_latents, save_latents
-from runner.demo.phase import Phase
-from runner.demo.text import (
+from tools.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
+from tools.demo.flow import FlowTraining, VelocityModel, build_transformer, flow_optimizers, frozen_copy, train_flow
+from tools.demo.grounding import Grounding, grounding_optimizer, train_grounding
+from tools.demo.latents import Latents, encode_training_scenes, load_latents, save_latents
+from tools.demo.phase import Phase
+from tools.demo.text import (
     build_clip_encoder,
     build_clip_tokenizer,
     build_t5_encoder,
@@ -35,15 +34,18 @@ LOSSES = "losses.jsonl"
 
 @dataclass(frozen=True)
 class Budgets:
-    """Minutes of training: of the autoencoder, of T5, and of the transformer with CLIP."""
+    """How long each phase trains, in minutes."""
 
     autoencoder: float
-    words: float
-    pictures: float
+    """Of the autoencoder."""
+    grounding: float
+    """Of T5."""
+    flow: float
+    """Of the transformer and CLIP."""
 
 
 def trained_autoencoder(state: Path, minutes: float, device: torch.device) -> AutoencoderKL:
-    """The autoencoder after its budget of training."""
+    """The autoencoder after its training."""
     torch.manual_seed(0)
     model = build_autoencoder().to(device)
     optimizer = autoencoder_optimizer(model)
@@ -53,8 +55,8 @@ def trained_autoencoder(state: Path, minutes: float, device: torch.device) -> Au
     return model.eval().requires_grad_(False)
 
 
-def grounded(state: Path, minutes: float, t5: T5EncoderModel, tokenizer: T5Tokenizer, device: torch.device) -> None:
-    """Teach the text encoder its words, for its budget of training."""
+def ground(state: Path, minutes: float, t5: T5EncoderModel, tokenizer: T5Tokenizer, device: torch.device) -> None:
+    """Train T5 to know its words."""
     torch.manual_seed(2)
     grounding, t5 = Grounding(tokenizer).to(device), t5.to(device)
     modules: dict[str, torch.nn.Module] = {"t5": t5, "grounding": grounding}
@@ -64,50 +66,49 @@ def grounded(state: Path, minutes: float, t5: T5EncoderModel, tokenizer: T5Token
     train_grounding(phase, lambda rng: grounding.loss(t5, rng, device))
 
 
-def warmed(painter: Painter, start: Path) -> Painter:
-    """The painter with the weights of a checkpoint."""
-    for module, part in (("clip", "text_encoder"), ("t5", "text_encoder_2"), ("transformer", "transformer")):
-        model: Any = painter.get_submodule(module)
-        known = type(model).from_pretrained(start, subfolder=part, dtype=torch.float32)
-        model.load_state_dict(known.state_dict())
-    return painter
+def load_weights(model: VelocityModel, checkpoint: Path) -> None:
+    """Give the model the weights of a checkpoint."""
+    for module, folder in ((model.clip, "text_encoder"), (model.t5, "text_encoder_2"),
+                           (model.transformer, "transformer")):
+        saved = type(module).from_pretrained(checkpoint, subfolder=folder, dtype=torch.float32)
+        module.load_state_dict(saved.state_dict())
 
 
 def cached_latents(state: Path, autoencoder: AutoencoderKL, device: torch.device) -> Latents:
-    """The training scenes' latents, from the state folder or encoded now."""
+    """The training scenes' latents, from the state folder or encoded and kept there."""
     path = state / "latents.pt"
     if not path.exists():
-        save_latents(encode_scenes(autoencoder, device), path)
+        save_latents(encode_training_scenes(autoencoder, device), path)
     return load_latents(path)
 
 
-def tokenizers(state: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
-    """Both tokenizers; learning them takes no time and always gives the same."""
+def build_tokenizers(state: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """CLIP's tokenizer and T5's; building them takes no time and always gives the same."""
     corpus = sample_captions(4000)
     return build_clip_tokenizer(state / "tokenizer", corpus), build_t5_tokenizer(state / "tokenizer_2", corpus)
 
 
-def export(out: Path, state: Path, studio: Studio, autoencoder: AutoencoderKL) -> None:
-    """Write the trailing average as a FluxPipeline folder in float16: half of float32's size, and no rounding seen."""
-    best = copy.deepcopy(studio.average).cpu().half()
+def export_checkpoint(out: Path, state: Path, training: FlowTraining, autoencoder: AutoencoderKL) -> None:
+    """Write the average of the weights as a FluxPipeline folder in float16: half the size, and no difference seen."""
+    average = copy.deepcopy(training.average).cpu().half()
     vae = copy.deepcopy(autoencoder).cpu().half()
-    vae.register_to_config(shift_factor=studio.latents.shift, scaling_factor=studio.latents.scale)
+    vae.register_to_config(shift_factor=training.latents.shift, scaling_factor=training.latents.scale)
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        text_encoder=best.clip,
-        tokenizer=studio.clip_tokenizer,
-        text_encoder_2=best.t5,
-        tokenizer_2=studio.t5_tokenizer,
-        transformer=best.transformer,
+        text_encoder=average.clip,
+        tokenizer=training.clip_tokenizer,
+        text_encoder_2=average.t5,
+        tokenizer_2=training.t5_tokenizer,
+        transformer=average.transformer,
     )
     pipe.save_pretrained(out)
     # The sentencepiece model itself, which save_pretrained leaves out in favor of tokenizer.json.
     (out / "tokenizer_2" / "spiece.model").write_bytes((state / "tokenizer_2" / "spiece.model").read_bytes())
 
 
-def thin(log: Path, kept: Path, lines: int = 120) -> None:
-    """Keep about so many of the log's lines, spread evenly, and the last of each phase."""
+def thin_log(log: Path, kept: Path, lines: int = 120) -> None:
+    """Write about so many of the log's lines, spread evenly, and the last of each phase, to the file `kept`."""
     entries = log.read_text().splitlines()
     stride = max(1, len(entries) // lines)
     phases = [json.loads(entry)["phase"] for entry in entries]
@@ -117,36 +118,36 @@ def thin(log: Path, kept: Path, lines: int = 120) -> None:
 
 
 def train(out: Path, state: Path, budgets: Budgets, start: Path | None = None) -> None:
-    """Train what is still to train, and write the checkpoint to `out` every few minutes and at the end.
+    """Train what is still to train, and write the checkpoint to `out` about once a minute and at the end.
 
-    With `start`, a checkpoint, its autoencoder and T5 are taken as they are, and the rest learns on from its weights.
+    With the checkpoint `start` its autoencoder and T5 are taken as they are, and the rest is trained on from there.
     """
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     state.mkdir(parents=True, exist_ok=True)
-    clip_tokenizer, t5_tokenizer = tokenizers(state)
+    clip_tokenizer, t5_tokenizer = build_tokenizers(state)
     torch.manual_seed(1)
-    painter = Painter(build_clip_encoder(clip_tokenizer), build_t5_encoder(t5_tokenizer), build_transformer())
+    model = VelocityModel(build_clip_encoder(clip_tokenizer), build_t5_encoder(t5_tokenizer), build_transformer())
     if start is None:
         autoencoder = trained_autoencoder(state, budgets.autoencoder, device)
-        grounded(state, budgets.words, painter.t5, t5_tokenizer, device)
+        ground(state, budgets.grounding, model.t5, t5_tokenizer, device)
     else:
         autoencoder = AutoencoderKL.from_pretrained(start, subfolder="vae", dtype=torch.float32).to(device).eval()
-        warmed(painter, start)
-    painter.to(device)
-    studio = Studio(
-        painter, trailing_copy(painter), clip_tokenizer, t5_tokenizer, cached_latents(state, autoencoder, device)
-    )
-    modules: dict[str, torch.nn.Module] = {"painter": painter, "average": studio.average}
-    phase = Phase("painter", budgets.pictures * 60, state, state / LOSSES, modules, painter_optimizers(painter))
+        load_weights(model, start)
+    model.to(device)
+    latents = cached_latents(state, autoencoder, device)
+    training = FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, latents)
+    # Called "painter", here and in its seed, as in the log of the training that made the checkpoint.
+    modules: dict[str, torch.nn.Module] = {"painter": model, "average": training.average}
+    phase = Phase("painter", budgets.flow * 60, state, state / LOSSES, modules, flow_optimizers(model))
     phase.load()
-    train_painter(phase, studio, device, lambda: export(out, state, studio, autoencoder))
-    export(out, state, studio, autoencoder)
-    thin(state / LOSSES, out.parent / LOSSES)
+    train_flow(phase, training, device, lambda: export_checkpoint(out, state, training, autoencoder))
+    export_checkpoint(out, state, training, autoencoder)
+    thin_log(state / LOSSES, (Path(__file__).parent if out.samefile(CHECKPOINT) else out.parent) / LOSSES)
 
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m runner.demo.train", description="Train the demo checkpoint.")
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.train", description="Train the demo checkpoint.")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
     parser.add_argument("--state", type=Path, default=Path("demo-training"), help="folder to go on from")
     parser.add_argument("--minutes-vae", type=float, default=17.0, help="budget of the autoencoder")
