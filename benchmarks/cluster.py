@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 def asked(count: int) -> "list[Request]":
     """The prompts that the demo is scored on, the ones with two shapes first, a seed each."""
-    from runner.request import ask
+    from runner.request import requests_for
     from stages.families import FAMILIES
     from tools.demo.scenes import held_out_prompts
 
     texts = [prompt.text for kind in reversed(held_out_prompts()) for prompt in kind][:count]
-    return [replace(ask(text, FAMILIES["demo"], seed=at)[0], index=at) for at, text in enumerate(texts)]
+    return [replace(requests_for(text, FAMILIES["demo"], seed=at)[0], index=at) for at, text in enumerate(texts)]
 
 
 class Killer:
@@ -56,7 +56,7 @@ def equal(made: "Report", alone: "Report") -> int:
 
 def main() -> None:
     """Make the pictures both ways and print what came of it."""
-    from runner import make_plan, run_all, run_on_ray
+    from runner import Job, make_plan, run_all, run_on_ray
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=50)
@@ -64,12 +64,12 @@ def main() -> None:
     said = parser.parse_args()
     requests = asked(said.pictures)
     begin = time.perf_counter()
-    alone = run_all(make_plan("demo", requests, devices=["cpu"]))
+    alone = run_all(make_plan(Job("demo", requests, devices=["cpu"])))
     local = time.perf_counter() - begin
     killer = Killer(len(requests) // 5)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        made = run_on_ray("demo", requests, store=Path(folder) / "store", devices=["cpu"], emit=killer)
+        made = run_on_ray(Job("demo", requests, store=Path(folder) / "store", devices=["cpu"]), emit=killer)
         far = time.perf_counter() - begin
         same = equal(made, alone)
     facts = {"pictures": len(made.pictures), "equal": same, "failures": len(made.failures),

@@ -17,22 +17,22 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.gpu_job import WAYS, Job, Notes, Way
-from benchmarks.gpu_tables import PlanCache, tables
+from benchmarks.gpu_tables import Facts, tables
 from benchmarks.gpu_ways import measure
+from benchmarks.gpu_workload import WAYS, Notes, Way, Workload
 from benchmarks.table import write
 
-Start = Callable[[Way, float], PlanCache]
+Start = Callable[[Way, float], Facts]
 # Seconds for the table, and most that the checkpoint and the floors may take.
 LAST, PREPARING = 5.0, 300.0
 TINY_UNIT = 412_000
 
 
 def compare(
-    ways: Sequence[Way], start: Start, left: Callable[[], float], keep: Callable[[PlanCache], None]
-) -> PlanCache:
+    ways: Sequence[Way], start: Start, left: Callable[[], float], keep: Callable[[Facts], None]
+) -> Facts:
     """What `start` finds of each way within the seconds that are `left`; `keep` gets all of it after each."""
-    found: PlanCache = {}
+    found: Facts = {}
     for way in ways:
         seconds = left()
         if seconds < way.least:
@@ -43,7 +43,7 @@ def compare(
     return found
 
 
-def started(notes: Path, seconds: float, *options: str) -> PlanCache:
+def started(notes: Path, seconds: float, *options: str) -> Facts:
     """What a process of this module with these options notes within so many seconds, and how it ended."""
     command = [sys.executable, "-m", "benchmarks.gpu", *options, "--notes", str(notes)]
     # Nothing is fetched: the checkpoint is here, and asking a hub about it can only take time.
@@ -59,25 +59,26 @@ def started(notes: Path, seconds: float, *options: str) -> PlanCache:
     return settled(known, why) if why else known
 
 
-def settled(known: PlanCache, why: str) -> PlanCache:
+def settled(known: Facts, why: str) -> Facts:
     """The notes of a process that did not end by itself."""
     status = str(known.get("status", "starting"))
     return known | {"status": "made" if status.startswith("made") else f"ended while {status}", "why": why}
 
 
-def prepare(folder: Path, job: Job, notes: Notes, width: int = 8192, size: int = 2**30) -> None:
+def prepare(folder: Path, work: Workload, notes: Notes, width: int = 8192, size: int = 2**30) -> None:
     """Note the card, the arithmetic of a step and the rates of this machine."""
     from benchmarks.floors import operations, rates
     from stages.machine import probe
 
-    (card,) = probe([job.device]).devices
-    notes.add(card=f"{card.label} ({card.total / 2**30:.1f} GiB)", operations=operations(folder, job.side, job.tokens))
-    notes.add(rates=rates(job.device, job.dtype, width, size))
+    (card,) = probe([work.device]).devices
+    notes.add(card=f"{card.label} ({card.total / 2**30:.1f} GiB)",
+              operations=operations(folder, work.side, work.tokens))
+    notes.add(rates=rates(work.device, work.dtype, width, size))
 
 
-def keeper(said: argparse.Namespace, floors: PlanCache) -> Callable[[PlanCache], None]:
+def keeper(said: argparse.Namespace, floors: Facts) -> Callable[[Facts], None]:
     """What writes both files anew: the table beside the JSON file."""
-    def keep(found: PlanCache) -> None:
+    def keep(found: Facts) -> None:
         if said.json is not None:
             raw = {name: [known] for name, known in found.items()}
             write(said.json, raw, floors=floors, side=said.side, steps=said.steps, date=time.strftime("%Y-%m-%d"))
@@ -89,7 +90,7 @@ def keeper(said: argparse.Namespace, floors: PlanCache) -> Callable[[PlanCache],
     return keep
 
 
-def full(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[PlanCache, PlanCache]:
+def full(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[Facts, Facts]:
     """Each way in a process of its own, after the one that makes the checkpoint."""
     until = time.time() + 60 * said.minutes - LAST
     shared = ["--folder", str(folder), "--side", str(said.side), "--steps", str(said.steps)]
@@ -105,7 +106,7 @@ def full(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[P
         ), lambda: until - time.time(), keep), floors
 
 
-def tiny(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[PlanCache, PlanCache]:
+def tiny(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[Facts, Facts]:
     """Each way in this process, on simulated cards."""
     import torch
 
@@ -121,19 +122,19 @@ def tiny(said: argparse.Namespace, ways: Sequence[Way], folder: Path) -> tuple[P
         seen = sim.copied()
         return {"to card": seen.get(("cpu", "sim:0"), 0), "to host": seen.get(("sim:0", "cpu"), 0)}
 
-    job = Job(flux(folder, heads=8), "sim:0", torch.float32, said.side, said.steps, 32, TINY_UNIT, count=count)
+    work = Workload(flux(folder, heads=8), "sim:0", torch.float32, said.side, said.steps, 32, TINY_UNIT, count=count)
     sim.configure([2**30])
     floors = Notes()
     floors.add(checkpoint={"bytes": fill(folder, "cpu")})
-    prepare(folder, job, floors, width=64, size=2**20)
+    prepare(folder, work, floors, width=64, size=2**20)
 
-    def start(way: Way, seconds: float) -> PlanCache:
+    def start(way: Way, seconds: float) -> Facts:
         notes = Notes()
         # What an error of the way before still holds.
         gc.collect()
         sim.configure([way.limit * TINY_UNIT if way.limit else 2**30])
-        torch.accelerator.reset_peak_memory_stats(job.device)
-        measure(way, job, notes)
+        torch.accelerator.reset_peak_memory_stats(work.device)
+        measure(way, work, notes)
         return notes.known
 
     return compare(ways, start, lambda: 1000.0, keeper(said, floors.known)), floors.known
@@ -150,20 +151,20 @@ def work(said: argparse.Namespace) -> None:
     card = probe().devices[0]
     if card.is_host:
         sys.exit("there is no card here -> --tiny runs on a simulated one")
-    job, notes = Job(said.folder, card.name, torch.bfloat16, said.side, said.steps, until=said.until,
+    work, notes = Workload(said.folder, card.name, torch.bfloat16, said.side, said.steps, until=said.until,
                      count=counter()), Notes(said.notes)
     if said.prepare:
         begin = time.perf_counter()
         facts = build(said.folder, card.name)
         notes.add(checkpoint=facts, building=time.perf_counter() - begin)
-        prepare(said.folder, job, notes)
+        prepare(said.folder, work, notes)
     else:
         import diffusers  # noqa: F401
 
         # As the command line does: flushes look through everything that is not frozen.
         gc.collect()
         gc.freeze()
-        measure(next(way for way in WAYS if way.name == said.transfer), job, notes)
+        measure(next(way for way in WAYS if way.name == said.transfer), work, notes)
 
 
 def main() -> None:

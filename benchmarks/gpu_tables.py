@@ -7,10 +7,10 @@ from typing import Any
 
 from benchmarks.table import markdown
 
-PlanCache = dict[str, Any]
+Facts = dict[str, Any]
 
 
-def times(found: Mapping[str, PlanCache], asked: int) -> list[list[object]]:
+def times(found: Mapping[str, Facts], asked: int) -> list[list[object]]:
     """A row per way: seconds of its parts."""
     rows: list[list[object]] = []
     for name, known in found.items():
@@ -21,7 +21,7 @@ def times(found: Mapping[str, PlanCache], asked: int) -> list[list[object]]:
     return rows
 
 
-def image(known: PlanCache, asked: int) -> str:
+def image(known: Facts, asked: int) -> str:
     """Seconds of an image without loading; with a "~" where some of its steps were not made, and are added."""
     seconds, step, made = known.get("image"), step_seconds(known), len(known.get("steps", []))
     if seconds is None or made == asked:
@@ -29,7 +29,7 @@ def image(known: PlanCache, asked: int) -> str:
     return "-" if step is None else f"~{seconds + step * (asked - made):.1f}"
 
 
-def remark(known: PlanCache, asked: int) -> str:
+def remark(known: Facts, asked: int) -> str:
     """How a way ended, and what there is to say of it."""
     made = len(known.get("steps", []))
     parts = [known["status"] if known["status"] != "made" else "", known.get("why", ""), *known.get("changes", ())]
@@ -40,7 +40,7 @@ def remark(known: PlanCache, asked: int) -> str:
     return "; ".join(part for part in parts if part).replace("|", "/")
 
 
-def costs(found: Mapping[str, PlanCache], floors: PlanCache) -> list[list[object]]:
+def costs(found: Mapping[str, Facts], floors: Facts) -> list[list[object]]:
     """A row per way: peak bytes, bytes copied, and a step over each floor."""
     rates = floors.get("rates")
     rows: list[list[object]] = []
@@ -63,7 +63,7 @@ def shown(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def tables(found: Mapping[str, PlanCache], floors: PlanCache, steps: int) -> str:
+def tables(found: Mapping[str, Facts], floors: Facts, steps: int) -> str:
     """Both tables, with what they were measured on."""
     text = [f"{floors.get('card', 'an unknown card')}, {time.strftime('%Y-%m-%d')}, {steps} steps.", "", markdown(
         ["way", "s per step", "first step", "encode s", "denoise s", "decode s", "image s", "load s", "remark"],

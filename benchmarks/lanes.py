@@ -33,25 +33,25 @@ def accelerated(job: "Plan") -> "Plan":
             dispatch_model(model, dict(self.devices))
 
     component = job.stages[1].components[0]
-    model = new_skeleton(component, job.places["transformer"].dtype)
+    model = new_skeleton(component, job.places["denoise", "transformer"].dtype)
     whole = sum(weight.nbytes for weight in model.parameters())
     split = infer_auto_device_map(model, {0: whole // 2, 1: whole}, no_split_module_classes=model._no_split_modules)
-    blocks = job.weights["transformer"].blocks
+    blocks = job.weights["denoise", "transformer"].blocks
     parts = {name: [block for block in blocks if block.startswith(f"{name}.")] or [name] for name in split}
     devices = {part: job.devices[int(card)] for name, card in split.items() for part in parts[name]}
     placement = Accelerated(job.devices[0], devices)
-    place = replace(job.places["transformer"], placement=placement, precomputed=frozenset())
-    return replace(job, places={**job.places, "transformer": place})
+    place = replace(job.places["denoise", "transformer"], placement=placement, precomputed=frozenset())
+    return job.moved("denoise", {"transformer": place})
 
 
 def measured(job: "Plan", delay: float) -> Figures:
     """Seconds of the denoise of all pictures, without loading."""
-    from runner import run_all
+    from runner import RunPolicy, run_all
     from runner.artifacts import MemoryStore
     from tests import sim
 
     store = MemoryStore(warn=print)
-    run_all(job, store=store, stop_after="encode")
+    run_all(job, RunPolicy(stop_after="encode"), store=store)
     began = 0.0
 
     def emit(kind: str, data: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ def measured(job: "Plan", delay: float) -> Figures:
         elif kind == "flush":
             sim.delay()
 
-    run_all(job, store=store, stop_after="denoise", emit=emit, degrade=False)
+    run_all(job, RunPolicy(stop_after="denoise", degrade=False), store=store, emit=emit)
     return {"seconds": time.perf_counter() - began}
 
 
@@ -70,12 +70,12 @@ def plans(model: Path, pictures: int) -> dict[str, "Plan"]:
     """What is compared."""
     import torch
 
-    from runner import Request, make_plan
+    from runner import Job, Request, make_plan
 
     requests = [Request("a red circle", 64, 48, 2, 3.5, seed, 32, index=seed) for seed in range(pictures)]
     place = ["denoise=sharded"]
-    jobs = {f"{lanes} lane{'s' * (lanes > 1)}": make_plan("flux", requests, model=model, place=place, lanes=lanes,
-                                                         dtype={"": torch.float32}, modulation_table=False)
+    jobs = {f"{lanes} lane{'s' * (lanes > 1)}": make_plan(Job("flux", requests, model=model, place=place, lanes=lanes,
+                                                              dtype={"": torch.float32}, modulation_table=False))
             for lanes in (1, 2, 3)}
     return {"accelerate's split": accelerated(jobs["1 lane"]), "accelerate's split, 2 lanes": replace(
         accelerated(jobs["1 lane"]), lanes=2), **jobs}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.table import Figures, Raw, in_turns, markdown, median, spread, write
-from runner import Request, make_plan
+from runner import Job, Request, make_plan
 from runner.engine.memory import Meter
 from stages.loading.pinned_copy import READERS, PendingTensor, copy_to_devices
 from stages.loading.readahead import reading_ahead
@@ -140,13 +140,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as made:
         model, device, dtype = said.model or halved(Path(made), said.heads), said.device or "sim:0", torch.bfloat16
         request = Request("a red circle", 64, 64, 1, 3.5, 1, 32)
-        plan = make_plan("flux", [request], model=model, devices=[device], dtype={"": dtype}, modulation_table=False)
+        plan = make_plan(Job("flux", [request], model=model, devices=[device], dtype={"": dtype},
+                             modulation_table=False))
         files = plan.checkpoint.components["transformer"].files
         loads: dict[str, Load] = {
             "dd": partial(dd, files), "into memory": partial(into_memory, files),
             f"into memory, {READERS} threads": partial(into_memory, files, READERS),
             "from_pretrained": partial(stock, model / "transformer", dtype, device),
-            "ours": partial(plan.stages[1].loaded, {"transformer": plan.places["transformer"]}),
+            "ours": partial(plan.stages[1].loaded, {"transformer": plan.places["denoise", "transformer"]}),
         }
         if device != "cpu":
             loads["ours, without a model"] = partial(to_card, files, device)

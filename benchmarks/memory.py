@@ -19,7 +19,7 @@ from diffusers import FluxPipeline
 
 from benchmarks.table import Figures, markdown, write
 from benchmarks.tutorial import tutorial
-from runner import Request, make_plan, run_all
+from runner import Job, Request, make_plan, run_all
 
 PROMPT, STEPS, GUIDANCE, SEED = "a red circle", 2, 3.5, 7
 STAGES = ("encode", "denoise", "decode")
@@ -91,7 +91,7 @@ def announced(part: Any, method: str, tell: Callable[[], None]) -> Iterator[None
 def ours(model: Path, size: tuple[int, int], tokens: int, cards: Sequence[str], **options: Any) -> Figures:
     """The peaks of a run in stages."""
     request = Request(PROMPT, *size, STEPS, GUIDANCE, SEED, tokens)
-    plan = make_plan("flux", [request], model=model, devices=cards, dtype={"": torch.float32}, **options)
+    plan = make_plan(Job("flux", [request], model=model, devices=cards, dtype={"": torch.float32}, **options))
     return {f"{stage.stage} {card}": peak for stage in run_all(plan).stages for card, peak in stage.peak.items()}
 
 

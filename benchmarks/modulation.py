@@ -17,13 +17,13 @@ def measured(model: Path, device: str, pictures: int, table: bool) -> Figures:
     """Seconds and bytes of one run up to the latents, in float32: CPUs without bfloat16 take ages for it."""
     import torch
 
-    from runner import Request, make_plan, run_all
+    from runner import Job, Request, RunPolicy, make_plan, run_all
 
     requests = [Request("a red circle", 64, 64, STEPS, 3.5, seed, 32, index=seed) for seed in range(pictures)]
-    plan = make_plan("flux", requests, model=model, devices=[device], dtype={"": torch.float32},
-                     modulation_table=table)
-    stage = run_all(plan, stop_after="denoise").stages[1]
-    return {"weights": plan.weights["transformer"].total, "peak": max(stage.peak.values(), default=0),
+    plan = make_plan(Job("flux", requests, model=model, devices=[device], dtype={"": torch.float32},
+                         modulation_table=table))
+    stage = run_all(plan, RunPolicy(stop_after="denoise")).stages[1]
+    return {"weights": plan.weights["denoise", "transformer"].total, "peak": max(stage.peak.values(), default=0),
             **{part: stage.seconds.get(part, 0.0) for part in ("table", "load", "compute")}}
 
 

@@ -42,14 +42,14 @@ def staged(model: Path, device: str, count: int, steps: int) -> "tuple[Pictures,
     """Pictures of a staged run, and the seconds of its parts."""
     import torch
 
-    from runner import Request, make_plan, run_all
+    from runner import Job, Request, make_plan, run_all
     from runner.artifacts import open_store
 
     requests = [Request(f"picture {seed}", SIZE, SIZE, steps, GUIDANCE, seed, TOKENS, index=seed)
                 for seed in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        plan = make_plan("flux", requests, model=model, devices=[device], dtype={"": torch.float32})
+        plan = make_plan(Job("flux", requests, model=model, devices=[device], dtype={"": torch.float32}))
         planned = time.perf_counter()
         report = run_all(plan, store=open_store(folder, warn=print))
         made = [picture.pixels for picture in report.pictures]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.table import Figures, markdown, write
-from runner import Request, make_plan, run_all
+from runner import Job, Request, make_plan, run_all
 
 ROOM = 16_000_000_000
 STEPS = 2
@@ -44,7 +44,7 @@ def measured(
         weight = sum(file.stat().st_size for file in (model / "transformer").glob("*.safetensors"))
         options["max_memory"] = f"{weight * 2 // 3}B"
     requests = [Request("a red circle", *size, STEPS, 3.5, seed, 32, index=seed) for seed in range(pictures)]
-    plan = make_plan("flux", requests, model=model, devices=cards, dtype={"": torch.float32}, **options)
+    plan = make_plan(Job("flux", requests, model=model, devices=cards, dtype={"": torch.float32}, **options))
     found: dict[str, float] = {}
     for stage in run_all(plan).stages:
         for card, need in plan.needs[stage.stage].items():

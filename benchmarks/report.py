@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from benchmarks.pictures import PROMPTS
-from runner import Request, make_plan, run_all
+from runner import Job, Request, RunPolicy, make_plan, run_all
 from runner.artifacts import open_store
 from runner.reports.page import page
 from tests import sim
@@ -32,9 +32,9 @@ def reported(folder: Path) -> Path:
     sim.configure(LIMITS)
     torch.set_num_threads(1)
     requests = [Request(prompt, 128, 128, 16, None, seed, 20, seed) for seed, prompt in enumerate(PROMPTS[:7:6])]
-    plan = make_plan("demo", requests, dtype={"": torch.float32}, lanes=2)
+    plan = make_plan(Job("demo", requests, dtype={"": torch.float32}, lanes=2, run="demo-on-two-cards"))
     store = open_store(str(folder / "store"), warn=print)
-    report = run_all(plan, store=store, preview=2, sample_memory=True, name="demo-on-two-cards")
+    report = run_all(plan, RunPolicy(preview=2, sample_memory=True), store=store)
     path = folder / "report.html"
     path.write_text(page(report.run, store.load_run(report.run), store))
     return path

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import table
 from benchmarks.tutorial import tutorial
-from runner import Request, make_plan, run_all
+from runner import Job, Request, make_plan, run_all
 
 PROMPT = "a red circle"
 SIZE = (128, 128)
@@ -48,7 +48,7 @@ def ours(model: Path, cap: int, *, table: bool) -> Figures:
     sim.configure([cap, cap])
     begin = time.perf_counter()
     request = Request(PROMPT, *SIZE, STEPS, GUIDANCE, SEED, TOKENS)
-    plan = make_plan("flux", [request], model=model, dtype={"": torch.float32}, modulation_table=table)
+    plan = make_plan(Job("flux", [request], model=model, dtype={"": torch.float32}, modulation_table=table))
     seconds = {"plan": time.perf_counter() - begin}
     report = run_all(plan)
     peak: dict[str, int] = {}

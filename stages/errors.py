@@ -134,6 +134,8 @@ def worded(text: str, word: Callable[[str, str | None], str | None]) -> str:
 
 def as_keyword(name: str, value: str | None) -> str:
     """A name of the job as Python has it."""
-    if value is None or value in ("True", "False", "None"):
-        return name if value is None else f"{name}={value}"
+    if value is None:
+        return name
+    if value in ("True", "False", "None") or value.startswith('"'):
+        return f"{name}={value}"
     return f"{name}={value!r}"

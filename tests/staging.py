@@ -1,6 +1,7 @@
 """A model run stage by stage, and whole: what the tests of families compare."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from diffusers import ModularPipeline
 from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
 
+from runner import Plan
 from runner.artifacts import MemoryStore, key_of
 from stages.models.checkpoint import find
 from stages.pipeline.split import split
@@ -19,6 +21,11 @@ from stages.state import State, Value
 def on_host(stages: Sequence[Stage], dtype: torch.dtype = torch.float32) -> Places:
     """Every component on the host."""
     return {part.name: Place(Resident("cpu"), dtype) for stage in stages for part in stage.components}
+
+
+def named(plan: Plan, run: str) -> Plan:
+    """The plan of a run of this name."""
+    return replace(plan, job=replace(plan.job, run=run))
 
 
 def run_staged(model: Path, requests: Sequence[Mapping[str, Value]]) -> dict[str, list[State]]:

@@ -8,8 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from runner.commands.again import again, quoted
-from runner.commands.cli import answer
+from runner.commands.cli import answer, app
+from runner.commands.refusal import again, better, quoted
+from stages.errors import DoesNotFit, Fix
 from tests import sparse, tiny
 
 Cards = Callable[..., list[str]]
@@ -90,10 +91,6 @@ def test_every_word_is_quoted_for_the_shell(word: str) -> None:
 
 
 def test_a_command_without_the_option_is_not_proposed() -> None:
-    from runner.commands.cli import app
-    from runner.commands.refusal import better
-    from stages.errors import DoesNotFit, Fix
-
     assert better(app, DoesNotFit("x", (Fix("size", "64x64"),)), ["doctor"]) == []
     assert better(app, DoesNotFit("x"), ["flux"]) == []
     assert better(app, DoesNotFit("x", (Fix("size", "64x64"),)), ["flux", "--json", "a"]) == [

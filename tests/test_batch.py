@@ -16,11 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from runner import Job, make_plan, run_all
+from runner.artifacts import open_store
 from runner.commands.batch import Batch, Defaults, batch
 from runner.commands.cli import answer
 from runner.commands.prompts import FILE_BYTES, LINES, Entry, read_prompts
+from runner.engine.keys import artifact_keys
 from runner.media.paths import Naming, Unnamed
-from runner.request import ask
+from runner.request import requests_for
 from stages.families import FAMILIES
 
 FLUX = FAMILIES["flux"]
@@ -183,7 +186,7 @@ def _entry(index: int, line: str) -> Entry:
 
 
 def test_pictures_of_a_batch_are_numbered_and_named_by_their_lines() -> None:
-    requests = ask("A Fox", FLUX, seed=3, count=12)
+    requests = requests_for("A Fox", FLUX, seed=3, count=12)
     naming = Naming(None, run="r", total=12)
     assert str(naming.path(requests[0])) == "00-a-fox-3.png"
     assert str(naming.path(requests[11])) == "11-a-fox-14.png"
@@ -303,34 +306,29 @@ def test_a_plan_is_for_the_largest_line(flux: Path, capsys: pytest.CaptureFixtur
 
 
 def test_planning_ten_thousand_requests_takes_seconds(flux: Path) -> None:
-    from runner.engine.keys import chain
-    from runner.planning.plan import make_plan
-
     Path("p.txt").write_text("\n".join(f"a red circle {index}" for index in range(LINES)))
     found = batch(read_prompts("p.txt"), FLUX, Defaults({"size": (32, 32)}, (5,), 1))
     requests = [item.request for item in found.items]
-    few = make_plan("flux", requests[:2], model=flux, devices=["cpu"])
+    few = make_plan(Job("flux", requests[:2], model=flux, devices=["cpu"]))
     # Seconds of the processor, as the machine may be busy with other work.
     begin = time.process_time()
-    make_plan("flux", requests[:2], model=flux, devices=["cpu"])
+    make_plan(Job("flux", requests[:2], model=flux, devices=["cpu"]))
     short = time.process_time() - begin
     begin = time.process_time()
-    many = make_plan("flux", requests, model=flux, devices=["cpu"])
+    many = make_plan(Job("flux", requests, model=flux, devices=["cpu"]))
     assert time.process_time() - begin < short + 5
     begin = time.process_time()
-    keys = chain(many)
+    keys = artifact_keys(many)
     assert time.process_time() - begin < 15
-    assert len(set(keys["decode"])) == LINES and keys["decode"][:2] == chain(few)["decode"]
+    assert len(set(keys["decode"])) == LINES and keys["decode"][:2] == artifact_keys(few)["decode"]
 
 
 def test_a_long_run_takes_no_more_memory_than_a_short_one(flux: Path, tmp_path: Path) -> None:
     """Pages of this process while 60 pictures go through each stage: flat behind the first 20."""
-    from runner import make_plan, run_all
-    from runner.artifacts import open_store
-
     requests = [request for index in range(20) for request in
-                ask(f"a red circle {index}", FLUX, size=(32, 32), steps=1, seed=index, count=3, index=3 * index)]
-    job = make_plan("flux", requests, model=flux, devices=["cpu"])
+                requests_for(f"a red circle {index}", FLUX, size=(32, 32), steps=1, seed=index, count=3,
+                             index=3 * index)]
+    job = make_plan(Job("flux", requests, model=flux, devices=["cpu"]))
     pages: dict[str, list[int]] = {"denoise": [], "decode": []}
 
     def emit(kind: str, data: Mapping[str, object]) -> None:

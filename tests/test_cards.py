@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from runner import Plan, Request, make_plan, run_all, run_stage
+from runner import Job, Plan, Request, RunPolicy, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
-from runner.planning.plan import inputs_of
 from stages.errors import StageOutOfMemory
 from stages.machine import probe
 from stages.placement.placement import Place, Placement, Resident, Sharded
@@ -31,13 +30,13 @@ MIB = 2**20
 
 def reference(model: Path, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """The picture that the CPU makes."""
-    return run_all(make_plan("flux", [ASKED], model=model, dtype={"": dtype}, devices=["cpu"])).pictures[0].pixels
+    return run_all(make_plan(Job("flux", [ASKED], model=model, dtype={"": dtype}, devices=["cpu"]))).pictures[0].pixels
 
 
 def over(model: Path, devices: list[str], places: dict[str, Placement]) -> Plan:
     """A plan with its components placed by hand."""
-    job = make_plan("flux", [ASKED], model=model, dtype={"": torch.float32}, devices=["cpu"])
-    there = {name: Place(placement, torch.float32) for name, placement in places.items()}
+    job = make_plan(Job("flux", [ASKED], model=model, dtype={"": torch.float32}, devices=["cpu"]))
+    there = {(stage, name): Place(places[name], torch.float32) for stage, name in job.places}
     return dataclasses.replace(job, places=there, machine=probe(devices))
 
 
@@ -112,9 +111,9 @@ def test_a_stage_over_the_limit_fails_by_name_and_earlier_artifacts_survive(
     job = over(flux, devices, {**everywhere, "transformer": Resident(devices[1]), "vae": Resident(devices[0])})
     store = MemoryStore(warn=print)
     with pytest.raises(StageOutOfMemory, match=r"denoise ran out of memory .*sim:1 peaked at .* while loading: "):
-        run_all(job, store=store, degrade=False)
+        run_all(job, RunPolicy(degrade=False), store=store)
     assert len(store.keys()) == 1 and allocated(devices) == [0, 0]
-    moved = dataclasses.replace(job, places={**job.places, "transformer": Place(Resident(devices[0]), torch.float32)})
+    moved = job.moved("denoise", {"transformer": Place(Resident(devices[0]), torch.float32)})
     assert [stage.ran for stage in run_all(moved, store=store).stages] == [0, 1, 1]
 
 
@@ -122,9 +121,9 @@ def test_a_card_that_others_fill_after_the_plan_is_planned_for_anew(
     flux: Path, cards: Cards, sim: ModuleType
 ) -> None:
     devices = cards(4 * MIB, 4 * MIB)
-    job = make_plan("flux", [ASKED], model=flux, dtype={"": torch.float32}, devices=devices)
+    job = make_plan(Job("flux", [ASKED], model=flux, dtype={"": torch.float32}, devices=devices))
     alone = run_all(job)
-    assert not alone.changes and job.places["transformer"].placement == Resident(devices[0])
+    assert not alone.changes and job.places["denoise", "transformer"].placement == Resident(devices[0])
     # All of the card but half of what denoise needs is another's: a tenth of it in reserve would not do.
     need = job.needs["denoise"][devices[0]].total
     held = torch.empty(4 * MIB - need // 2, dtype=torch.uint8, device=devices[0])
@@ -132,7 +131,7 @@ def test_a_card_that_others_fill_after_the_plan_is_planned_for_anew(
     assert any("denoise placed anew" in change and "transformer sim:1" in change for change in report.changes)
     assert np.array_equal(report.pictures[0].pixels, alone.pictures[0].pixels)
     with pytest.raises(StageOutOfMemory, match=r"sim:0 peaked at .* [0-9.]+ [KM]iB free now and 4\.0 MiB when"):
-        run_all(job, degrade=False)
+        run_all(job, RunPolicy(degrade=False))
     del held
 
 
@@ -157,15 +156,15 @@ def test_every_failing_allocation_of_a_stage_is_survived(
     stage, store = job.stages[index], MemoryStore(warn=print)
     run_all(job, store=store)
     before = run_stage(job, job.stages[index - 1].name, store=store)[0] if index else State()
-    inputs = inputs_of(dataclasses.replace(ASKED, steps=1))
+    inputs = dataclasses.replace(ASKED, steps=1).inputs
 
     def loads() -> State:
-        with stage.loaded(job.places):
+        with stage.loaded(job.places_of(stage.name)):
             return State()
 
     for device in devices if name != "decode" else [second]:
         tried, _ = survived(sim, device, loads, lambda: allocated(devices) == [0, 0])
-        with stage.loaded(job.places) as loaded:
+        with stage.loaded(job.places_of(stage.name)) as loaded:
             expected = loaded.run(before, inputs).tensors()
             held = on(devices)
             failed, made = survived(sim, device, partial(loaded.run, before, inputs), partial(within, devices, held))
@@ -202,7 +201,7 @@ def test_two_cards_of_12_mb_run_a_transformer_of_20_mb(tmp_path: Path, cards: Ca
     weight = sum(file.stat().st_size for file in (model / "transformer").glob("*.safetensors"))
     expected = reference(model)
     devices = cards(12_000_000, 12_000_000)
-    job = make_plan("flux", [ASKED], model=model, dtype={"": torch.float32})
+    job = make_plan(Job("flux", [ASKED], model=model, dtype={"": torch.float32}))
     made = run_all(job, emit=lambda kind, data: print(kind, dict(data)) if kind == "end" else None)
     denoise = made.stages[1]
     print(f"transformer of {weight:,} bytes: peaks {dict(denoise.peak)}")

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runner.commands import make
+from runner.commands import generate
 from runner.commands.cli import answer
-from runner.commands.order import default_store
-from stages.errors import BadResult, DoesNotFit, ModelError, StageOutOfMemory, StoreError
+from runner.job import default_store
+from runner.media.image import png, read_card
+from stages.errors import BadResult, DoesNotFit, InvalidInput, ModelError, StageOutOfMemory, StoreError
 
 BAD = [
     (["--prompt", ""], "empty prompt"),
@@ -150,7 +151,7 @@ def test_a_bad_prompt_on_standard_input_is_refused(
     ("error", "code"),
     [
         (ModelError("x"), 3), (DoesNotFit("x"), 4), (StageOutOfMemory("x"), 4), (MemoryError("x"), 4),
-        (StoreError("x"), 5), (BadResult("x"), 6), (ValueError("x"), 2), (KeyError("x"), 1),
+        (StoreError("x"), 5), (BadResult("x"), 6), (InvalidInput("x"), 2), (ValueError("x"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -160,7 +161,7 @@ def test_every_error_has_its_exit_code_and_one_line(
     def fail(family: str, said: Any) -> None:
         raise error
 
-    monkeypatch.setattr(make, "make", fail)
+    monkeypatch.setattr(generate, "make", fail)
     assert answer(["flux", "--prompt", "x"]) == code
     quiet = capsys.readouterr().err
     assert quiet.startswith("error: ") and quiet.count("\n") == 1
@@ -251,9 +252,7 @@ def test_a_model_that_changed_does_not_pass_for_the_one_of_a_picture(
     flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert answer(base(flux, "--prompt", "x", "--seed", "1", "--out", "x.png", "-q")) == 0
-    from runner.media.image import like, png
-
-    said = like("x.png")
+    said = read_card("x.png")
     with Image.open("x.png") as image:
         card = json.loads(image.info["runner"])
     Path("y.png").write_bytes(png(pixels("x.png"), {**card, "identity": "sha256:" + "0" * 64}))

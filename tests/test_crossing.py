@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from runner import Plan, Request, make_plan, run_all, run_stage
+from runner import Job, Plan, Request, RunPolicy, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
 from stages.errors import DoesNotFit
 from stages.estimate.dry_run import dry_run
@@ -27,8 +27,8 @@ WIDTH, HEAD, IMAGE, TEXT, FLOAT = 32, 16, (64 // 16) * (48 // 16), 32, 4
 
 def sharded(flux: Path, devices: list[str], runs: str, steps: int) -> Plan:
     request = Request("a red circle", 64, 48, steps, 3.5, 7, TEXT)
-    return make_plan("flux", [request], model=flux, devices=devices, dtype={"": torch.float32},
-                     place=["encode=0", f"denoise={runs}", "decode=0"], modulation_table=False)
+    return make_plan(Job("flux", [request], model=flux, devices=devices, dtype={"": torch.float32},
+                         place=["encode=0", f"denoise={runs}", "decode=0"], modulation_table=False))
 
 
 def crossed(flux: Path, devices: list[str], sim: ModuleType, runs: str, steps: int) -> dict[tuple[str, str], int]:
@@ -96,13 +96,14 @@ def test_garbled_copies_are_found_and_gone_around(flux: Path, cards: Cards, sim:
     def emit(kind: str, data: Any) -> None:
         told.append(data["text"])
 
-    assert verified(job.places, emit) is job.places and told == []
+    places = job.places_of("denoise")
+    assert verified(places, emit) is places and told == []
     for how in ("zeros", "noise"):
         sim.corrupt(first, second, how)
         assert corrupted_pairs(devices) == [(first, second)]
-        around = dataclasses.replace(job, places=verified(job.places, emit))
+        around = job.moved("denoise", verified(places, emit))
         assert "copies from sim:0 to sim:1 arrive garbled" in told[-1]
-        made = run_all(around, store=store, from_stage="denoise").pictures[0].pixels
+        made = run_all(around, RunPolicy(from_stage="denoise"), store=store).pictures[0].pixels
         assert (made == expected).all()
 
 
@@ -112,8 +113,9 @@ def test_without_peer_copies_cards_send_each_other_nothing(
 ) -> None:
     devices = cards(40 * MIB, 40 * MIB)
     request = Request("a red circle", 64, 48, 2, 3.5, 7, TEXT)
-    job = make_plan("flux", [request], model=flux, devices=devices, place=["encode.text_encoder=1", "denoise=0:3,1:3"],
-                    dtype={"": torch.float32}, peer_copies=False, modulation_table=table)
+    job = make_plan(Job("flux", [request], model=flux, devices=devices,
+                        place=["encode.text_encoder=1", "denoise=0:3,1:3"], dtype={"": torch.float32},
+                        peer_copies=False, modulation_table=table))
     sim.reset_copied()
     run_all(job)
     assert all("cpu" in pair for pair in sim.copied())
@@ -123,9 +125,9 @@ def test_the_modulation_table_is_right_where_copies_are_garbled(flux: Path, card
     """Its layers compute where their weights would be, so what they read crosses, too."""
     first, second = devices = cards(40 * MIB, 40 * MIB)
     request = Request("a red circle", 64, 48, 2, 3.5, 7, TEXT)
-    job = make_plan("flux", [request], model=flux, devices=devices, place=["denoise=0:3,1:3"],
-                    dtype={"": torch.float32})
-    assert job.places["transformer"].precomputed
+    job = make_plan(Job("flux", [request], model=flux, devices=devices, place=["denoise=0:3,1:3"],
+                        dtype={"": torch.float32}))
+    assert job.places["denoise", "transformer"].precomputed
     expected = run_all(job).pictures[0].pixels
     sim.corrupt(first, second, "noise")
     sim.corrupt(second, first, "zeros")
@@ -138,8 +140,8 @@ def test_sharded_encoders_equal_whole_ones(flux: Path, cards: Cards, sim: Module
     whole, store = sharded(flux, devices, "0:6", 1), MemoryStore(warn=print)
     (expected,) = run_stage(whole, "encode", store=store)
     request = whole.requests[0]
-    split = make_plan("flux", [request], model=flux, devices=devices, dtype={"": torch.float32},
-                      place=["encode.text_encoder=0:1,1:1,0:1", "encode.text_encoder_2=1:1,0:1"])
+    split = make_plan(Job("flux", [request], model=flux, devices=devices, dtype={"": torch.float32},
+                          place=["encode.text_encoder=0:1,1:1,0:1", "encode.text_encoder_2=1:1,0:1"]))
     (state,) = run_stage(split, "encode", store=MemoryStore(warn=print))
     assert all(torch.equal(tensor, state.tensors()[name]) for name, tensor in expected.tensors().items())
 
@@ -148,27 +150,28 @@ def test_nothing_of_a_streamed_block_stays_on_the_card(flux: Path, cards: Cards,
     devices = cards(40 * MIB)
     whole, store = sharded(flux, devices, "0:6", 2), MemoryStore(warn=print)
     (expected,) = (picture.pixels for picture in run_all(whole, store=store).pictures)
-    placement = whole.places["transformer"].placement
+    placement = whole.places["denoise", "transformer"].placement
     assert isinstance(placement, Sharded)
     cpu_blocks = dataclasses.replace(placement, cpu_blocks=frozenset(placement.devices))
-    places = {**whole.places, "transformer": Place(cpu_blocks, torch.float32)}
-    job = dataclasses.replace(whole, places=places)
-    report = run_all(job, store=store, from_stage="denoise")
+    job = whole.moved("denoise", {"transformer": Place(cpu_blocks, torch.float32)})
+    report = run_all(job, RunPolicy(from_stage="denoise"), store=store)
     assert (report.pictures[0].pixels == expected).all()
-    rest = sum(job.weights["transformer"].rest.values())
-    block = max(job.weights["transformer"].blocks.values())
+    rest = sum(job.weights["denoise", "transformer"].rest.values())
+    block = max(job.weights["denoise", "transformer"].blocks.values())
     assert report.stages[1].peak[devices[0]] < rest + block + whole.needs["denoise"][devices[0]].activations + 1
     assert report.stages[1].flushed.left == 0
 
 
 def test_a_rehearsal_finds_out_where_tensors_of_two_cards_would_meet(flux: Path) -> None:
     """A placement that leaves a block's own parts on another card fails before anything is loaded."""
-    job = make_plan("flux", [Request("a red circle", 64, 48, 1, 3.5, 7, TEXT)], model=flux, devices=["cpu"],
-                    modulation_table=False)
+    job = make_plan(Job("flux", [Request("a red circle", 64, 48, 1, 3.5, 7, TEXT)], model=flux, devices=["cpu"],
+                        modulation_table=False))
     encode, denoise = job.stages[:2]
-    state = dry_run(encode, job.places, job.weights, State(), {"prompt": "a", "max_sequence_length": TEXT}, {}).state
-    devices = dict.fromkeys(job.weights["transformer"].blocks, "cuda:0")
+    weights = {name: weight for (_, name), weight in job.weights.items()}
+    asked = {"prompt": "a", "max_sequence_length": TEXT}
+    state = dry_run(encode, job.places_of("encode"), weights, State(), asked, {}).state
+    devices = dict.fromkeys(job.weights["denoise", "transformer"].blocks, "cuda:0")
     torn = Sharded("cuda:0", {**devices, "transformer_blocks.0.ff": "cuda:1"})
     inputs = {"width": 64, "height": 48, "num_inference_steps": 1, "seed": 1}
     with pytest.raises(DoesNotFit, match="would meet tensors of cuda:0 and cuda:1"):
-        dry_run(denoise, {"transformer": Place(torn, torch.float32)}, job.weights, state, inputs, {})
+        dry_run(denoise, {"transformer": Place(torn, torch.float32)}, weights, state, inputs, {})

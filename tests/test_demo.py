@@ -10,10 +10,10 @@ import torch
 from diffusers import ModularPipeline
 from PIL import Image
 
-from runner import Request, make_plan, run_all
+from runner import Job, Request, RunPolicy, make_plan, run_all
 from runner.artifacts import FolderStore, MemoryStore
 from runner.demo import CHECKPOINT
-from runner.request import ask
+from runner.request import requests_for
 from stages.families import FAMILIES
 from tools.demo.judge import Score, pictures_of, score
 from tools.demo.scenes import Prompt, held_out_prompts
@@ -42,9 +42,9 @@ def test_two_object_prompts_held_out_of_training() -> None:
 
 def test_the_runner_draws_what_held_out_prompts_say() -> None:
     prompts = [prompt for kind in held_out_prompts() for prompt in kind[:6]]
-    asked = [ask(prompt.text, DEMO, seed=prompt.seed)[0] for prompt in prompts]
+    asked = [requests_for(prompt.text, DEMO, seed=prompt.seed)[0] for prompt in prompts]
     requests = [dataclasses.replace(request, index=index) for index, request in enumerate(asked)]
-    made = run_all(make_plan("demo", requests, devices=["cpu"])).pictures
+    made = run_all(make_plan(Job("demo", requests, devices=["cpu"]))).pictures
     result = judged(prompts, (Image.fromarray(picture.pixels) for picture in made))
     assert result.total == 12 and result.passed >= 10, result.wrong
 
@@ -52,7 +52,7 @@ def test_the_runner_draws_what_held_out_prompts_say() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_demo_staged_equals_the_demo_whole(tmp_path: Path, dtype: torch.dtype) -> None:
     asked = Request("a large red circle on a blue background", 64, 64, 2, None, 5, DEMO.text_tokens)
-    job = make_plan("demo", [asked], dtype={"": dtype}, devices=["cpu"])
+    job = make_plan(Job("demo", [asked], dtype={"": dtype}, devices=["cpu"]))
     pipe = ModularPipeline.from_pretrained(str(CHECKPOINT))
     pipe.load_components(dtype=dtype)
     whole = np.asarray(pipe(
@@ -60,7 +60,7 @@ def test_the_demo_staged_equals_the_demo_whole(tmp_path: Path, dtype: torch.dtyp
         generator=torch.Generator("cpu").manual_seed(5), output="images",
     )[0])
     for store in (MemoryStore(warn=print), FolderStore(tmp_path / "store", warn=print)):
-        run_all(job, store=store, stop_after="denoise")
+        run_all(job, RunPolicy(stop_after="denoise"), store=store)
         resumed = run_all(job, store=store)
         assert [stage.ran for stage in resumed.stages] == [0, 0, 1]
         assert np.array_equal(resumed.pictures[0].pixels, whole)

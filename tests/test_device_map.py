@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from runner import Plan, Request, make_plan, run_all
+from runner import Job, Plan, Request, make_plan, run_all
 from runner.engine.memory import Meter
 from runner.planning import describe
 from stages.placement.placement import device_of
@@ -26,8 +26,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(model: Path) -> Plan:
-    return make_plan("flux", [Request("a red circle", 64, 48, 1, 3.5, 7, 32)], model=model, dtype={"": torch.float32},
-                     modulation_table=False)
+    return make_plan(Job("flux", [Request("a red circle", 64, 48, 1, 3.5, 7, 32)], model=model,
+                         dtype={"": torch.float32}, modulation_table=False))
 
 
 def test_the_balanced_map_of_diffusers_lacks_a_component_and_ours_does_not(
@@ -64,7 +64,7 @@ def test_the_map_is_where_the_weights_are(large: Path, cards: Cards) -> None:
     plan = planned(large)
     for stage in plan.stages:
         meter = Meter(plan.devices)
-        with stage.loaded(plan.places) as loaded:
+        with stage.loaded(plan.places_of(stage.name)) as loaded:
             found = {component.name: where(loaded.pipe.components[component.name]) for component in stage.components}
         for component, parameters in found.items():
             assert all(device_of(name, plan.device_map[component]) == device for name, device in parameters.items())

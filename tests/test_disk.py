@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from runner import Request, make_plan
+from runner import Job, Request, make_plan
 from runner.planning.disk import SAMPLE, read_rate, stored
 
 
@@ -21,8 +21,8 @@ def test_nothing_is_measured_where_there_is_nothing(tmp_path: Path) -> None:
 
 
 def test_stages_read_their_own_files(flux: Path) -> None:
-    job = make_plan("flux", [Request("a red circle", 64, 48, 1, 3.5, 7, 32)], model=flux, devices=["cpu"])
-    size = {name: sum(file.stat().st_size for file in (flux / name).glob("*.safetensors")) for name in job.places}
+    job = make_plan(Job("flux", [Request("a red circle", 64, 48, 1, 3.5, 7, 32)], model=flux, devices=["cpu"]))
+    size = {name: sum(file.stat().st_size for file in (flux / name).glob("*.safetensors")) for _, name in job.places}
     assert stored(job.stages) == {
         "encode": size["text_encoder"] + size["text_encoder_2"], "denoise": size["transformer"], "decode": size["vae"],
     }

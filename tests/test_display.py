@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from runner import Plan, Request, make_plan
+from runner import Job, Plan, Request, make_plan
 from runner.artifacts import MemoryStore
 from runner.engine.memory import Flushed
 from runner.engine.run import Picture, Report
@@ -67,7 +67,7 @@ def one_line(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def plan(flux: Path) -> Plan:
-    return make_plan("flux", [Request(HOSTILE, 64, 48, 2, 3.5, 7, 32)], model=flux, devices=["cpu"])
+    return make_plan(Job("flux", [Request(HOSTILE, 64, 48, 2, 3.5, 7, 32)], model=flux, devices=["cpu"]))
 
 
 def picture(plan: Plan, store: MemoryStore, index: int = 0) -> Picture:

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from runner import Request, make_plan
+from runner import Job, Request, make_plan
 from runner.commands.doctor import Check, document, examine, healthy, lines
 from stages import machine
 from stages.card_test import able
@@ -98,12 +98,12 @@ def test_a_card_that_cannot_compute_is_refused_before_anything_is_planned(
     requests = [Request("a red circle", 64, 64, steps=1, guidance=None, seed=1, text_tokens=20)]
     sim.corrupt(second, "cpu", "noise")
     with pytest.raises(ValueError, match=r"sim:1 .* gets a matrix product wrong -> .* \(--gpus 0\)"):
-        make_plan("demo", requests)
+        make_plan(Job("demo", requests))
     assert able(probe([first])).cards[0].name == first
     monkeypatch.setattr(machine, "architecture", lambda name: "sm_60")
     monkeypatch.setattr(machine, "build", lambda: {"architectures": "sm_75 sm_80"})
     with pytest.raises(ValueError, match=r"sim:0 .* is sm_60, .* built for sm_75 sm_80 -> .*CUDA 12.6.* \(--gpus 1\)"):
-        make_plan("demo", requests)
+        make_plan(Job("demo", requests))
     assert not named(examine())[f"{first} architecture"].ok
 
 

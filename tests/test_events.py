@@ -11,18 +11,22 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 
-from runner.events import Tolerant, json_lines, silent, tee
+from runner import Job, RunPolicy, make_plan, run_all
+from runner.events import EVENTS, from_wire, json_lines, silent, tee, to_wire
 from runner.reports.progress import Progress, Status, minutes
+from runner.request import requests_for
+from runner.terminal import TolerantStream
 from runner.text import clean, gib
+from stages.families import FAMILIES
 
 GIB = 2**30
 RUN: list[tuple[str, Mapping[str, Any]]] = [
     ("begin", {"what": "importing torch and diffusers"}),
     ("run", {"run": "r1", "requests": 2, "model": "some/model", "seed": 7}),
     ("stage", {"stage": "encode", "requests": 2, "reused": 2}),
-    ("reuse", {"stage": "encode", "index": 0}),
     ("flush", {"stage": "encode", "freed": 0, "left": 0, "leftovers": []}),
     ("end", {"stage": "encode", "seconds": {"load": 0.0, "compute": 0.0}, "peak": {"cpu": GIB}}),
     ("stage", {"stage": "denoise", "requests": 2, "reused": 0}),
@@ -65,7 +69,6 @@ def test_verbose_tells_everything_else_too() -> None:
     assert [line for line in lines if line in PLAIN] == PLAIN
     assert "denoise: loading transformer (22.0 GiB) on cuda:0, 0 s" in lines
     assert "denoise: loaded in 4.2 s" in lines
-    assert "encode: picture 1 taken from the store" in lines
     assert any(line.startswith("denoise: picture 1/2, step 1/4, ") for line in lines)
 
 
@@ -145,6 +148,27 @@ def test_json_lines_hold_every_event() -> None:
     assert lines[1]["seed"] == 7 and abs(lines[1]["time"] - time.time()) < 60
 
 
+def test_what_a_run_tells_is_what_the_table_of_events_says() -> None:
+    told: list[tuple[str, Mapping[str, Any]]] = []
+    plan = make_plan(Job("demo", requests_for("a red circle", FAMILIES["demo"], steps=2, seed=1), devices=["cpu"]))
+    run_all(plan, RunPolicy(preview=1), emit=lambda kind, data: told.append((kind, data)))
+    assert {kind for kind, _ in told} >= {
+        "run", "stage", "load", "loaded", "item", "step", "preview", "part", "flush", "end"}
+    for kind, data in [*RUN, *told]:
+        assert data.keys() <= EVENTS[kind].keys(), kind
+
+
+def test_events_cross_to_another_process() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    for kind, data in [*RUN, ("preview", {"stage": "denoise", "step": 1, "pixels": lambda: pixels})]:
+        other, arrived = from_wire(json.loads(json.dumps(to_wire(kind, data))))
+        assert other == kind and arrived.keys() == data.keys()
+        if kind == "preview":
+            assert np.array_equal(arrived["pixels"](), pixels)
+        else:
+            assert json.dumps(arrived) == json.dumps(data)
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**19, "1.5 MiB"), (3 * 2**29, "1.5 GiB")],
@@ -164,9 +188,9 @@ def test_clean_text_moves_no_cursor_and_turns_no_direction() -> None:
 
 def test_a_stream_whose_reader_is_gone_goes_quiet() -> None:
     code = (
-        "import sys, os; from runner.events import Tolerant\n"
+        "import sys, os; from runner.terminal import TolerantStream\n"
         "sys.stdin.readline()\n"
-        "out = Tolerant(sys.stdout)\n"
+        "out = TolerantStream(sys.stdout)\n"
         "for _ in range(3): out.write('x' * 100_000); out.flush()\n"
         "print('on', file=sys.stderr)\n"
     )
@@ -181,7 +205,7 @@ def test_a_stream_whose_reader_is_gone_goes_quiet() -> None:
 
 def test_a_stream_says_what_its_encoding_can() -> None:
     raw = io.BytesIO()
-    out = Tolerant(io.TextIOWrapper(raw, encoding="ascii"))
+    out = TolerantStream(io.TextIOWrapper(raw, encoding="ascii"))
     out.write("caf\u00e9 \udcff\n")
     out.flush()
     assert raw.getvalue() == b"caf? ?\n"

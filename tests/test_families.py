@@ -13,9 +13,9 @@ from diffusers.modular_pipelines.modular_pipeline import (
     LoopSequentialPipelineBlocks,
 )
 
-from runner import make_plan, run_all
+from runner import Job, make_plan, run_all
 from runner.artifacts import MemoryStore
-from runner.request import ask
+from runner.request import requests_for
 from stages.errors import ModelError
 from stages.families import FAMILIES
 from stages.models.checkpoint import Checkpoint, check, find
@@ -100,10 +100,10 @@ def test_a_negative_prompt_leads_away_as_in_the_unsplit_pipeline(family: str, tm
     """Through requests: as the plan, the keys and the stages see it."""
     case = CASES[family]
     model = case.build(tmp_path / "model")
-    requests = [request for negative in ("", "two small green squares") for request in ask(
+    requests = [request for negative in ("", "two small green squares") for request in requests_for(
         "a red circle", FAMILIES[family], size=(64, 48), steps=2, guidance=case.guidance, seed=7,
         text_tokens=case.tokens, negative_prompt=negative, index=bool(negative))]
-    job = make_plan(family, requests, model=model, dtype={"": torch.float32}, devices=["cpu"])
+    job = make_plan(Job(family, requests, model=model, dtype={"": torch.float32}, devices=["cpu"]))
     store = MemoryStore(warn=print)
     report = run_all(job, store=store)
     pixels, kept = run_whole(model, case.inputs(negative_prompt="two small green squares"))
@@ -111,8 +111,8 @@ def test_a_negative_prompt_leads_away_as_in_the_unsplit_pipeline(family: str, tm
     plain, away = (state.tensors()["latents"] for key in report.keys["denoise"] if (state := store.get(key)))
     assert torch.equal(away, kept["denoise"].values["latents"]) and not torch.equal(plain, away)
     # The table of the denoiser is told what it will be told.
-    loaded = make_plan(family, requests, model=model, dtype={"": torch.float32}, devices=["cpu"],
-                       modulation_table=False)
+    loaded = make_plan(Job(family, requests, model=model, dtype={"": torch.float32}, devices=["cpu"],
+                           modulation_table=False))
     assert torch.equal(torch.from_numpy(run_all(loaded).pictures[1].pixels), pixels)
 
 

@@ -14,7 +14,7 @@ from benchmarks import gpu, gpu_tables
 from benchmarks.copies import copied, extended, watched
 from benchmarks.floors import operations
 from benchmarks.full_size import DONE, LAYER, LAYERS, LEFT, REST, build, overwrite, text_layers
-from benchmarks.gpu_job import WAYS, Clock, Notes, Way
+from benchmarks.gpu_workload import WAYS, Clock, Notes, Way
 from tests.conftest import Cards
 from tests.sparse import flux_dev, hollow
 

@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from runner import Request, make_plan
+from runner import Job, Request, make_plan
 from runner.engine.memory import Meter
-from runner.planning.describe import hosts
+from runner.planning.describe import host_needs
 from stages.loading.load import load, passing
 from stages.loading.pinned_copy import STAGED
 from stages.models.weights import new_skeleton, sources
@@ -59,15 +59,15 @@ def test_loading_stays_under_the_plans_figure(large: Path, cards: Cards, sim: Mo
     """A third of the transformer waits in host memory; the simulated card's own memory is the host's, too."""
     devices = cards(165 * MIB * dtype.itemsize // 4 + 35 * MIB)
     request = Request("a red circle", 64, 64, 1, 3.5, 1, 32)
-    job = make_plan("flux", [request], model=large, devices=devices, dtype={"": dtype}, allow_offload="cpu",
-                    modulation_table=False)
-    figures = hosts(job)
+    job = make_plan(Job("flux", [request], model=large, devices=devices, dtype={"": dtype}, allow_offload="cpu",
+                        modulation_table=False))
+    figures = host_needs(job)
     assert figures["denoise"].held > 20 * MIB and figures["decode"].held == 0
     for stage in job.stages[:2]:
         Meter(["cpu"]).flush()
         before = resident()
         meter = Meter(["cpu", *devices])
-        with stage.loaded({c.name: job.places[c.name] for c in stage.components}):
+        with stage.loaded(job.places_of(stage.name)):
             peak = meter.peak()
         gc.collect()
         print(stage.name, figures[stage.name], {name: bytes // MIB for name, bytes in peak.items()}, before // MIB)
@@ -79,13 +79,13 @@ def test_a_denoiser_is_read_once_through_little_host_memory(large: Path, cards: 
     """The layers that the modulation table stands in for are not read at all."""
     devices = cards(2**30)
     request = Request("a red circle", 64, 64, 1, 3.5, 1, 32)
-    job = make_plan("flux", [request], model=large, devices=devices, dtype={"": torch.float32})
-    (component,), place = job.stages[1].components, job.places["transformer"]
+    job = make_plan(Job("flux", [request], model=large, devices=devices, dtype={"": torch.float32}))
+    (component,), place = job.stages[1].components, job.places["denoise", "transformer"]
     layers = {f"{layer}.{kind}" for layer in place.precomputed for kind in ("weight", "bias")}
     found = sources(component, new_skeleton(component))
     stored = {name: source.entry.bytes for name, source in found.items() if source}
     wanted = sum(size for name, size in stored.items() if name not in layers)
-    assert wanted == job.weights["transformer"].total < sum(stored.values()) - 32 * MIB
+    assert wanted == job.weights["denoise", "transformer"].total < sum(stored.values()) - 32 * MIB
     assert passing(component, place.placement) == STAGED < 32 * MIB
     for _ in range(2):
         # The first time Python's own files are read, too.

@@ -16,15 +16,16 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from runner import Plan, Request, make_plan, run_all
+from runner import Job, Plan, Request, RunPolicy, make_plan, run_all
 from runner.artifacts import MemoryStore
-from runner.engine.keys import chain, midway_key
+from runner.engine.keys import artifact_keys, checkpoint_key
 from runner.engine.signals import Interrupted
 from runner.planning.describe import document, lines, pace
 from stages.errors import StageOutOfMemory
 from stages.placement.device_turns import DeviceTurns, enter, taking
 from stages.placement.placement import Sharded
 from tests import tiny
+from tests.staging import named
 
 Cards = Callable[..., list[str]]
 WORDS = ("a red circle", "a green square", "a blue star", "a heart", "two rings")
@@ -40,12 +41,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(model: Path) -> list[np.ndarray]:
     """The pictures that the CPU makes, one at a time."""
-    job = make_plan("flux", ASKED, model=model, dtype={"": torch.float32}, devices=["cpu"])
+    job = make_plan(Job("flux", ASKED, model=model, dtype={"": torch.float32}, devices=["cpu"]))
     return [picture.pixels for picture in run_all(job).pictures]
 
 
 def plan(model: Path, requests: list[Request] = ASKED, **more: Any) -> Plan:
-    return make_plan("flux", requests, model=model, dtype={"": torch.float32}, **more)
+    return make_plan(Job("flux", requests, model=model, dtype={"": torch.float32}, **more))
 
 
 def sharded(model: Path, **more: Any) -> Plan:
@@ -71,9 +72,9 @@ def test_lanes_make_the_pictures_of_one_at_a_time(
 ) -> None:
     devices = cards(40_000_000, 40_000_000)
     job = sharded(model, lanes=count)
-    placement = job.places["transformer"].placement
+    placement = job.places["denoise", "transformer"].placement
     assert isinstance(placement, Sharded) and set(placement.devices.values()) == set(devices)
-    assert job.places["transformer"].precomputed
+    assert job.places["denoise", "transformer"].precomputed
     done: list[int] = []
     made = run_all(job, done=lambda picture: done.append(picture.index))
     assert all(np.array_equal(picture.pixels, pixels) for picture, pixels in zip(made.pictures, alone, strict=True))
@@ -119,10 +120,10 @@ def spells() -> Iterator[list[Spell]]:
 def test_lanes_keep_both_cards_busy_and_never_share_one(model: Path, cards: Cards, sim: ModuleType) -> None:
     first, second = cards(40_000_000, 40_000_000)
     job, store = sharded(model, requests=ASKED[:2], lanes=2), MemoryStore(warn=print)
-    run_all(job, store=store, stop_after="encode")
+    run_all(job, RunPolicy(stop_after="encode"), store=store)
     sim.delay(per_kernel_seconds=0.0005)
     with spells() as found:
-        run_all(job, store=store, stop_after="denoise")
+        run_all(job, RunPolicy(stop_after="denoise"), store=store)
     assert len({spell.thread for spell in found if spell.card in (first, second)}) == 2
     here, there = ([spell for spell in found if spell.card == card] for card in (first, second))
     assert not any(one.meets(other) for spells in (here, there) for one, other in combinations(spells, 2))
@@ -161,7 +162,7 @@ def test_a_stop_keeps_every_lane(model: Path, alone: list[np.ndarray], cards: Ca
 
     with pytest.raises(Interrupted):
         run_all(job, store=store, emit=emit, stop=lambda: len(set(steps)) == 2)
-    kept = [store.find(key) or store.find(midway_key(key)) for key in chain(job)["denoise"]]
+    kept = [store.find(key) or store.find(checkpoint_key(key)) for key in artifact_keys(job)["denoise"]]
     assert {index for index, artifact in enumerate(kept) if artifact is not None} == set(steps)
     made = run_all(job, store=store, emit=emit)
     # No step was done twice.
@@ -180,7 +181,7 @@ def test_out_of_memory_with_two_lanes_goes_on_with_one(
         if kind == "step" and sum(kind == "step" for kind, _ in told) == 3:
             sim.fail_allocation(devices[1], 5)
 
-    made = run_all(job, store=store, emit=emit, name="tight")
+    made = run_all(named(job, "tight"), store=store, emit=emit)
     assert all(np.array_equal(picture.pixels, pixels) for picture, pixels in zip(made.pictures, alone, strict=True))
     assert made.changes == ("one request at a time instead of 2",) and made.stages[1].lanes == 1
     assert store.load_run("tight")["changes"] == list(made.changes) == made.pictures[0].facts["changes"]
@@ -200,7 +201,7 @@ def test_without_leave_to_degrade_out_of_memory_ends_the_run(model: Path, cards:
             sim.fail_allocation(devices[0], 1)
 
     with pytest.raises(StageOutOfMemory, match="denoise ran out of memory"):
-        run_all(job, store=store, emit=emit, degrade=False, name="no")
+        run_all(named(job, "no"), RunPolicy(degrade=False), store=store, emit=emit)
     record = store.load_run("no")
     assert record["status"] == "failed" and "out of memory" in str(record["error"])
     assert [torch.accelerator.memory_allocated(card) for card in devices] == [0, 0]

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 from torch.distributed import TCPStore
 
-from runner import make_plan, run_all
+from runner import Job, make_plan, run_all
 from runner.commands.cli import answer
-from runner.request import ask
+from runner.request import requests_for
 from stages.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +108,7 @@ def test_a_killed_rank_ends_the_job_with_its_name_and_resume_makes_the_rest(
     assert answer(["resume", "last", "-q"]) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"0.png", "1.png", "2.png"}
     assert all(path.read_bytes() == data for path, data in kept.items())
-    asked = [replace(ask(prompt, FAMILIES["flux"], size=(64, 48), steps=2, seed=3 + at)[0], index=at)
+    asked = [replace(requests_for(prompt, FAMILIES["flux"], size=(64, 48), steps=2, seed=3 + at)[0], index=at)
              for at, prompt in enumerate(("a dog", "a cat"))]
-    for picture in run_all(make_plan("flux", asked, model=flux, devices=["cpu"])).pictures:
+    for picture in run_all(make_plan(Job("flux", asked, model=flux, devices=["cpu"]))).pictures:
         assert np.array_equal(Image.open(f"{picture.index}.png"), picture.pixels)

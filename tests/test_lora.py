@@ -15,11 +15,11 @@ from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from runner import Plan, make_plan, run_all, spawn
+from runner import Job, Plan, make_plan, run_all, spawn
 from runner.artifacts import FolderStore, MemoryStore
 from runner.commands.cli import answer
-from runner.engine.keys import chain
-from runner.media.image import card_of, like, png
+from runner.engine.keys import artifact_keys
+from runner.media.image import card_of, png, read_card
 from runner.planning.plan import adapted
 from runner.planning.suggestions import plan_or_remedy
 from stages.errors import DoesNotFit, Fix, ModelError
@@ -46,7 +46,7 @@ def style(tmp_path_factory: pytest.TempPathFactory, flux: Path) -> Path:
 
 def plan(model: Path, *loras: str, **more: Any) -> Plan:
     options = {"devices": ["cpu"], "dtype": {"": torch.float32}} | more
-    return make_plan("flux", REQUEST, model=model, loras=loras, **options)
+    return make_plan(Job("flux", REQUEST, model=model, loras=loras, **options))
 
 
 def fused(model: Path, loras: Mapping[Path, float]) -> Pixels:
@@ -73,7 +73,7 @@ def gap(job: Plan, expected: Pixels) -> int:
 @pytest.mark.parametrize("table", [True, False], ids=["table", "no table"])
 def test_a_picture_is_the_one_of_diffusers_own_fused_pipeline(flux: Path, style: Path, table: bool) -> None:
     job = plan(flux, f"{style}=0.8", modulation_table=table)
-    assert bool(job.places["transformer"].precomputed) is table
+    assert bool(job.places["denoise", "transformer"].precomputed) is table
     expected = fused(flux, {style: 0.8})
     assert gap(job, expected) == 0
     # And it is another one without it, and with another scale.
@@ -163,7 +163,7 @@ def test_it_is_merged_into_clip_too(flux: Path, tmp_path: Path, level: str) -> N
     assert gap(job, expected) == 0
     # Both parts show, and the embeddings are others than without it.
     assert gap(plan(flux, f"{tiny.lora(tmp_path / 'one.safetensors', flux)}=0.8"), expected) > 0
-    assert chain(job)["encode"] != chain(plan(flux))["encode"]
+    assert artifact_keys(job)["encode"] != artifact_keys(plan(flux))["encode"]
 
 
 @pytest.mark.parametrize("build", [tiny_families.flux2, tiny_families.klein, tiny_families.qwen_image,
@@ -199,7 +199,7 @@ def test_it_is_merged_wherever_the_weights_are(flux: Path, style: Path, cards: C
     for name, placement in placements.items():
         for table in (True, False):
             job = plan(flux, f"{style}=0.8", devices=devices, modulation_table=table)
-            precomputed = job.places["transformer"].precomputed
+            precomputed = job.places["denoise", "transformer"].precomputed
             places = {part: Place(place, torch.float32) for part, place in others.items()}
             places["transformer"] = Place(placement, torch.float32, precomputed)
             found[name, table] = latents(dataclasses.replace(job, places=places))[0]
@@ -242,19 +242,20 @@ def test_embeddings_are_kept_and_latents_are_not(flux: Path, style: Path, tmp_pa
     copied.write_bytes(style.read_bytes())
     other = tiny.lora(tmp_path / "other.safetensors", flux, seed=1)
     plain, one, same, scaled, another = (
-        chain(plan(flux, *loras)) for loras in ([], [str(style)], [str(copied)], [f"{style}=0.5"], [str(other)]))
+        artifact_keys(plan(flux, *loras))
+        for loras in ([], [str(style)], [str(copied)], [f"{style}=0.5"], [str(other)]))
     assert len({keys["encode"] for keys in (plain, one, same, scaled, another)}) == 1
     assert one == same
     assert len({keys["denoise"] for keys in (plain, one, scaled, another)}) == 4
 
 
 def test_a_picture_says_which(flux: Path, style: Path, tmp_path: Path) -> None:
-    job = make_plan("flux", REQUEST, model=flux, devices=["cpu"], loras=[LoraRequest(str(style), 1)])
+    job = make_plan(Job("flux", REQUEST, model=flux, devices=["cpu"], loras=[LoraRequest(str(style), 1)]))
     (picture,) = run_all(job, store=MemoryStore(warn=print)).pictures
     digest = found(LoraRequest(str(style)), "FluxPipeline").digest
     assert picture.facts["loras"] == [{"source": str(style), "sha256": digest, "scale": 1.0}]
     (tmp_path / "styled.png").write_bytes(png(picture.pixels, card_of(picture.request, picture.facts)))
-    assert like(tmp_path / "styled.png").loras == (LoraRequest(str(style), 1.0, digest),)
+    assert read_card(tmp_path / "styled.png").loras == (LoraRequest(str(style), 1.0, digest),)
 
 
 def command(flux: Path, *more: str) -> list[str]:
@@ -311,9 +312,9 @@ def test_a_run_is_resumed_with_it(flux: Path, style: Path, capsys: pytest.Captur
 
 
 def test_ranks_merge_it_too(flux: Path, style: Path, tmp_path: Path) -> None:
-    report = spawn("flux", asked(("a red circle", 7), ("two small green squares", 8)), ranks=2, model=flux,
-                   store=tmp_path / "store", dtype={"": torch.float32}, devices=["cpu"],
-                   loras=[LoraRequest(str(style), 0.8)])
+    report = spawn(Job("flux", asked(("a red circle", 7), ("two small green squares", 8)), model=flux,
+                       store=tmp_path / "store", dtype={"": torch.float32}, devices=["cpu"],
+                       loras=[LoraRequest(str(style), 0.8)]), ranks=2)
     assert int(abs(report.pictures[0].pixels.astype(int) - fused(flux, {style: 0.8})).max()) == 0
 
 
@@ -411,7 +412,7 @@ def test_a_folder_with_one_file_is_enough(flux: Path, style: Path, tmp_path: Pat
 
 def test_a_file_that_changed_is_refused_where_it_was_used(flux: Path, style: Path) -> None:
     with pytest.raises(ModelError, match="was used then -> bring that file back"):
-        make_plan("flux", REQUEST, model=flux, loras=[LoraRequest(str(style), 1.0, "0" * 64)])
+        make_plan(Job("flux", REQUEST, model=flux, loras=[LoraRequest(str(style), 1.0, "0" * 64)]))
 
 
 def test_a_file_that_changes_after_it_was_planned_with_is_refused(flux: Path, tmp_path: Path) -> None:

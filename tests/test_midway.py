@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from runner import Request, make_plan, run_all, run_stage
+from runner import Job, Request, RunPolicy, make_plan, run_all, run_stage
 from runner.artifacts import FolderStore, MemoryStore
-from runner.engine.keys import chain, midway_key
+from runner.engine.keys import artifact_keys, checkpoint_key
 from runner.engine.signals import Interrupted, StopRequest
 from stages.errors import BadResult
 from stages.models.checkpoint import find
 from stages.pipeline.split import split
 from stages.pipeline.step_hook import StepCheckpoint
 from stages.state import State
-from tests.staging import on_host
+from tests.staging import named, on_host
 from tests.test_families import CASES, Case
 
 ASKED = Request("a red circle", 64, 48, 4, 3.5, 7, 32)
@@ -66,15 +66,15 @@ def interrupting(number: int, at: int, times: int = 1) -> Callable[[str, Mapping
 def test_a_signal_stops_a_run_after_the_step_and_the_next_run_goes_on(
     flux: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    job = make_plan("flux", [ASKED, OTHER], model=flux)
-    assert job.places["transformer"].precomputed
+    job = make_plan(Job("flux", [ASKED, OTHER], model=flux))
+    assert job.places["denoise", "transformer"].precomputed
     expected = [picture.pixels for picture in run_all(job).pictures]
     store, before = FolderStore(tmp_path / "store", warn=print), signal.getsignal(number)
     with pytest.raises(Interrupted) as stopped:
-        run_all(job, store=store, emit=interrupting(number, 2), name="first")
+        run_all(named(job, "first"), store=store, emit=interrupting(number, 2))
     assert (stopped.value.code, stopped.value.run) == (128 + number, "first")
     assert store.load_run("first")["status"] == "interrupted" and signal.getsignal(number) is before
-    assert store.find(midway_key(chain(job)["denoise"][0])) is not None
+    assert store.find(checkpoint_key(artifact_keys(job)["denoise"][0])) is not None
     told: list[tuple[int, int]] = []
 
     def emit(kind: str, data: Mapping[str, Any]) -> None:
@@ -84,15 +84,15 @@ def test_a_signal_stops_a_run_after_the_step_and_the_next_run_goes_on(
     again = run_all(job, store=store, emit=emit)
     assert told == [(0, 3), (0, 4), (1, 1), (1, 2), (1, 3), (1, 4)]
     assert all(np.array_equal(a.pixels, b) for a, b in zip(again.pictures, expected, strict=True))
-    assert sorted(store.keys()) == sorted({key for keys in chain(job).values() for key in keys})
+    assert sorted(store.keys()) == sorted({key for keys in artifact_keys(job).values() for key in keys})
 
 
 def test_a_second_signal_does_not_wait_for_the_step(flux: Path) -> None:
     store = MemoryStore(warn=print)
-    job = make_plan("flux", [ASKED], model=flux)
+    job = make_plan(Job("flux", [ASKED], model=flux))
     with pytest.raises(Interrupted):
-        run_all(job, store=store, emit=interrupting(signal.SIGINT, 2, times=2), name="twice")
-    assert store.find(midway_key(chain(job)["denoise"][0])) is None
+        run_all(named(job, "twice"), store=store, emit=interrupting(signal.SIGINT, 2, times=2))
+    assert store.find(checkpoint_key(artifact_keys(job)["denoise"][0])) is None
     assert store.load_run("twice")["status"] == "interrupted"
 
 
@@ -101,14 +101,14 @@ def test_a_signal_outside_of_a_step_stops_at_once(flux: Path) -> None:
         if kind == "load" and data["stage"] == "decode":
             signal.raise_signal(signal.SIGTERM)
 
-    store, job = MemoryStore(warn=print), make_plan("flux", [ASKED], model=flux)
+    store, job = MemoryStore(warn=print), make_plan(Job("flux", [ASKED], model=flux))
     with pytest.raises(Interrupted) as stopped:
         run_all(job, store=store, emit=emit)
     assert stopped.value.code == 143 and len(store.keys()) == 2
 
 
 def test_who_calls_may_stop_a_run_too(flux: Path) -> None:
-    store, job, steps = MemoryStore(warn=print), make_plan("flux", [ASKED], model=flux), list[int]()
+    store, job, steps = MemoryStore(warn=print), make_plan(Job("flux", [ASKED], model=flux)), list[int]()
 
     def emit(kind: str, data: Mapping[str, Any]) -> None:
         if kind == "step":
@@ -116,7 +116,7 @@ def test_who_calls_may_stop_a_run_too(flux: Path) -> None:
 
     with pytest.raises(Interrupted):
         run_all(job, store=store, emit=emit, stop=lambda: len(steps) == 3)
-    assert steps == [1, 2, 3] and store.find(midway_key(chain(job)["denoise"][0])) is not None
+    assert steps == [1, 2, 3] and store.find(checkpoint_key(artifact_keys(job)["denoise"][0])) is not None
     # A stage run alone goes on from there, too.
     run_stage(job, "denoise", store=store, emit=emit)
     assert steps == [1, 2, 3, 4]
@@ -124,8 +124,8 @@ def test_who_calls_may_stop_a_run_too(flux: Path) -> None:
 
 def test_an_unfinished_denoise_is_kept_from_time_to_time(flux: Path) -> None:
     """A killed process cannot save: what was kept last is what the next run goes on from."""
-    store, job, kept = MemoryStore(warn=print), make_plan("flux", [ASKED], model=flux), list[object]()
-    key = midway_key(chain(job)["denoise"][0])
+    store, job, kept = MemoryStore(warn=print), make_plan(Job("flux", [ASKED], model=flux)), list[object]()
+    key = checkpoint_key(artifact_keys(job)["denoise"][0])
 
     def emit(kind: str, data: Mapping[str, Any]) -> None:
         state = store.get(key)
@@ -135,14 +135,14 @@ def test_an_unfinished_denoise_is_kept_from_time_to_time(flux: Path) -> None:
                 raise ZeroDivisionError("as if it were killed")
 
     with pytest.raises(ZeroDivisionError):
-        run_all(job, store=store, emit=emit, step_every=0.0, name="killed")
+        run_all(named(job, "killed"), RunPolicy(step_every=0.0), store=store, emit=emit)
     assert kept == [None, 1, 2, 3] and store.load_run("killed")["status"] == "failed"
     again = run_all(job, store=store)
     assert np.array_equal(again.pictures[0].pixels, run_all(job).pictures[0].pixels) and store.find(key) is None
 
 
 def test_computing_a_stage_anew_does_not_go_on_from_the_middle(flux: Path) -> None:
-    store, job, steps = MemoryStore(warn=print), make_plan("flux", [ASKED], model=flux), list[int]()
+    store, job, steps = MemoryStore(warn=print), make_plan(Job("flux", [ASKED], model=flux)), list[int]()
     with pytest.raises(Interrupted):
         run_all(job, store=store, emit=interrupting(signal.SIGINT, 2))
 
@@ -150,7 +150,7 @@ def test_computing_a_stage_anew_does_not_go_on_from_the_middle(flux: Path) -> No
         if kind == "step":
             steps.append(data["step"])
 
-    run_all(job, store=store, from_stage="denoise", emit=emit)
+    run_all(job, RunPolicy(from_stage="denoise"), store=store, emit=emit)
     assert steps == [1, 2, 3, 4]
 
 
@@ -165,14 +165,14 @@ def test_nothing_is_listened_to_outside_of_a_run() -> None:
 
 
 def test_a_single_bad_picture_does_not_end_the_others(flux: Path) -> None:
-    job, done = make_plan("flux", [ASKED, OTHER], model=flux), list[int]()
+    job, done = make_plan(Job("flux", [ASKED, OTHER], model=flux)), list[int]()
 
     def emit(kind: str, data: Mapping[str, Any]) -> None:
         if kind == "step" and data["request"] == 0 and data["step"] == 2:
             raise BadResult("denoise: latents are not finite after step 2")
 
     store = MemoryStore(warn=print)
-    made = run_all(job, store=store, name="half", emit=emit, done=lambda picture: done.append(picture.index))
+    made = run_all(named(job, "half"), store=store, emit=emit, done=lambda picture: done.append(picture.index))
     assert [(failure.index, failure.stage) for failure in made.failures] == [(0, "denoise")]
     assert "not finite" in made.failures[0].text and [picture.index for picture in made.pictures] == [1] == done
     assert len(store.load_run("half")["failures"]) == 1  # type: ignore[arg-type]

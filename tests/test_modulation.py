@@ -11,9 +11,8 @@ import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, ModularPipeline, WanTransformer3DModel
 
-from runner import Plan, Request, make_plan, run_all
+from runner import Job, Plan, Request, RunPolicy, make_plan, run_all
 from runner.artifacts import MemoryStore
-from runner.planning.plan import inputs_of
 from runner.planning.precompute import Saving
 from stages.families import FAMILIES
 from stages.loading.load import load
@@ -44,23 +43,23 @@ REQUESTS = asked(("a red circle", 7), ("two small green squares", 8), ("a red ci
 
 
 def plan(model: Path, dtype: torch.dtype, requests: Sequence[Request] = REQUESTS, family: str = "flux") -> Plan:
-    return make_plan(family, requests, model=model, dtype={"": dtype}, devices=["cpu"], modulation_table=False)
+    return make_plan(Job(family, requests, model=model, dtype={"": dtype}, devices=["cpu"], modulation_table=False))
 
 
 def with_table(job: Plan) -> Plan:
     """The same plan with the table."""
-    model, dtype = job.checkpoint.path, job.places["transformer"].dtype
+    model, dtype = job.checkpoint.path, job.places["denoise", "transformer"].dtype
     requests = [dataclasses.replace(request, steps=1) for request in job.requests[:1]]
-    folding = make_plan(job.family.name, requests, model=model, dtype={"": dtype}, devices=["cpu"])
-    layers = folding.places["transformer"].precomputed
+    folding = make_plan(Job(job.family.name, requests, model=model, dtype={"": dtype}, devices=["cpu"]))
+    layers = folding.places["denoise", "transformer"].precomputed
     assert layers
-    places = {**job.places, "transformer": dataclasses.replace(job.places["transformer"], precomputed=layers)}
-    return dataclasses.replace(job, places=places)
+    place = dataclasses.replace(job.places["denoise", "transformer"], precomputed=layers)
+    return job.moved("denoise", {"transformer": place})
 
 
 def latents(job: Plan) -> list[torch.Tensor]:
     store = MemoryStore(warn=print)
-    keys = run_all(job, store=store, stop_after="denoise").keys["denoise"]
+    keys = run_all(job, RunPolicy(stop_after="denoise"), store=store).keys["denoise"]
     return [state.tensors()["latents"] for key in keys if (state := store.get(key)) is not None]
 
 
@@ -136,12 +135,13 @@ def test_the_peak_falls_by_what_the_plan_says(tmp_path: Path, cards: Cards) -> N
     model = tiny.flux(tmp_path / "flux", doubles=6, singles=12, heads=6)
     (card,) = cards(60 * MIB)
     plans = [
-        make_plan("flux", REQUESTS[:2], model=model, devices=[card], dtype={"": torch.float32}, modulation_table=table)
+        make_plan(Job("flux", REQUESTS[:2], model=model, devices=[card], dtype={"": torch.float32},
+                      modulation_table=table))
         for table in (False, True)
     ]
-    peaks = [run_all(job, stop_after="denoise").stages[1].peak[card] for job in plans]
+    peaks = [run_all(job, RunPolicy(stop_after="denoise")).stages[1].peak[card] for job in plans]
     saving = plans[1].savings["transformer"]
-    assert saving.left < 0.8 * saving.whole and not plans[0].places["transformer"].precomputed
+    assert saving.left < 0.8 * saving.whole and not plans[0].places["denoise", "transformer"].precomputed
     assert peaks[0] - peaks[1] == pytest.approx(saving.whole - saving.left, rel=0.05)
     needs = [job.needs["denoise"][card].total for job in plans]
     assert needs == [pytest.approx(peak, rel=0.05) for peak in peaks]
@@ -173,7 +173,7 @@ def test_every_family_comes_out_the_same(tmp_path: Path, name: str) -> None:
 def shares(folder: Path, build: Callable[[Path], Path], name: str) -> Saving:
     family = FAMILIES[name]
     request = Request("a red circle", *family.size, 1, family.guidance, 7, family.text_tokens)
-    job = make_plan(name, [request], model=build(folder / name), machine="4x80GB", dtype={"": torch.bfloat16})
+    job = make_plan(Job(name, [request], model=build(folder / name), dtype={"": torch.bfloat16}), machine="4x80GB")
     return job.savings["transformer"]
 
 
@@ -262,12 +262,12 @@ def test_a_table_for_other_conditioning_is_noticed(flux: Path) -> None:
     """Nothing replayed is ever wrong without a word: neither other values nor another number of calls."""
     job = with_table(plan(flux, torch.float32))
     store = MemoryStore(warn=print)
-    keys = run_all(job, store=store, stop_after="encode").keys["encode"]
+    keys = run_all(job, RunPolicy(stop_after="encode"), store=store).keys["encode"]
     states = [state for key in keys if (state := store.get(key)) is not None]
-    inputs = [inputs_of(request) for request in job.requests]
-    table = ModulationTable(job.stages[1], job.places, job.places["transformer"].precomputed, [0, 1],
+    inputs = [request.inputs for request in job.requests]
+    table = ModulationTable(job.stages[1], job.places, job.places["denoise", "transformer"].precomputed, [0, 1],
                        lambda index: (states[index], inputs[index]))
-    with job.stages[1].loaded(job.places) as loaded, table.attached(loaded):
+    with job.stages[1].loaded(job.places_of("denoise")) as loaded, table.attached(loaded):
         with table.request(0):
             loaded.run(states[0], inputs[0])
         with pytest.raises(AssertionError, match="told what the table was not"), table.request(0):
@@ -281,27 +281,28 @@ def test_a_table_for_other_conditioning_is_noticed(flux: Path) -> None:
 def test_a_folded_denoiser_without_its_table_does_not_run(flux: Path) -> None:
     job = with_table(plan(flux, torch.float32))
     store = MemoryStore(warn=print)
-    state = store.get(run_all(job, store=store, stop_after="encode").keys["encode"][0])
+    state = store.get(run_all(job, RunPolicy(stop_after="encode"), store=store).keys["encode"][0])
     assert state is not None
-    with pytest.raises(AssertionError, match="no table was attached"), job.stages[1].loaded(job.places) as loaded:
-        loaded.run(state, inputs_of(job.requests[0]))
+    loading = job.stages[1].loaded(job.places_of("denoise"))
+    with pytest.raises(AssertionError, match="no table was attached"), loading as loaded:
+        loaded.run(state, job.requests[0].inputs)
 
 
 def test_no_table_where_it_saves_too_little_or_is_not_wanted(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(flux, torch.float32).savings["transformer"].refused == "not wanted"
     monkeypatch.setattr("runner.planning.precompute.LEAST", 0.9)
-    job = make_plan("flux", REQUESTS[:1], model=flux, devices=["cpu"])
+    job = make_plan(Job("flux", REQUESTS[:1], model=flux, devices=["cpu"]))
     saving = job.savings["transformer"]
     assert "is not more than 90 %" in saving.refused
-    assert saving.left == saving.whole == job.weights["transformer"].total
-    assert not job.places["transformer"].precomputed
+    assert saving.left == saving.whole == job.weights["denoise", "transformer"].total
+    assert not job.places["denoise", "transformer"].precomputed
 
 
 def test_resuming_and_another_placement_find_the_same_artifacts(flux: Path) -> None:
     job = plan(flux, torch.float32)
     store = MemoryStore(warn=print)
-    run_all(job, store=store, stop_after="denoise")
-    report = run_all(with_table(job), store=store, stop_after="denoise")
+    run_all(job, RunPolicy(stop_after="denoise"), store=store)
+    report = run_all(with_table(job), RunPolicy(stop_after="denoise"), store=store)
     assert [stage.ran for stage in report.stages] == [0, 0] and "table" not in report.stages[1].seconds
 
 
@@ -309,7 +310,7 @@ def test_what_a_stage_puts_on_its_denoiser_stays_off_the_skeleton_that_all_share
     flux: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    stage = make_plan("flux", [Request("a fox", 64, 48, 2, 3.5, 7, 32)], model=flux, devices=["cpu"]).stages[1]
+    stage = make_plan(Job("flux", [Request("a fox", 64, 48, 2, 3.5, 7, 32)], model=flux, devices=["cpu"])).stages[1]
     (component,) = stage.components
     shared = skeleton(component)
 

@@ -15,7 +15,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from runner import Request, make_plan
+from runner import Job, Request, make_plan
 from stages.families import FAMILIES
 from stages.machine import Device, Machine
 from tests import sparse, tiny
@@ -146,10 +146,10 @@ def test_flux_as_the_notebooks_ask_for_it_fits_a_service_with_two_t4(
     card = Device("cuda:0", int(14.7 * 2**30), int(14.6 * 2**30), bfloat16=False)
     two = Machine((card, replace(card, name="cuda:1")), 30 * 2**30, 28 * 2**30, here=False)
     # What takes most: two lanes and no table; and a rank with a card of its own.
-    job = make_plan("flux", requests, model=model, machine=two, modulation_table=False, lanes=2)
+    job = make_plan(Job("flux", requests, model=model, modulation_table=False, lanes=2), machine=two)
     assert {device for need in job.needs.values() for device in need} == {"cuda:0", "cuda:1"}
     alone = replace(two, devices=(card,), host_free=14 * 2**30)
-    assert "cpu" in make_plan("flux", requests, model=model, machine=alone, allow_offload="cpu").needs["denoise"]
+    assert "cpu" in make_plan(Job("flux", requests, model=model, allow_offload="cpu"), machine=alone).needs["denoise"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

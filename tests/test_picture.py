@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runner.media.image import SIGNATURE, card_of, like, parameters, png
+from runner.media.image import SIGNATURE, card_of, parameters, png, read_card
 from runner.media.paths import Naming, slug, write
-from runner.request import Request, ask
+from runner.request import Request, requests_for
 from stages.errors import StoreError
 from stages.families import FAMILIES
 
@@ -26,7 +26,7 @@ TRAP = "a cat\nNegative prompt: x\nSteps: 1, Seed: 6, Size: 8x8, Model: evil"
 
 
 def asked(prompt: str = "a red circle", count: int = 1) -> list[Request]:
-    return ask(prompt, FAMILIES["flux"], size=(32, 16), seed=42, count=count)
+    return requests_for(prompt, FAMILIES["flux"], size=(32, 16), seed=42, count=count)
 
 
 def choose(out: str | None, requests: list[Request], *, run: str, overwrite: bool = False) -> list[Path]:
@@ -49,7 +49,7 @@ def test_a_picture_says_what_made_it_whatever_the_prompt(tmp_path: Path, prompt:
     [request] = asked(prompt)
     path = tmp_path / "p.png"
     path.write_bytes(png(pixels(), card_of(request, FACTS)))
-    said = like(path)
+    said = read_card(path)
     assert said.request == request
     assert (said.family, said.model, said.dtype) == ("flux", FACTS["model"], FACTS["dtype"])
     assert said.revision == "a1" * 20
@@ -60,10 +60,10 @@ def test_a_picture_says_what_made_it_whatever_the_prompt(tmp_path: Path, prompt:
 
 
 def test_a_picture_says_what_it_was_led_away_from(tmp_path: Path) -> None:
-    [request] = ask("a red circle", FAMILIES["sd3"], size=(32, 16), seed=42, negative_prompt="a blue one")
+    [request] = requests_for("a red circle", FAMILIES["sd3"], size=(32, 16), seed=42, negative_prompt="a blue one")
     card = card_of(request, {**FACTS, "family": "sd3"})
     (tmp_path / "p.png").write_bytes(png(pixels(), card))
-    assert like(tmp_path / "p.png").request == request
+    assert read_card(tmp_path / "p.png").request == request
     assert parameters(card).startswith("a red circle\nNegative prompt: a blue one\nSteps: 28, ")
 
 
@@ -82,7 +82,7 @@ def test_a_folder_model_has_no_revision(tmp_path: Path) -> None:
     path = tmp_path / "p.png"
     facts = {**FACTS, "model": "models/x", "identity": "sha256:" + "0" * 64}
     path.write_bytes(png(pixels(), card_of(asked()[0], facts)))
-    assert like(path).revision is None
+    assert read_card(path).revision is None
 
 
 def test_no_metadata_means_none(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_no_metadata_means_none(tmp_path: Path) -> None:
     with Image.open(path) as image:
         assert not image.info
     with pytest.raises(ValueError, match="no runner metadata"):
-        like(path)
+        read_card(path)
 
 
 def hostile(text: bytes, kind: bytes = b"iTXt") -> bytes:
@@ -129,21 +129,21 @@ def test_a_hostile_picture_is_refused_by_name(tmp_path: Path, data: bytes, says:
     path = tmp_path / "hostile.png"
     path.write_bytes(data)
     with pytest.raises(ValueError) as caught:
-        like(path)
+        read_card(path)
     assert str(path) in str(caught.value) and says in str(caught.value)
 
 
 def test_text_of_another_writer_is_read_too(tmp_path: Path) -> None:
     path = tmp_path / "p.png"
     path.write_bytes(hostile(changed(), b"tEXt"))
-    assert like(path).request == asked()[0]
+    assert read_card(path).request == asked()[0]
 
 
 def test_what_is_no_file_is_refused_and_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.png")
     for name, says in (("fifo.png", "plain file"), ("gone.png", "No such file"), (".", "plain file|directory")):
         with pytest.raises(ValueError, match=says):
-            like(tmp_path / name)
+            read_card(tmp_path / name)
 
 
 def test_names_are_a_file_a_folder_or_a_template(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from runner import Plan, Request, make_plan, run_all, run_stage
+from runner import Job, Plan, Request, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
 from runner.media.image import card_of
 from runner.planning.cache import PlanCache
@@ -60,14 +60,14 @@ def asked(name: str = "flux", **more: Any) -> Request:
 def hypothetical(model: Path, machine: str, name: str = "flux", **more: Any) -> Plan:
     """The plan for a machine that is not here, made in less than five seconds."""
     start = time.process_time()
-    job = make_plan(name, [asked(name)], model=model, machine=machine, **({"modulation_table": False} | more))
+    job = make_plan(Job(name, [asked(name)], model=model, **{"modulation_table": False} | more), machine=machine)
     assert time.process_time() - start < 5
     return job
 
 
 def rung(job: Plan, stage: str) -> str:
     """The name of the rung that a stage stands on."""
-    return job.rungs[stage][-1].name
+    return job.strategies[stage][-1].name
 
 
 def test_hand_arithmetic_of_flux() -> None:
@@ -81,13 +81,13 @@ def test_flux_on_two_cards_of_16_gb(flux_dev: Path) -> None:
     job = hypothetical(flux_dev, "2x16GB")
     assert job.needs["encode"]["cuda:0"].weights == T5 + CLIP
     assert [rung(job, stage) for stage in ("encode", "denoise", "decode")] == ["resident", "sharded", "resident"]
-    assert str(job.places["transformer"].placement) == "cuda:0:9,cuda:1:28,cuda:0:20"
+    assert str(job.places["denoise", "transformer"].placement) == "cuda:0:9,cuda:1:28,cuda:0:20"
     need = job.needs["denoise"]
     assert need["cuda:1"].weights == 10 * DOUBLE + 18 * SINGLE
     assert need["cuda:0"].weights == FLUX - need["cuda:1"].weights
     assert {device: job.machine[device].room for device in need} == dict.fromkeys(need, 16 * GB - GIB)
     assert all(0.4 * GB < one.activations < 0.6 * GB and one.total < 16 * GB - GIB for one in need.values())
-    assert "22.2 GiB of weights on one device; cuda:0 has 13.4 GiB for them" in job.rungs["denoise"][0].refused
+    assert "22.2 GiB of weights on one device; cuda:0 has 13.4 GiB for them" in job.strategies["denoise"][0].refused
 
 
 def test_flux_on_one_card_of_24_gb(flux_dev: Path) -> None:
@@ -122,11 +122,11 @@ def test_flux_on_cards_of_16_and_8_gb(flux_dev: Path) -> None:
 def test_flux_on_four_cards_of_12_gb(flux_dev: Path) -> None:
     """10.93 - 0.5 GB each: three are enough for 23.8 GB, and four of use when there are four requests."""
     job = hypothetical(flux_dev, "4x12GB")
-    assert str(job.places["transformer"].placement) == "cuda:0:9,cuda:1:19,cuda:2:19,cuda:0:10"
+    assert str(job.places["denoise", "transformer"].placement) == "cuda:0:9,cuda:1:19,cuda:2:19,cuda:0:10"
     assert job.needs["denoise"]["cuda:2"].weights == 19 * SINGLE
-    busy = hypothetical(flux_dev, "4x12GB", lanes=2).places["transformer"].placement
+    busy = hypothetical(flux_dev, "4x12GB", lanes=2).places["denoise", "transformer"].placement
     assert isinstance(busy, Sharded) and len(set(busy.devices.values())) == 3
-    busy = hypothetical(flux_dev, "4x12GB", lanes=4).places["transformer"].placement
+    busy = hypothetical(flux_dev, "4x12GB", lanes=4).places["denoise", "transformer"].placement
     assert isinstance(busy, Sharded) and len(set(busy.devices.values())) == 4
 
 
@@ -136,7 +136,7 @@ def test_flux_on_two_cards_of_8_gb(flux_dev: Path) -> None:
         hypothetical(flux_dev, "2x8GB")
     assert refused.value.fixes == (Fix("allow_offload", "cpu"),)
     job = hypothetical(flux_dev, "2x8GB", allow_offload="cpu")
-    encode = job.places["text_encoder_2"].placement
+    encode = job.places["encode", "text_encoder_2"].placement
     assert isinstance(encode, Sharded) and len(set(encode.devices.values())) == 2
     assert sum(one.weights for one in job.needs["encode"].values()) == T5 + CLIP
     assert all(job.needs["encode"][name].total < 8 * GB - GIB for name in ("cuda:0", "cuda:1"))
@@ -158,7 +158,7 @@ def test_plans_that_share_what_they_know_are_those_that_do_not(flux_dev: Path) -
     hypothetical(flux_dev, "1x24GiB", known=known)
     alone = hypothetical(flux_dev, "3x8GB", allow_offload="cpu")
     shared = hypothetical(flux_dev, "3x8GB", allow_offload="cpu", known=known)
-    assert (shared.needs, shared.places, shared.rungs) == (alone.needs, alone.places, alone.rungs)
+    assert (shared.needs, shared.places, shared.strategies) == (alone.needs, alone.places, alone.strategies)
     assert {rung(shared, "denoise"), rung(shared, "encode")} == {"streamed", "sharded"}
     count = len(known.rehearsals)
     assert hypothetical(flux_dev, "3x8GB", allow_offload="cpu", known=known).needs == alone.needs
@@ -174,20 +174,20 @@ def test_what_an_error_names_makes_it_fit(flux_dev: Path) -> None:
 
 def test_the_demo_checkpoint_runs_under_names_of_its_own_pipeline_alone() -> None:
     with pytest.raises(ModelError, match="demo is a FluxPipeline, but family sd3 runs a StableDiffusion3Pipeline"):
-        make_plan("sd3", [asked()], model="demo")
-    assert make_plan("flux-schnell", [asked()], model="demo").family.name == "demo"
+        make_plan(Job("sd3", [asked()], model="demo"))
+    assert make_plan(Job("flux-schnell", [asked()], model="demo")).family.name == "demo"
 
 
 def test_other_families_of_real_size(tmp_path: Path) -> None:
     """Stable Diffusion 3.5 Large 16.29 GB, Qwen-Image 40.86 and 16.58, FLUX.2-dev 64.45 and 48.02."""
     job = hypothetical(sparse.sd35_large(tmp_path / "sd3"), "2x16GB", "sd3")
-    placement = job.places["transformer"].placement
+    placement = job.places["denoise", "transformer"].placement
     assert isinstance(placement, Sharded)
     assert [list(placement.devices.values()).count(card) for card in ("cuda:0", "cuda:1")] == [19, 19]
     assert sum(one.weights for one in job.needs["denoise"].values()) == 16_292_561_536
 
     job = hypothetical(sparse.qwen_image(tmp_path / "qwen"), "2x24GiB", "qwen-image")
-    placement = job.places["transformer"].placement
+    placement = job.places["denoise", "transformer"].placement
     assert isinstance(placement, Sharded) and len(placement.devices) == 60
     assert sum(one.weights for one in job.needs["denoise"].values()) == 40_860_802_176
     assert job.needs["encode"]["cuda:0"].weights == 16_584_333_984
@@ -201,36 +201,36 @@ def test_other_families_of_real_size(tmp_path: Path) -> None:
 
 def test_flux_at_2048_decodes_in_tiles_only_where_it_must(flux_dev: Path) -> None:
     request = asked(size=(2048, 2048))
-    assert make_plan("flux", [request], model=flux_dev, machine="2x24GB", modulation_table=False).tile is None
-    job = make_plan("flux", [request], model=flux_dev, machine="3x11GB", modulation_table=False)
+    assert make_plan(Job("flux", [request], model=flux_dev, modulation_table=False), machine="2x24GB").tile is None
+    job = make_plan(Job("flux", [request], model=flux_dev, modulation_table=False), machine="3x11GB")
     assert job.tile == 1024 and rung(job, "decode") == "tiles of 1024 pixels"
-    assert "decode" in job.rungs and "for activations" in job.rungs["decode"][0].refused
+    assert "decode" in job.strategies and "for activations" in job.strategies["decode"][0].refused
 
 
 def test_types_follow_the_cards(flux_dev: Path) -> None:
     """Without bfloat16 T5 has 19 GB in float32, and is dealt over both cards; only the denoiser is in float16."""
     cards = [dataclasses.replace(card, bfloat16=False) for card in imagined_machine([16 * GB] * 2).devices]
     old = Machine(tuple(cards), 64 * GB, 64 * GB, here=False)
-    job = make_plan("flux", [asked()], model=flux_dev, machine=old, modulation_table=False)
+    job = make_plan(Job("flux", [asked()], model=flux_dev, modulation_table=False), machine=old)
     assert {name: place.dtype for name, place in job.places.items()} == {
         "text_encoder": torch.float32, "text_encoder_2": torch.float32, "transformer": torch.float16,
         "vae": torch.float32,
     }
-    assert job.reasons["transformer"] == "cuda:0 has no bfloat16, and the model guards against overflow"
+    assert job.reasons["denoise", "transformer"] == "cuda:0 has no bfloat16, and the model guards against overflow"
     # CLIP's 77 positions are whole numbers, and no wider.
     assert sum(one.weights for one in job.needs["encode"].values()) == 2 * (T5 + CLIP) - 77 * 8
     assert rung(job, "encode") == "sharded"
-    wished = make_plan("flux", [asked()], model=flux_dev, machine=old, dtype={"vae": torch.float16},
-                       modulation_table=False)
-    assert wished.places["vae"].dtype == torch.float16 and wished.reasons["vae"] == "asked for"
+    wished = make_plan(Job("flux", [asked()], model=flux_dev, dtype={"vae": torch.float16},
+                           modulation_table=False), machine=old)
+    assert wished.places["decode", "vae"].dtype == torch.float16 and wished.reasons["decode", "vae"] == "asked for"
 
 
 def test_places_that_are_asked_for(flux_dev: Path) -> None:
     place = ["encode.text_encoder_2=1", "denoise=0:10,1:27,0:20", "decode=cuda:1"]
     job = hypothetical(flux_dev, "2x16GB", place=place)
-    assert job.places["text_encoder_2"].placement == Resident("cuda:1")
-    assert job.places["vae"].placement == Resident("cuda:1")
-    assert str(job.places["transformer"].placement) == "cuda:0:10,cuda:1:27,cuda:0:20"
+    assert job.places["encode", "text_encoder_2"].placement == Resident("cuda:1")
+    assert job.places["decode", "vae"].placement == Resident("cuda:1")
+    assert str(job.places["denoise", "transformer"].placement) == "cuda:0:10,cuda:1:27,cuda:0:20"
     for place, why in (
         ("denoise=0:10,1:27", "places 37 blocks; transformer has 57"), ("denoise=2", "cannot go to '2'"),
         ("paint=0", "a stage of encode, denoise, decode"), ("encode.unet=0", "no component unet"),
@@ -251,7 +251,7 @@ def test_the_plan_is_for_the_largest_request_of_all() -> None:
 
 def test_too_many_text_tokens_are_refused_before_the_model_is_looked_for() -> None:
     with pytest.raises(ValueError, match="513 text tokens: the text encoder of flux takes at most 512"):
-        make_plan("flux", [asked(text_tokens=513)], model="no/such-model")
+        make_plan(Job("flux", [asked(text_tokens=513)], model="no/such-model"))
 
 
 # -- on simulated cards, where a plan is also run
@@ -260,7 +260,7 @@ def test_too_many_text_tokens_are_refused_before_the_model_is_looked_for() -> No
 def small(model: Path, devices: list[str], **more: Any) -> Plan:
     request = asked(size=more.pop("size", (64, 48)), steps=2, text_tokens=32)
     more = {"modulation_table": False} | more
-    return make_plan("flux", [request], model=model, devices=devices, dtype={"": torch.float32}, **more)
+    return make_plan(Job("flux", [request], model=model, devices=devices, dtype={"": torch.float32}, **more))
 
 
 def measured(job: Plan) -> tuple[dict[str, dict[str, int]], np.ndarray]:
@@ -383,7 +383,7 @@ def test_every_family_is_planned_and_dealt(
     request = asked(name, size=(64, 48), steps=2, text_tokens=tokens)
     pictures = []
     for place in ((), ("encode=sharded", "denoise=sharded")):
-        job = make_plan(name, [request], model=model, devices=devices, dtype={"": torch.float32}, place=place)
+        job = make_plan(Job(name, [request], model=model, devices=devices, dtype={"": torch.float32}, place=place))
         store, peaks = MemoryStore(warn=print), {}
         for stage in ("encode", "denoise", "decode"):
             # Qwen-Image's positions stay in a cache of the library's, whatever becomes of the model.
@@ -394,7 +394,7 @@ def test_every_family_is_planned_and_dealt(
             peaks[stage] = {device: torch.accelerator.max_memory_allocated(device) - held[device] for device in held}
         agree(job, peaks)
         pictures.append(state.tensors()["pixels"])
-    assert isinstance(job.places["transformer"].placement, Sharded)
+    assert isinstance(job.places["denoise", "transformer"].placement, Sharded)
     assert torch.equal(*pictures)
 
 
@@ -406,16 +406,16 @@ def test_limits_of_the_user_hold(thousandth: Path, cards: Cards, sim: ModuleType
 
 
 def test_a_plan_on_the_host_is_resident_and_in_float32(flux: Path) -> None:
-    job = make_plan("flux", [asked(size=(64, 48), steps=1)], model=flux, devices=["cpu"])
+    job = make_plan(Job("flux", [asked(size=(64, 48), steps=1)], model=flux, devices=["cpu"]))
     assert {str(place.placement) for place in job.places.values()} == {"cpu"}
     assert {place.dtype for place in job.places.values()} == {torch.float32}
     with pytest.raises(NoStrategyFits, match="on one device; cpu has"):
-        make_plan("flux", [asked(size=(64, 48))], model=flux, devices=["cpu"], max_memory="100KB")
+        make_plan(Job("flux", [asked(size=(64, 48))], model=flux, devices=["cpu"], max_memory="100KB"))
 
 
 def test_planning_changes_nobodys_random_numbers(flux: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    make_plan("flux", [asked(size=(64, 48))], model=flux, devices=["cpu"])
+    make_plan(Job("flux", [asked(size=(64, 48))], model=flux, devices=["cpu"]))
     assert torch.equal(torch.rand(4), expected)

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from runner import RankLost, RankProcesses, Report, Request, make_plan, run_all, spawn
+from runner import Job, RankLost, RankProcesses, Report, Request, make_plan, run_all, spawn
 from runner.artifacts import open_store
 from runner.distributed.env import Rank, launched, part, share
 from runner.distributed.heartbeat import Heartbeat
 from runner.distributed.results import differing
 from runner.distributed.watchdog import SILENCE, TIMEOUT, Watchdog
-from runner.engine.keys import chain
+from runner.engine.keys import artifact_keys
 from stages.errors import ModelError
 from stages.machine import Device, Machine
 from stages.state import State
@@ -37,7 +37,7 @@ ASKED = [Request(prompt, 64, 48, 2, 3.5, 7 + index, 32, index) for index, prompt
 @pytest.fixture(scope="module")
 def alone(flux: Path) -> Report:
     """The five pictures by one process."""
-    return run_all(make_plan("flux", ASKED, model=flux, devices=["cpu"]))
+    return run_all(make_plan(Job("flux", ASKED, model=flux, devices=["cpu"])))
 
 
 def same(made: Report, alone: Report) -> list[bool]:
@@ -51,23 +51,23 @@ def test_one_two_three_and_five_prompts_on_two_ranks_are_the_pictures_of_one_pro
     with RankProcesses(2) as crew:
         # What is refused is refused as in one process, and the ranks are there for the next job.
         with pytest.raises(ModelError, match="nowhere"):
-            spawn("flux", ASKED, ranks=crew, model=tmp_path / "nowhere", store=tmp_path / "store")
+            spawn(Job("flux", ASKED, model=tmp_path / "nowhere", store=tmp_path / "store"), ranks=crew)
         for count in (1, 2, 3, 5):
-            made = spawn("flux", ASKED[:count], ranks=crew, model=flux, devices=["cpu"], store=tmp_path / f"{count}",
-                         emit=lambda kind, data: kinds.append(kind))
+            made = spawn(Job("flux", ASKED[:count], model=flux, devices=["cpu"],
+                             store=tmp_path / f"{count}"), ranks=crew, emit=lambda kind, data: kinds.append(kind))
             assert same(made, alone) == [True] * count
             assert [stage.ran + stage.reused for stage in made.stages] == [count] * 3
             workers = {f"rank {rank} cpu" for rank in range(min(count, 2))}
             assert all(stage.peak.keys() == workers for stage in made.stages)
             assert [picture.index for picture in made.pictures] == list(range(count))
         broken = tmp_path / "broken"
-        plan = make_plan("flux", ASKED, model=flux, devices=["cpu"])
+        plan = make_plan(Job("flux", ASKED, model=flux, devices=["cpu"]))
         store = open_store(str(broken))
         # Rank 1 finds an embedding that is none.
         said = "^rank 1 failed in denoise: ValueError: Required input .* is missing; what was finished is kept"
-        store.put(chain(plan)["encode"][4], "encode", State({"nothing": torch.zeros(1)}), {})
+        store.put(artifact_keys(plan)["encode"][4], "encode", State({"nothing": torch.zeros(1)}), {})
         with pytest.raises(RankLost, match=said):
-            spawn("flux", ASKED, ranks=crew, model=flux, devices=["cpu"], store=broken)
+            spawn(Job("flux", ASKED, model=flux, devices=["cpu"], store=broken), ranks=crew)
     assert gone(crew) and kinds.count("run") == 4 and "step" in kinds
     assert capfd.readouterr().out == ""
     (run,) = store.runs()
@@ -115,10 +115,10 @@ def test_a_killed_rank_ends_the_job_and_what_was_finished_is_kept(flux: Path, al
     said = r"^rank 1 was killed by SIGKILL .* last in denoise, picture 1 of 1, step \d+ of 1000; what was finished"
     with RankProcesses(2) as crew:
         with pytest.raises(RankLost, match=said), when(crew, 1, "step", kill):
-            spawn("flux", asked, ranks=crew, model=flux, devices=["cpu"], store=tmp_path, emit=emit)
+            spawn(Job("flux", asked, model=flux, devices=["cpu"], store=tmp_path), ranks=crew, emit=emit)
         begin = time.monotonic()
     assert time.monotonic() - begin < 30 and gone(crew)
-    kept = run_all(make_plan("flux", asked[:2], model=flux, devices=["cpu"]), store=open_store(str(tmp_path)))
+    kept = run_all(make_plan(Job("flux", asked[:2], model=flux, devices=["cpu"])), store=open_store(str(tmp_path)))
     assert [stage.reused for stage in kept.stages] == [2, 2, 2] and same(kept, alone) == [True, True]
 
 
@@ -132,7 +132,7 @@ def test_a_stopped_rank_ends_the_job(flux: Path, tmp_path: Path) -> None:
 
     said = r"^rank 0 hangs: no sign of life for \d+ s, last in denoise, picture 1 of 1, step \d+ of 1000 "
     with RankProcesses(2, timeout=8.0) as crew, pytest.raises(RankLost, match=said), when(crew, 0, "step", stop):
-        spawn("flux", asked, ranks=crew, model=flux, devices=["cpu"], store=tmp_path)
+        spawn(Job("flux", asked, model=flux, devices=["cpu"], store=tmp_path), ranks=crew)
     assert time.monotonic() - stopped[0] < 60 and gone(crew)
 
 

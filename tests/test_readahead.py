@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from runner import Request, make_plan, run_all
+from runner import Job, Request, make_plan, run_all
 from stages.loading import readahead
 from stages.loading.readahead import reading_ahead
 
@@ -83,6 +83,6 @@ def test_a_stage_asks_for_the_files_of_the_next(flux: Path) -> None:
             asked.append((data["stage"], data["bytes"]))
 
     request = Request("a red circle", 64, 48, 1, 3.5, 7, 32)
-    run_all(make_plan("flux", [request], model=flux, devices=["cpu"]), emit=emit)
+    run_all(make_plan(Job("flux", [request], model=flux, devices=["cpu"])), emit=emit)
     transformer, vae = (next((flux / name).glob("*.safetensors")).stat().st_size for name in ("transformer", "vae"))
     assert asked == [("denoise", transformer), ("decode", vae)]

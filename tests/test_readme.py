@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runner import make_plan, run_all
+from runner import Job, make_plan, run_all
 from runner.commands.cli import answer
-from runner.request import ask
+from runner.request import requests_for
 from stages.families import FAMILIES
 from tests import tiny
 
@@ -98,8 +98,8 @@ def test_every_other_command_runs(flux: Path, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("line", RANKS, ids=lambda line: line.split()[0])
 def test_two_ranks_make_the_pictures_of_one_process(line: str, flux: Path, tmp_path: Path) -> None:
     printed = run(line, tmp_path, "--model", str(flux), "--size", "64x48", "--device", "cpu", "--steps", "2")
-    asked = ask("a fox", FAMILIES["flux"], size=(64, 48), steps=2, seed=1, count=4)
-    alone = run_all(make_plan("flux", asked, model=flux, devices=["cpu"])).pictures
+    asked = requests_for("a fox", FAMILIES["flux"], size=(64, 48), steps=2, seed=1, count=4)
+    alone = run_all(make_plan(Job("flux", asked, model=flux, devices=["cpu"]))).pictures
     assert len(printed) == len(alone) == 4
     for path, picture in zip(printed, alone, strict=True):
         assert np.array_equal(Image.open(tmp_path / path), picture.pixels)
@@ -109,8 +109,8 @@ def test_two_processes_make_one_picture_together(flux: Path, tmp_path: Path) -> 
     (line,) = TOGETHER
     small = ("--model", str(flux), "--size", "64x48", "--device", "cpu", "--steps", "2", "--ranks", "2")
     (printed,) = run(line, tmp_path, *small)
-    asked = ask("a fox", FAMILIES["flux"], size=(64, 48), steps=2, seed=1)
-    alone = run_all(make_plan("flux", asked, model=flux, devices=["cpu"])).pictures[0].pixels
+    asked = requests_for("a fox", FAMILIES["flux"], size=(64, 48), steps=2, seed=1)
+    alone = run_all(make_plan(Job("flux", asked, model=flux, devices=["cpu"]))).pictures[0].pixels
     assert np.abs(np.asarray(Image.open(tmp_path / printed)).astype(int) - alone).max() <= 1
 
 

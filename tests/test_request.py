@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.request import PIXELS, SEED, Request, ask, nearest, read_guidance, read_size, read_whole
+from runner.inputs import PIXELS, SEED, read_guidance, read_size, read_whole
+from runner.request import Request, nearest_sizes, requests_for
 from runner.text import shown
 from stages.families import FAMILIES
 
@@ -53,9 +54,9 @@ def test_outside_is_refused_with_the_value(name: str, value: Any, says: str) -> 
 
 def test_too_many_pixels_are_refused_with_a_size_of_the_same_shape_that_fits() -> None:
     assert Request(**{**GOOD, "width": 2048, "height": 2048}).width == 2048
-    with pytest.raises(ValueError, match=r"2048x2049 is 4,196,352 pixels; the limit is 4,194,304 -> --size 1984x2048"):
+    with pytest.raises(ValueError, match=r"2048x2049 is 4,196,352 pixels; the limit is 4,194,304 -> size='1984x2048'"):
         Request(**{**GOOD, "width": 2048, "height": 2049})
-    with pytest.raises(ValueError, match="-> --size 2048x2048"):
+    with pytest.raises(ValueError, match="-> size='2048x2048'"):
         Request(**{**GOOD, "width": 16384, "height": 16384})
 
 
@@ -70,42 +71,42 @@ def test_too_many_pixels_are_refused_with_a_size_of_the_same_shape_that_fits() -
     ],
 )
 def test_nearest_two_sizes(size: tuple[int, int], multiple: int, pair: object) -> None:
-    assert nearest(size, multiple) == pair
+    assert nearest_sizes(size, multiple) == pair
 
 
 @given(st.integers(1, 2048), st.integers(1, 2048), st.sampled_from([8, 16, 32, 64]))
 def test_nearest_sizes_are_legal_and_the_first_is_no_further_than_half_a_multiple(w: int, h: int, m: int) -> None:
-    first, second = nearest((w, h), m)
+    first, second = nearest_sizes((w, h), m)
     assert first != second
     for width, height in (first, second):
         assert width % m == height % m == 0 < width * height <= PIXELS
     assert all(abs(near - side) <= max(m // 2, m - side) for near, side in zip(first, (w, h), strict=True))
 
 
-def test_ask_fills_from_the_family_and_counts_the_seed_up() -> None:
-    one, two, three = ask("a red circle", FAMILIES["flux"], seed=41, count=3, size=(512, 256))
+def test_requests_are_filled_from_the_family_and_count_the_seed_up() -> None:
+    one, two, three = requests_for("a red circle", FAMILIES["flux"], seed=41, count=3, size=(512, 256))
     assert (one.seed, two.seed, three.seed) == (41, 42, 43)
     assert [r.index for r in (one, two, three)] == [0, 1, 2]
     assert (one.width, one.height, one.steps, one.guidance, one.text_tokens) == (512, 256, 28, 3.5, 512)
 
 
 def test_random_seeds_differ_also_for_the_generator_of_torch() -> None:
-    drawn = {ask("x", FAMILIES["demo"])[0].seed for _ in range(8)}
+    drawn = {requests_for("x", FAMILIES["demo"])[0].seed for _ in range(8)}
     assert len(drawn) == 8 and max(drawn) < 2**32
 
 
 def test_ask_refuses_a_wrap_around_and_what_the_family_does_not_take() -> None:
-    assert ask("x", FAMILIES["demo"], seed=SEED - 1, count=2)[1].seed == SEED
+    assert requests_for("x", FAMILIES["demo"], seed=SEED - 1, count=2)[1].seed == SEED
     with pytest.raises(ValueError, match="pass the last seed"):
-        ask("x", FAMILIES["demo"], seed=SEED, count=2)
+        requests_for("x", FAMILIES["demo"], seed=SEED, count=2)
     with pytest.raises(ValueError, match="flux-schnell takes no guidance"):
-        ask("x", FAMILIES["flux-schnell"], guidance=3.0)
+        requests_for("x", FAMILIES["flux-schnell"], guidance=3.0)
     with pytest.raises(ValueError, match="steps must be"):
-        ask("x", FAMILIES["flux"], steps=0)
-    assert len(ask("x", FAMILIES["flux"], count=64)) == 64
+        requests_for("x", FAMILIES["flux"], steps=0)
+    assert len(requests_for("x", FAMILIES["flux"], count=64)) == 64
     for count in (0, -1, 65, 10**9):
         with pytest.raises(ValueError, match="1 to 64"):
-            ask("x", FAMILIES["flux"], count=count)
+            requests_for("x", FAMILIES["flux"], count=count)
 
 
 @pytest.mark.parametrize("text", ["2.5", "0x1F", "1e3", "1_000", " 5", "", "9" * 5000, "\u0663", "nan", "0", "11"])
@@ -141,24 +142,25 @@ def test_shown_is_short_ascii() -> None:
 
 @pytest.mark.parametrize(("name", "most"), [("flux", 512), ("sd3", 512), ("qwen-image", 1024)])
 def test_no_more_text_tokens_than_the_encoder_takes(name: str, most: int) -> None:
-    (request,) = ask("a red circle", FAMILIES[name], seed=1, text_tokens=most)
+    (request,) = requests_for("a red circle", FAMILIES[name], seed=1, text_tokens=most)
     assert request.text_tokens == most
     with pytest.raises(ValueError, match=f"{most + 1} text tokens: .* {name} takes at most {most}"):
-        ask("a red circle", FAMILIES[name], seed=1, text_tokens=most + 1)
+        requests_for("a red circle", FAMILIES[name], seed=1, text_tokens=most + 1)
 
 
 def test_a_negative_prompt_is_for_families_that_read_one_and_for_guidance_over_1() -> None:
     sd3 = FAMILIES["sd3"]
-    assert [one.negative_prompt for one in ask("x", sd3, negative_prompt="blurry", count=2)] == ["blurry", "blurry"]
-    assert ask("x", sd3, seed=1, negative_prompt="") == ask("x", sd3, seed=1)
+    both = requests_for("x", sd3, negative_prompt="blurry", count=2)
+    assert [one.negative_prompt for one in both] == ["blurry", "blurry"]
+    assert requests_for("x", sd3, seed=1, negative_prompt="") == requests_for("x", sd3, seed=1)
     for family in ("flux", "flux2-klein-base", "z-image"):
-        with pytest.raises(ValueError, match=f"{family} reads no negative prompt -> leave --negative-prompt out"):
-            ask("x", FAMILIES[family], negative_prompt="blurry")
-        assert ask("x", FAMILIES[family], negative_prompt="")[0].negative_prompt is None
+        with pytest.raises(ValueError, match=f"{family} reads no negative prompt -> leave negative_prompt out"):
+            requests_for("x", FAMILIES[family], negative_prompt="blurry")
+        assert requests_for("x", FAMILIES[family], negative_prompt="")[0].negative_prompt is None
     for guidance in (0.0, 1.0):
-        with pytest.raises(ValueError, match=f'is {guidance} -> --guidance over 1, or --negative-prompt "" for none'):
-            ask("x", sd3, negative_prompt="blurry", guidance=guidance)
+        with pytest.raises(ValueError, match=f'is {guidance} -> guidance over 1, or negative_prompt="" for none'):
+            requests_for("x", sd3, negative_prompt="blurry", guidance=guidance)
     for negative, says in ((5, "the negative prompt must be text"), (" ", "empty negative prompt -> say what guid"),
                            ([], "text"), ("a\x07", "the negative prompt has the control character U\\+0007")):
         with pytest.raises(ValueError, match=says):
-            ask("x", sd3, negative_prompt=negative)  # type: ignore[arg-type]
+            requests_for("x", sd3, negative_prompt=negative)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner import Request, make_plan, run_all
+from runner import Job, Request, RunPolicy, make_plan, run_all
 from runner.artifacts import MemoryStore
 from runner.media.previews import NOTHING_YET, strips
 from runner.reports.page import page
@@ -24,8 +24,8 @@ def test_a_run_on_two_cards_can_be_reported_from_the_store_alone(tmp_path: Path,
     save_file({**load_file(vae), "ema.decay": torch.ones(1)}, vae, {"format": "pt"})
     unread = "the model has no use for what the files of vae hold besides its weights: ema.decay"
     devices = cards(12_000_000, 12_000_000)
-    job, store = make_plan("flux", [ASKED], model=model, dtype={"": torch.float32}), MemoryStore(warn=print)
-    first = run_all(job, store=store, preview=1)
+    job, store = make_plan(Job("flux", [ASKED], model=model, dtype={"": torch.float32})), MemoryStore(warn=print)
+    first = run_all(job, RunPolicy(preview=1), store=store)
     record: dict[str, Any] = store.load_run(first.run)
     assert record["warnings"] == [unread, NOTHING_YET] and record["previews"] == {}
     timeline = record["timeline"]
@@ -38,7 +38,7 @@ def test_a_run_on_two_cards_can_be_reported_from_the_store_alone(tmp_path: Path,
     spans = {(span["stage"], span["part"]): span["busy"] for span in timeline["spans"]}
     for stage in first.stages:
         assert all(abs(spans[stage.stage, part] - stage.seconds[part]) < 1e-9 for part in ("load", "compute", "flush"))
-    again = run_all(job, store=store, preview=1, from_stage="denoise", sample_memory=True)
+    again = run_all(job, RunPolicy(preview=1, from_stage="denoise", sample_memory=True), store=store)
     record = store.load_run(again.run)
     (strip,) = strips(record, store).values()
     assert record["warnings"] == [unread] and [step for step, _ in strip] == [1, 2, 3, 4]

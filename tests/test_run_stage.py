@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner import Request, make_plan, run_all, run_stage
+from runner import Job, Request, RunPolicy, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
 from runner.planning.plan import Plan
 from stages.errors import BadResult
@@ -22,8 +22,8 @@ def asked(*pictures: tuple[str, int]) -> list[Request]:
 @pytest.fixture(scope="module")
 def kept(flux: Path) -> tuple[Plan, MemoryStore]:
     """Two prompts with two seeds, run as far as the latents."""
-    store, plan = MemoryStore(), make_plan("flux", asked((RED, 7), (GREEN, 8)), model=flux, devices=["cpu"])
-    run_all(plan, store=store, stop_after="denoise")
+    store, plan = MemoryStore(), make_plan(Job("flux", asked((RED, 7), (GREEN, 8)), model=flux, devices=["cpu"]))
+    run_all(plan, RunPolicy(stop_after="denoise"), store=store)
     return plan, store
 
 
@@ -47,16 +47,16 @@ def test_swapped_embeddings_give_the_other_prompts_with_the_same_seeds(flux: Pat
     swapped = run_stage(plan, "encode", store=store)[::-1]
     latents = run_stage(plan, "denoise", store=store, states=swapped)
     fresh = MemoryStore()
-    other = make_plan("flux", asked((GREEN, 7), (RED, 8)), model=flux, devices=["cpu"])
-    run_all(other, store=fresh, stop_after="denoise")
+    other = make_plan(Job("flux", asked((GREEN, 7), (RED, 8)), model=flux, devices=["cpu"]))
+    run_all(other, RunPolicy(stop_after="denoise"), store=fresh)
     for ours, theirs in zip(latents, run_stage(other, "denoise", store=fresh), strict=True):
         assert torch.equal(ours.values["latents"], theirs.values["latents"])
 
 
 def test_one_prompt_with_many_seeds_may_get_different_states(flux: Path, kept: tuple[Plan, MemoryStore]) -> None:
     _, store = kept
-    plan = make_plan("flux", asked((RED, 7), (RED, 7)), model=flux, devices=["cpu"])
-    red, = run_stage(make_plan("flux", asked((RED, 7)), model=flux, devices=["cpu"]), "encode", store=store)
+    plan = make_plan(Job("flux", asked((RED, 7), (RED, 7)), model=flux, devices=["cpu"]))
+    red, = run_stage(make_plan(Job("flux", asked((RED, 7)), model=flux, devices=["cpu"])), "encode", store=store)
     none = red.merged(State({"prompt_embeds": torch.zeros_like(red.values["prompt_embeds"])}))
     first, second = run_stage(plan, "denoise", store=store, states=[red, none])
     assert not torch.equal(first.values["latents"], second.values["latents"])

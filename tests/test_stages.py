@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, ModularPipeline
 
-from runner import Request, make_plan, run_all, run_stage
+from runner import Job, Request, RunPolicy, make_plan, run_all, run_stage
 from runner.artifacts import FolderStore, MemoryStore
 from stages.errors import BadResult, ModelError
 from stages.pipeline.split import split
@@ -42,14 +42,14 @@ def whole(flux: Path, dtype: torch.dtype, asked: Request) -> np.ndarray:
 def test_staged_equals_the_unsplit_modular_pipeline(
     flux: Path, tmp_path: Path, dtype: torch.dtype, kind: str
 ) -> None:
-    job = make_plan("flux", [request()], model=flux, dtype={"": dtype})
+    job = make_plan(Job("flux", [request()], model=flux, dtype={"": dtype}))
     store = MemoryStore(warn=print) if kind == "memory" else FolderStore(tmp_path / "store", warn=print)
     fresh = run_all(job, store=store)
     assert np.array_equal(fresh.pictures[0].pixels, whole(flux, dtype, job.requests[0]))
     again = run_all(job, store=store)
     assert [stage.ran for stage in again.stages] == [0, 0, 0]
     assert np.array_equal(again.pictures[0].pixels, fresh.pictures[0].pixels)
-    decoded = run_all(job, store=store, from_stage="decode")
+    decoded = run_all(job, RunPolicy(from_stage="decode"), store=store)
     assert [stage.ran for stage in decoded.stages] == [0, 0, 1]
     assert np.array_equal(decoded.pictures[0].pixels, fresh.pictures[0].pixels)
 
@@ -64,7 +64,8 @@ def test_staged_equals_the_classic_pipeline_in_float32(flux: Path) -> None:
         guidance_scale=asked.guidance, max_sequence_length=asked.text_tokens,
         generator=torch.Generator("cpu").manual_seed(asked.seed),
     ).images
-    assert np.array_equal(run_all(make_plan("flux", [asked], model=flux)).pictures[0].pixels, np.asarray(images[0]))
+    assert np.array_equal(run_all(make_plan(Job("flux", [asked],
+                                                model=flux))).pictures[0].pixels, np.asarray(images[0]))
 
 
 def test_each_stage_loads_only_its_own_components(flux: Path) -> None:
@@ -74,12 +75,12 @@ def test_each_stage_loads_only_its_own_components(flux: Path) -> None:
         if kind == "load":
             loaded.setdefault(data["stage"], []).append(data["component"])
 
-    run_all(make_plan("flux", [request()], model=flux), emit=emit)
+    run_all(make_plan(Job("flux", [request()], model=flux)), emit=emit)
     assert loaded == {"encode": ["text_encoder", "text_encoder_2"], "denoise": ["transformer"], "decode": ["vae"]}
 
 
 def test_only_what_later_stages_read_crosses_a_border(flux: Path) -> None:
-    job, store = make_plan("flux", [request()], model=flux), MemoryStore(warn=print)
+    job, store = make_plan(Job("flux", [request()], model=flux)), MemoryStore(warn=print)
     (encoded,) = run_stage(job, "encode", store=store)
     assert set(encoded.values) == {"prompt_embeds", "pooled_prompt_embeds"}
     (denoised,) = run_stage(job, "denoise", store=store)
@@ -91,13 +92,13 @@ def test_only_what_later_stages_read_crosses_a_border(flux: Path) -> None:
 
 def test_a_stage_alone_needs_the_one_before(flux: Path) -> None:
     with pytest.raises(ValueError, match="denoise needs the artifacts of encode"):
-        run_stage(make_plan("flux", [request()], model=flux), "denoise", store=MemoryStore(warn=print))
+        run_stage(make_plan(Job("flux", [request()], model=flux)), "denoise", store=MemoryStore(warn=print))
 
 
 def test_other_steps_reuse_the_embeddings(flux: Path) -> None:
     store = MemoryStore(warn=print)
-    run_all(make_plan("flux", [request()], model=flux), store=store)
-    report = run_all(make_plan("flux", [request(steps=2)], model=flux), store=store)
+    run_all(make_plan(Job("flux", [request()], model=flux)), store=store)
+    report = run_all(make_plan(Job("flux", [request(steps=2)], model=flux)), store=store)
     assert [stage.ran for stage in report.stages] == [0, 1, 1]
 
 
@@ -108,29 +109,29 @@ def test_one_prompt_many_seeds_is_encoded_once(flux: Path) -> None:
     def emit(kind: str, data: Any) -> None:
         seen.append(f"{kind} {data.get('stage')}")
 
-    report = run_all(make_plan("flux", requests, model=flux), emit=emit)
+    report = run_all(make_plan(Job("flux", requests, model=flux)), emit=emit)
     assert seen.count("item encode") == 1 and seen.count("item denoise") == 3
     pictures = [picture.pixels for picture in report.pictures]
     assert not np.array_equal(pictures[0], pictures[1])
 
 
 def test_noise_does_not_depend_on_the_other_pictures_of_a_run(flux: Path) -> None:
-    together = run_all(make_plan("flux", [request(seed=1), request(seed=2, index=1)], model=flux)).pictures[1]
-    alone = run_all(make_plan("flux", [request(seed=2)], model=flux)).pictures[0]
+    together = run_all(make_plan(Job("flux", [request(seed=1), request(seed=2, index=1)], model=flux))).pictures[1]
+    alone = run_all(make_plan(Job("flux", [request(seed=2)], model=flux))).pictures[0]
     assert np.array_equal(together.pixels, alone.pixels)
 
 
 def test_another_guidance_makes_another_picture(flux: Path) -> None:
-    jobs = [make_plan("flux", [request(guidance=guidance)], model=flux) for guidance in (1.0, 9.0)]
+    jobs = [make_plan(Job("flux", [request(guidance=guidance)], model=flux)) for guidance in (1.0, 9.0)]
     first, second = (run_all(job).pictures[0].pixels for job in jobs)
     assert not np.array_equal(first, second)
 
 
 def test_a_stage_gives_up_its_models_also_after_an_exception(flux: Path) -> None:
-    job = make_plan("flux", [request()], model=flux)
+    job = make_plan(Job("flux", [request()], model=flux))
     for stage in job.stages:
         models = []
-        with pytest.raises(ZeroDivisionError), stage.loaded(job.places) as loaded:
+        with pytest.raises(ZeroDivisionError), stage.loaded(job.places_of(stage.name)) as loaded:
             models += [weakref.ref(getattr(loaded.pipe, component.name)) for component in stage.components]
             assert all(model() is not None for model in models)
             raise ZeroDivisionError
@@ -141,11 +142,11 @@ def test_a_stage_gives_up_its_models_also_after_an_exception(flux: Path) -> None
 
 def test_an_exception_inside_the_pipeline_frees_the_model(flux: Path) -> None:
     """The frames of a kept traceback would hold the transformer, as they do in a notebook."""
-    job, store = make_plan("flux", [request()], model=flux, modulation_table=False), MemoryStore(warn=print)
+    job, store = make_plan(Job("flux", [request()], model=flux, modulation_table=False)), MemoryStore(warn=print)
     models: list[Any] = []
     (state,) = run_stage(job, "encode", store=store)
     embeds = state.tensors()["prompt_embeds"][..., :-1]
-    with pytest.raises(RuntimeError) as kept, job.stages[1].loaded(job.places) as loaded:
+    with pytest.raises(RuntimeError) as kept, job.stages[1].loaded(job.places_of("denoise")) as loaded:
         models.append(weakref.ref(loaded.pipe.transformer))
         loaded.run(State({**state.values, "prompt_embeds": embeds}, state.tags), SMALL)
     gc.collect()
@@ -153,26 +154,27 @@ def test_an_exception_inside_the_pipeline_frees_the_model(flux: Path) -> None:
 
 
 def test_a_non_finite_embedding_stops_the_run_by_name(flux: Path) -> None:
-    job, store = make_plan("flux", [request()], model=flux, modulation_table=False), MemoryStore(warn=print)
+    job, store = make_plan(Job("flux", [request()], model=flux, modulation_table=False)), MemoryStore(warn=print)
     (state,) = run_stage(job, "encode", store=store)
     poisoned = state.tensors()["prompt_embeds"].clone()
     poisoned[0, 0, 0] = float("nan")
-    with job.stages[1].loaded(job.places) as loaded, pytest.raises(BadResult, match=r"not finite after step 1\b"):
+    loading = job.stages[1].loaded(job.places_of("denoise"))
+    with loading as loaded, pytest.raises(BadResult, match=r"not finite after step 1\b"):
         loaded.run(State({**state.values, "prompt_embeds": poisoned}, state.tags), SMALL)
 
 
 def test_a_constant_picture_is_refused(flux: Path) -> None:
-    job, store = make_plan("flux", [request()], model=flux), MemoryStore(warn=print)
+    job, store = make_plan(Job("flux", [request()], model=flux)), MemoryStore(warn=print)
     run_stage(job, "encode", store=store)
     (state,) = run_stage(job, "denoise", store=store)
-    with job.stages[2].loaded(job.places) as loaded, pytest.raises(BadResult, match="every pixel"):
+    with job.stages[2].loaded(job.places_of("decode")) as loaded, pytest.raises(BadResult, match="every pixel"):
         for parameter in loaded.pipe.vae.parameters():
             parameter.data.zero_()
         loaded.run(state, {"width": 64, "height": 48})
 
 
 def test_an_input_that_no_stage_reads_is_refused(flux: Path) -> None:
-    job = make_plan("flux", [request()], model=flux)
+    job = make_plan(Job("flux", [request()], model=flux))
     with pytest.raises(ValueError, match="no use for eta"):
         split(job.checkpoint, ["prompt", "eta"])
 
@@ -185,7 +187,7 @@ def test_a_missing_tensor_is_not_replaced_by_noise(tmp_path: Path) -> None:
     from tests.tiny import flux
 
     model = flux(tmp_path / "flux")
-    job = make_plan("flux", [request()], model=model)
+    job = make_plan(Job("flux", [request()], model=model))
     file = model / "text_encoder_2" / "model.safetensors"
     tensors = load_file(file)
     del tensors["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
@@ -203,8 +205,9 @@ def test_the_end_of_a_prompt_that_no_encoder_sees_is_told(flux: Path) -> None:
 
     store = MemoryStore(warn=print)
     long = "a red circle " * 40 + "and a small zebra"
-    run_all(make_plan("flux", [request()], model=flux), store=store, emit=emit, stop_after="encode")
+    run_all(make_plan(Job("flux", [request()], model=flux)), RunPolicy(stop_after="encode"), store=store, emit=emit)
     assert told == []
-    report = run_all(make_plan("flux", [request(long)], model=flux), store=store, emit=emit, stop_after="encode")
+    report = run_all(make_plan(Job("flux", [request(long)],
+                                   model=flux)), RunPolicy(stop_after="encode"), store=store, emit=emit)
     (text,) = told
     assert "zebra" in text and store.load_run(report.run)["warnings"] == [text]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from runner import Plan, RankLost, RankProcesses, Report, Request, make_plan, run_all, run_stage, spawn
-from runner.artifacts import ArtifactStore, open_store
-from runner.engine.keys import chain
+from runner import Job, Plan, RankLost, RankProcesses, Report, Request, make_plan, run_all, run_stage, spawn
+from runner.artifacts import Store, open_store
+from runner.engine.keys import artifact_keys
 from runner.engine.step_checkpoint import midway_of
 from runner.planning.ladder import NoStrategyFits
 from runner.planning.layout import layout
@@ -33,16 +33,16 @@ def planned(model: Path, machine: str | None = None, name: str = "flux", **more:
     family = FAMILIES[name]
     asked = Request("a dog", 256, 256, 2, family.guidance, 7, 32)
     devices = ["cpu"] if machine is None else []
-    return make_plan(name, [asked], model=model, devices=devices, machine=machine, **({"place": PLACE} | more))
+    return make_plan(Job(name, [asked], model=model, devices=devices, **{"place": PLACE} | more), machine=machine)
 
 
 @pytest.fixture(scope="module")
 def alone(flux: Path) -> Report:
     """The three pictures by one process."""
-    return run_all(make_plan("flux", ASKED, model=flux, devices=["cpu"]))
+    return run_all(make_plan(Job("flux", ASKED, model=flux, devices=["cpu"])))
 
 
-def latents(store: ArtifactStore, key: str) -> torch.Tensor:
+def latents(store: Store, key: str) -> torch.Tensor:
     state = store.get(key)
     assert state is not None
     found = state.values["latents"]
@@ -50,7 +50,7 @@ def latents(store: ArtifactStore, key: str) -> torch.Tensor:
     return found
 
 
-def check_equal(made: Report, store: ArtifactStore, alone: Report) -> None:
+def check_equal(made: Report, store: Store, alone: Report) -> None:
     """Assert that latents differ by no more than rounding, and pixels by no more than one level."""
     assert made.keys == alone.keys
     for picture in made.pictures:
@@ -67,7 +67,7 @@ def test_two_processes_make_the_pictures_of_one_and_agree_on_what_to_do(
     said: list[tuple[str, Any]] = []
     common: dict[str, Any] = {"model": flux, "devices": ["cpu"], "store": tmp_path, "place": PLACE}
     with pytest.raises(KeyboardInterrupt), RankProcesses(2) as crew:
-        made = spawn("flux", ASKED, ranks=crew, emit=lambda kind, data: said.append((kind, data)), **common)
+        made = spawn(Job("flux", ASKED, **common), ranks=crew, emit=lambda kind, data: said.append((kind, data)))
         check_equal(made, store, alone)
         denoise = made.stages[1]
         assert (denoise.ran, denoise.reused) == (3, 0) and denoise.peak.keys() == {"rank 0 cpu", "rank 1 cpu"}
@@ -81,15 +81,15 @@ def test_two_processes_make_the_pictures_of_one_and_agree_on_what_to_do(
         broken = {name: torch.full_like(value, 3e38) if isinstance(value, torch.Tensor) else value
                   for name, value in embeddings.values.items()}
         store.put(made.keys["encode"][2], "encode", State(broken, embeddings.tags), {})
-        made = spawn("flux", ASKED, ranks=crew, **common)
+        made = spawn(Job("flux", ASKED, **common), ranks=crew)
         check_equal(made, store, alone)
         assert [failure.index for failure in made.failures] == [2] and "not finite" in made.failures[0].text
         assert [stage.ran for stage in made.stages] == [0, 2, 1] and made.stages[1].reused == 1
         # All stop after the same step, and what was done is kept.
         with when(crew, 1, "step", lambda pid: os.kill(os.getpid(), signal.SIGINT)):
-            spawn("flux", LONG, ranks=crew, **common)
+            spawn(Job("flux", LONG, **common), ranks=crew)
     assert gone(crew)
-    (key,) = chain(make_plan("flux", LONG, model=flux, devices=["cpu"]))["denoise"]
+    (key,) = artifact_keys(make_plan(Job("flux", LONG, model=flux, devices=["cpu"])))["denoise"]
     midway = midway_of(store, key)
     assert midway is not None and 1 <= midway.steps < 1000
 
@@ -100,7 +100,7 @@ def test_a_killed_process_is_named_and_not_the_one_that_misses_it(flux: Path, tm
     with RankProcesses(2) as crew:
         kill = when(crew, 1, "step", lambda pid: os.kill(pid, signal.SIGKILL))
         with pytest.raises(RankLost, match=said), kill:
-            spawn("flux", LONG, ranks=crew, model=flux, devices=["cpu"], store=tmp_path, place=PLACE)
+            spawn(Job("flux", LONG, model=flux, devices=["cpu"], store=tmp_path, place=PLACE), ranks=crew)
     assert gone(crew)
 
 
@@ -109,7 +109,7 @@ def test_flux_fits_two_16_gb_cards_with_the_table_and_not_without(tmp_path: Path
     plan = planned(model, "2x16GB")
     needs = plan.needs["denoise"]
     assert {card: round(need.weights / 1e9, 2) for card, need in needs.items()} == {"cuda:0": 8.64, "cuda:1": 8.64}
-    assert str(plan.places["transformer"].placement) == "cut over cuda:0, cuda:1"
+    assert str(plan.places["denoise", "transformer"].placement) == "cut over cuda:0, cuda:1"
     assert plan.device_map["transformer"] == {"": "cuda:0,cuda:1"} and plan.lanes == 1
     assert {card: sum(parts["transformer"].values()) for card, parts in layout(plan)["denoise"].items()} == {
         card: need.weights for card, need in needs.items()}

@@ -31,9 +31,9 @@ from diffusers.modular_pipelines.wan import encoders as wan_encoders
 from diffusers.pipelines.auto_pipeline import SUPPORTED_TASKS_MAPPINGS, _get_model
 from transformers.utils import import_utils
 
-from runner import Request, make_plan
+from runner import Job, Request, make_plan
 from runner.artifacts import FolderStore, MemoryStore, key_of
-from runner.engine.keys import chain
+from runner.engine.keys import artifact_keys
 from stages.errors import BadResult, ModelError
 from stages.families import FAMILIES
 from stages.models.checkpoint import find
@@ -271,10 +271,10 @@ def test_10_the_layout_of_a_border_belongs_to_a_version(flux: Path, monkeypatch:
     assert diffusers.__version__.startswith("0.42.")
     assert set(encoded(stages_of(flux)).values) == {"prompt_embeds", "pooled_prompt_embeds"}
     asked = Request("a red circle", 64, 48, steps=2, guidance=3.5, seed=7, text_tokens=32)
-    job = make_plan("flux", [asked], model=flux)
-    before = chain(job)
+    job = make_plan(Job("flux", [asked], model=flux))
+    before = artifact_keys(job)
     monkeypatch.setattr(diffusers, "__version__", "0.43.0")
-    after = chain(job)
+    after = artifact_keys(job)
     assert all(before[stage] != after[stage] for stage in ("encode", "denoise", "decode"))
 
 
@@ -293,7 +293,7 @@ def test_11_packages_are_asked_for_before_anything_is_downloaded(monkeypatch: py
     monkeypatch.setitem(FAMILIES, "flux", needy)
     asked = Request("a red circle", 64, 48, steps=2, guidance=3.5, seed=7, text_tokens=32)
     with pytest.raises(ModelError, match="pip install no_such_package"):
-        make_plan("flux", [asked])
+        make_plan(Job("flux", [asked]))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from runner.artifacts import FolderStore
 from runner.commands.cli import answer
-from runner.commands.results import Writer
+from runner.commands.results import Results
 from tests import tiny
 
 Cards = Callable[..., list[str]]
@@ -41,15 +41,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exhausted(monkeypatch: pytest.MonkeyPatch, sim: ModuleType) -> list[str]:
     """After every step the next allocation on each of these cards fails."""
     devices: list[str] = []
-    hear = Writer.hear
+    hear = Results.__call__
 
-    def heard(self: Writer, kind: str, data: Mapping[str, Any]) -> None:
+    def heard(self: Results, kind: str, data: Mapping[str, Any]) -> None:
         hear(self, kind, data)
         if kind == "step":
             for device in devices:
                 sim.fail_allocation(device, 1)
 
-    monkeypatch.setattr(Writer, "hear", heard)
+    monkeypatch.setattr(Results, "__call__", heard)
     return devices
 
 

@@ -14,7 +14,7 @@ from runner.engine.report import Failure, Picture, Report, StageReport
 from runner.engine.signals import Interrupted, StopRequest
 from runner.engine.stage_runner import Collectives, StageRunner, work_items
 from runner.events import Emit, one_at_a_time, silent
-from runner.job import STAGES, Job, Origin, new_run
+from runner.job import STAGES, Job, Origin, RunPolicy, new_run
 from runner.media.image import commit, versions
 from runner.media.latent_rgb import colors_of
 from runner.media.previews import Previewer
@@ -33,6 +33,7 @@ Done = Callable[[Picture], None]
 
 def run_all(
     plan: Plan,
+    policy: RunPolicy | None = None,
     *,
     store: Store | None = None,
     emit: Emit = silent,
@@ -40,7 +41,7 @@ def run_all(
     stop: Callable[[], bool] | None = None,
     collectives: Collectives | None = None,
 ) -> Report:
-    """Make every picture of the plan as its job's policy says, re-using what the store has.
+    """Make every picture of the plan as `policy` says, or its job's, re-using what the store has.
 
     `store` is by default the job's, or one in memory where the job names none. `done` is told of each picture as soon
     as it is there. A signal, or `stop` once it is true, ends the run after the current step: Interrupted. A denoise
@@ -49,6 +50,8 @@ def run_all(
     Raises BadResult, ModelError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
     check_runnable(plan, collectives)
+    if policy is not None:
+        plan = replace(plan, job=replace(plan.job, policy=policy))
     policy = plan.job.policy
     recorder = Recorder(emit, plan.devices, often=policy.sample_memory)
     emit = one_at_a_time(recorder)

@@ -22,7 +22,7 @@ from runner.planning.plan import Plan
 from stages.errors import BadResult, StageOutOfMemory, StoreError
 from stages.events import Emit, silent
 from stages.loading.readahead import reading_ahead
-from stages.pipeline.stage import Loaded, Stage
+from stages.pipeline.stage import Loaded, Stage, detach
 from stages.pipeline.step_hook import StepCheckpoint
 from stages.placement.copy_test import verified
 from stages.placement.placement import Places
@@ -184,9 +184,14 @@ class StageRunner:
         self._table = None
         before = dict(self.seconds)
         cards = [name for name in self.plan.devices if name != "cpu"]
-        with (nullcontext() if table is None else table.attached(loaded), self._reading_ahead(),
-              self.stop.patiently() if loaded.divisible else nullcontext()):
-            lanes.process(loaded, self.lanes, cards, items, partial(self._run, table, len(items)), self._failed)
+        try:
+            with (nullcontext() if table is None else table.attached(loaded), self._reading_ahead(),
+                  self.stop.patiently() if loaded.divisible else nullcontext()):
+                lanes.process(loaded, self.lanes, cards, items, partial(self._run, table, len(items)), self._failed)
+        except BaseException as error:
+            # Here, as `loaded` gives an error the traceback back that it came with.
+            detach(error)
+            raise
         for part in ("compute", "save"):
             self.seconds[part] = before[part] + (self.seconds[part] - before[part]) / min(self.lanes, len(items))
 
@@ -212,8 +217,8 @@ class StageRunner:
         except BadResult as error:
             if of == 1:
                 raise
-            self.failures.extend(Failure(position, self.stage.name, str(error)) for position in item.requests)
-            self.emit("failure", {"stage": self.stage.name, "request": item.request, "text": str(error)})
+            self.failures.extend(Failure(position, self.stage.name, error.text) for position in item.requests)
+            self.emit("failure", {"stage": self.stage.name, "request": item.request, "text": error.text})
             return
         self.made.add(item.key)
         if self._made is not None:

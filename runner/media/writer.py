@@ -55,8 +55,9 @@ class PictureWriter:
         except InvalidInput as error:
             if len(self._job.requests) == 1:
                 raise
-            self._failed(position, str(error))
-            self._emit("failure", {"stage": "decode", "request": position, "text": str(error)})
+            self._failed(position, error.text)
+            self._emit("failure", {"stage": "decode", "request": position, "text": error.text,
+                                   **label(self._job, position)})
         else:
             self._emit("picture", {"path": str(path), "index": picture.index, "seed": picture.request.seed,
                                    "position": position, "kept": kept, "card": card, **label(self._job, position)})

@@ -181,4 +181,9 @@ def _tighter(plan: Plan) -> str:
     """For each card a limit of three quarters of what it had, so that weights leave more of it free."""
     limits = ((card.name.rpartition(":")[2], card.free if card.limit is None else card.limit)
               for card in plan.machine.cards)
-    return ",".join(f"{name}={int(size * LESS / 2**20)}MiB" for name, size in limits)
+    return ",".join(f"{name}={_amount(int(size * LESS))}" for name, size in limits)
+
+
+def _amount(size: int) -> str:
+    """Bytes as a limit is written, rounded down."""
+    return f"{size // 2**20}MiB" if size >= 2**20 else f"{size // 2**10}KiB"

@@ -202,8 +202,6 @@ def verbose(kind: str, data: Mapping[str, Any], line: Callable[[], str]) -> Iter
     elif kind == "table":
         yield (f"{data['stage']}: {data['layers']} layers computed ahead in {float(data['seconds']):.1f} s, "
                f"{gib(int(data['bytes']))}")
-    elif kind == "reuse":
-        yield f"{data['stage']}: picture {int(data['index']) + 1} taken from the store"
 
 
 def _live(stream: TolerantStream, line: Callable[[], str], preview: Callable[[], Any]) -> Any:

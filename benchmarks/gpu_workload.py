@@ -47,7 +47,7 @@ WAYS = (
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What every way does: a picture of `side` times `side` pixels, until a time of the day in seconds.
 
     Limits are counted in `unit` bytes; `count` tells what is copied, where anything can.
