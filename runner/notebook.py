@@ -15,7 +15,7 @@ from runner.reports.progress import Status, Summary
 from runner.text import gib
 
 if TYPE_CHECKING:
-    from runner.artifacts import ArtifactStore
+    from runner.artifacts import Store
 
 APART = 0.25
 WIDTH = 860
@@ -62,7 +62,7 @@ class Memory:
 
     HEAD = ("stage", "device", "before", "plan", "peak", "peak less before", "after")
 
-    def __init__(self, store: "ArtifactStore", run: str) -> None:
+    def __init__(self, store: "Store", run: str) -> None:
         self.run, self.rows = run, measured(store.load_run(run))
 
     def __repr__(self) -> str:
@@ -77,7 +77,7 @@ class Memory:
 class Charts:
     """The charts of the report of a run of `store`: where every block lay, memory over time, where the time went."""
 
-    def __init__(self, store: "ArtifactStore", run: str) -> None:
+    def __init__(self, store: "Store", run: str) -> None:
         self.run = run
         record = store.load_run(run)
         self._drawings = [drawing for draw in (blocks, memory, gantt) if (drawing := draw(record, WIDTH)) is not None]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from runner import make_plan, run_all
-from runner.artifacts import ArtifactStore, open_store
+from runner.artifacts import Store, open_store
 from runner.commands.cli import answer
 from runner.commands.order import check_engine
 from runner.distributed.ray.actor import Denoise, alone, cards_of, errands
@@ -53,7 +53,7 @@ def workers(name: str) -> list[int]:
 
 
 @contextmanager
-def killing(name: str, store: ArtifactStore, before: str, last: str) -> Iterator[list[int]]:
+def killing(name: str, store: Store, before: str, last: str) -> Iterator[list[int]]:
     """Kill the worker of a stage once it made the artifact `before`; until then it waits for the lock of `last`."""
     killed: list[int] = []
     over, held = threading.Event(), threading.Event()

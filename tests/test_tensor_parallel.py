@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from runner import Plan, RankLost, RankProcesses, Report, Request, make_plan, run_all, run_stage, spawn
-from runner.artifacts import ArtifactStore, open_store
+from runner.artifacts import Store, open_store
 from runner.engine.keys import chain
 from runner.engine.step_checkpoint import midway_of
 from runner.planning.ladder import NoStrategyFits
@@ -42,7 +42,7 @@ def alone(flux: Path) -> Report:
     return run_all(make_plan("flux", ASKED, model=flux, devices=["cpu"]))
 
 
-def latents(store: ArtifactStore, key: str) -> torch.Tensor:
+def latents(store: Store, key: str) -> torch.Tensor:
     state = store.get(key)
     assert state is not None
     found = state.values["latents"]
@@ -50,7 +50,7 @@ def latents(store: ArtifactStore, key: str) -> torch.Tensor:
     return found
 
 
-def check_equal(made: Report, store: ArtifactStore, alone: Report) -> None:
+def check_equal(made: Report, store: Store, alone: Report) -> None:
     """Assert that latents differ by no more than rounding, and pixels by no more than one level."""
     assert made.keys == alone.keys
     for picture in made.pictures:

@@ -7,59 +7,15 @@ import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 from runner.artifacts import atomic_files, folder, locks
 from runner.artifacts.atomic_files import Buffer, Entry, File
-from runner.artifacts.manifest import Artifact, checked_key, checked_run, key_of
-from runner.artifacts.signed_json import JSON
+from runner.artifacts.manifest import checked_key, checked_run
 from runner.artifacts.store import Store, Warn
 from stages.errors import StoreError
-
-if TYPE_CHECKING:
-    from stages.state import State
-
-__all__ = ["Artifact", "ArtifactStore", "FolderStore", "MemoryStore", "Store", "key_of", "open_store"]
-
-
-class ArtifactStore(Protocol):
-    """What a run needs of a store."""
-
-    def get(self, key: str) -> "State | None":
-        """The state of `key`; None where it is not there, or (with a warning) damaged."""
-
-    def put(self, key: str, stage: str, state: "State", note: Mapping[str, object]) -> Artifact:
-        """Store `state` under `key`; BadResult where it is not finite, StoreError where it cannot be stored."""
-
-    def find(self, key: str) -> Artifact | None:
-        """The manifest of `key`, without a look at its object."""
-
-    def read(self, artifact: Artifact, *, finite: bool = True) -> "State":
-        """The state of `artifact`; StoreError where it is missing or damaged, BadResult unless `finite` is waived."""
-
-    def drop(self, key: str) -> None:
-        """Forget `key` and its bytes, if it is there; who is reading it finds it whole or not at all."""
-
-    def keys(self) -> list[str]:
-        """Every key that has a manifest, sorted."""
-
-    def working(self, key: str) -> AbstractContextManager[None]:
-        """Only one process at a time is inside for `key`; ask `get` once more when inside."""
-
-    def running(self, run: str) -> AbstractContextManager[None]:
-        """Show others that the run is going on, for the block."""
-
-    def save_run(self, run: str, record: Mapping[str, object]) -> None:
-        """Store the record of a run in place of its last one."""
-
-    def load_run(self, run: str) -> dict[str, JSON]:
-        """The record of a run; StoreError where there is none or it is damaged."""
-
-    def runs(self) -> list[str]:
-        """Every run, the first started first."""
 
 
 class MemoryStore(Store):
@@ -159,6 +115,50 @@ class FolderStore(Store):
         """Forget a run, if it is there; its artifacts stay."""
         super().drop_run(run)
         atomic_files.remove_folder(self.path, f"runs/{run}")
+
+
+class ForwardingStore(Store):
+    """A store that reaches its bytes through another one, for subclasses that do some things in their own way."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store.warn, store.strict)
+        self._store = store
+
+    def fetch(self, path: str, most: int, *, first: int | None = None) -> Buffer | None:
+        return self._store.fetch(path, most, first=first)
+
+    def fetch_all(self, paths: Sequence[str], most: int, *, first: int | None = None) -> Iterator[Buffer | None]:
+        return self._store.fetch_all(paths, most, first=first)
+
+    def publish(self, files: Sequence[File]) -> None:
+        self._store.publish(files)
+
+    def remove(self, paths: Sequence[str]) -> None:
+        self._store.remove(paths)
+
+    def names(self, folder: str) -> list[str]:
+        return self._store.names(folder)
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        return self._store.entries(folder)
+
+    def working(self, key: str) -> AbstractContextManager[None]:
+        return self._store.working(key)
+
+    def housekeeping(self) -> AbstractContextManager[None]:
+        return self._store.housekeeping()
+
+    def running(self, run: str) -> AbstractContextManager[None]:
+        return self._store.running(run)
+
+    def is_running(self, run: str) -> bool | None:
+        return self._store.is_running(run)
+
+    def sweep(self, *, older: float, dry: bool) -> list[Entry]:
+        return self._store.sweep(older=older, dry=dry)
+
+    def drop_run(self, run: str) -> None:
+        self._store.drop_run(run)
 
 
 def open_store(where: str, *, warn: Warn = warnings.warn, strict: bool = False, readonly: bool = False) -> Store:

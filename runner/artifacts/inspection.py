@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from runner.artifacts import ArtifactStore, FolderStore, atomic_files, open_store
+from runner.artifacts import FolderStore, Store, atomic_files, open_store
 from runner.artifacts.atomic_files import Buffer
 from runner.artifacts.manifest import Artifact, is_key, is_run
 from runner.artifacts.signed_json import Damaged
@@ -47,7 +47,7 @@ def is_place(what: str) -> bool:
     return "://" in what or os.path.lexists(what)
 
 
-def open_artifact(what: str, store: ArtifactStore | None = None) -> tuple[Artifact, State]:
+def open_artifact(what: str, store: Store | None = None) -> tuple[Artifact, State]:
     """The artifact that `what` names, non-finite values and all; StoreError where there is none, or it is damaged.
 
     `what` is the path or URL of an object or of a manifest; or, in `store`, a key or six and more of its first digits;
@@ -83,7 +83,7 @@ def _opened(where: str, name: str, data: Buffer | None) -> tuple[Artifact, State
     return Artifact(found.key, found.stage, digest, len(data), found.tensors), found.state
 
 
-def _key_by_prefix(prefix: str, store: ArtifactStore) -> str:
+def _key_by_prefix(prefix: str, store: Store) -> str:
     if len(prefix) < SHORTEST_PREFIX:
         raise StoreError(f"{prefix!r} is no file, and a key needs {SHORTEST_PREFIX} digits or more")
     known = store.keys()
@@ -96,7 +96,7 @@ def _key_by_prefix(prefix: str, store: ArtifactStore) -> str:
     return found[0]
 
 
-def _key_of_run(run: str, stage: str, store: ArtifactStore) -> str:
+def _key_of_run(run: str, stage: str, store: Store) -> str:
     name, _, index = stage.partition(":")
     stages = store.load_run(run).get("stages")
     stages = stages if isinstance(stages, dict) else {}

@@ -47,7 +47,7 @@ class Store(ABC):
 
     def __init__(self, warn: Warn, strict: bool) -> None:
         self.warn = warn
-        self._strict = strict
+        self.strict = strict
 
     @abstractmethod
     def fetch(self, path: str, most: int, *, first: int | None = None) -> Buffer | None:
@@ -235,7 +235,7 @@ class Store(ABC):
         return last + 1
 
     def _not_done(self, what: str, error: Damaged) -> None:
-        if self._strict:
+        if self.strict:
             raise StoreError(f"{what} is damaged: {error}; run without --strict to compute it again") from error
         self.warn(f"{what} is damaged: {error}; it is computed again")
 

@@ -1,10 +1,11 @@
 """What a rank does: its share of an order, on its own cards, with the others told of nothing but the result."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from runner.artifacts import ForwardingStore, Store
 from runner.commands.order import Order
 from runner.commands.results import Writer
 from runner.commands.resumption import record_of
@@ -17,40 +18,34 @@ from runner.planning.parallel import wished
 from stages.errors import BadResult, StoreError
 
 if TYPE_CHECKING:
-    from runner.artifacts import ArtifactStore
     from runner.distributed.collectives import Collectives
     from runner.planning.plan import Plan
     from stages.machine import Machine
 
 
-class RankStore:
+class RankStore(ForwardingStore):
     """A store as one rank uses it: a wait for another is no idleness, and there is one record for the whole run.
 
     Only the first rank, which knows `whole`, writes the record.
     """
 
-    def __init__(self, store: "ArtifactStore", pulse: Heartbeat, whole: Mapping[str, Any] | None) -> None:
-        self._store, self._pulse, self._whole = store, pulse, whole
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+    def __init__(self, store: Store, pulse: Heartbeat, whole: Mapping[str, Any] | None) -> None:
+        super().__init__(store)
+        self._pulse, self._whole = pulse, whole
 
     @contextmanager
     def working(self, key: str) -> Iterator[None]:
         """Only one process at a time is inside for `key`."""
-        inside = self._store.working(key)
-        with self._pulse.waiting():
-            inside.__enter__()
-        try:
+        with ExitStack() as stack:
+            with self._pulse.waiting():
+                stack.enter_context(super().working(key))
             yield
-        finally:
-            inside.__exit__(None, None, None)
 
     def save_run(self, run: str, record: Mapping[str, object]) -> None:
         """Keep the record of the whole run, which is not done when a share of it is."""
         if self._whole is not None:
             status = "running" if record["status"] == "done" else record["status"]
-            self._store.save_run(run, {**record, **self._whole, "status": status})
+            super().save_run(run, {**record, **self._whole, "status": status})
 
 
 class RankWorker:
@@ -59,7 +54,7 @@ class RankWorker:
     def __init__(self, rank: Rank, link: Channel, pulse: Heartbeat, emit: Emit) -> None:
         self.rank, self.link, self.pulse, self.emit = rank, link, pulse, emit
 
-    def lead(self, task: Task, store: "ArtifactStore") -> tuple[Order, list[dict[str, Any]]]:
+    def lead(self, task: Task, store: Store) -> tuple[Order, list[dict[str, Any]]]:
         """Have all ranks do the task, this one its share of it; the order less what its model cannot make, and all
         shares, by rank.
 
@@ -75,7 +70,7 @@ class RankWorker:
         self.link.publish(task.document())
         with self.answering():
             positions = share(len(task.order.items), self.rank.rank, self.rank.size)
-            mine = self.work(task, job, cast("ArtifactStore", RankStore(store, self.pulse, whole)), positions)
+            mine = self.work(task, job, RankStore(store, self.pulse, whole), positions)
             with self.pulse.waiting():
                 shares = [mine, *self.link.shares()]
             store.save_run(task.order.run, {**store.load_run(task.order.run), "status": "done"})
@@ -95,7 +90,7 @@ class RankWorker:
                 return follow(self, task, store, document["company"])
             job, task = self.planned(task, part(probed(task), self.rank))
             positions = share(len(task.order.items), self.rank.rank, self.rank.size)
-            return self.work(task, job, cast("ArtifactStore", RankStore(store, self.pulse, None)), positions)
+            return self.work(task, job, RankStore(store, self.pulse, None), positions)
 
     def planned(self, task: Task, machine: "Machine") -> tuple["Plan", Task]:
         """The plan of the whole order for these cards: what it decides does not depend on the share."""
@@ -106,7 +101,7 @@ class RankWorker:
         return job, replace(task, order=order)
 
     def work(
-        self, task: Task, job: "Plan", store: "ArtifactStore", positions: range, company: "Collectives | None" = None
+        self, task: Task, job: "Plan", store: Store, positions: range, company: "Collectives | None" = None
     ) -> dict[str, Any]:
         """Do the part of the task at these positions; what came of it."""
         from runner.distributed.results import Share
@@ -141,7 +136,7 @@ class RankWorker:
 
         return emit
 
-    def check_shared(self, store: "ArtifactStore", task: Task) -> None:
+    def check_shared(self, store: Store, task: Task) -> None:
         try:
             store.load_run(task.order.run)
         except StoreError:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.artifacts import ArtifactStore
+from runner.artifacts import Store
 from runner.engine.memory import Flushed
 from runner.engine.run import Picture, Report
 from runner.engine.stage_runner import Failure, StageReport
@@ -46,7 +46,7 @@ class Share:
 
 
 def joined(
-    run: str, requests: Sequence[Request], shares: Sequence[Mapping[str, Any]], store: ArtifactStore
+    run: str, requests: Sequence[Request], shares: Sequence[Mapping[str, Any]], store: Store
 ) -> Report:
     """One report of all shares, pictures in the order of the requests.
 

@@ -1,13 +1,14 @@
 """A task that all ranks do together: the first one does all of it, and the others denoise with it."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from runner.artifacts import ArtifactStore
+from runner.artifacts import ForwardingStore, Store
+from runner.artifacts.atomic_files import File
 from runner.commands.order import Order
 from runner.distributed.collectives import Collectives
 from runner.distributed.env import Rank
@@ -22,28 +23,20 @@ from runner.planning.plan import Plan
 from stages.errors import BadResult
 from stages.machine import Device, Machine
 from stages.placement.tensor_parallel import TensorParallel
-from stages.state import State
 
 
-class ReadOnlyStore:
-    """A store as the ranks behind the first one use it: they read what it reads, and write nothing."""
+class ReadOnlyStore(ForwardingStore):
+    """A store as the ranks behind the first one use it: they read what it reads, and the first rank writes."""
 
-    def __init__(self, store: ArtifactStore) -> None:
-        self._store = store
+    def publish(self, files: Sequence[File]) -> None:
+        pass
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+    def remove(self, paths: Sequence[str]) -> None:
+        pass
 
-    @contextmanager
-    def working(self, key: str) -> Iterator[None]:
-        """The first rank holds the lock for all."""
-        yield
-
-    def put(self, key: str, stage: str, state: State, note: Mapping[str, Any]) -> None:
-        """The first rank puts it there."""
-
-    def drop(self, key: str) -> None:
-        """The first rank drops it."""
+    def working(self, key: str) -> AbstractContextManager[None]:
+        """No lock: the first rank holds it for all."""
+        return nullcontext()
 
 
 def cut_for(task: Task, rank: Rank) -> Task:
@@ -66,14 +59,14 @@ def machine_of(document: Mapping[str, Any]) -> Machine:
     return Machine(**{**document["machine"], "devices": devices})
 
 
-def lead(member: RankWorker, task: Task, store: ArtifactStore) -> tuple[Order, list[dict[str, Any]]]:
+def lead(member: RankWorker, task: Task, store: Store) -> tuple[Order, list[dict[str, Any]]]:
     """The first rank's part: as `RankWorker.lead`, with the others at every step of the denoise."""
     machine = probed(task)
     job, task = member.planned(cut_for(task, member.rank), machine)
     # Whoever goes on with the run may be one process alone, and makes the same pictures.
     whole = whole_of(replace(task, said=replace(task.said, place=without(task.said.place))), job)
     store.save_run(task.order.run, {**whole, "status": "running"})
-    shared = cast(ArtifactStore, RankStore(store, member.pulse, whole))
+    shared = RankStore(store, member.pulse, whole)
     with meeting() as file:
         member.link.publish({**task.document(), "company": to_document(machine, file)})
         with member.answering(), Collectives(member.rank, rank_device(job, 0), file, member.pulse) as company:
@@ -85,15 +78,14 @@ def lead(member: RankWorker, task: Task, store: ArtifactStore) -> tuple[Order, l
     return task.order, shares
 
 
-def follow(member: RankWorker, task: Task, store: ArtifactStore, company: Mapping[str, Any]) -> dict[str, Any]:
+def follow(member: RankWorker, task: Task, store: Store, company: Mapping[str, Any]) -> dict[str, Any]:
     """The part of another rank: nothing but its part of the denoise."""
     job, task = member.planned(task, machine_of(company))
     job = on_card(job, member.rank.rank)
     halt, reports = StopRequest(), list[StageReport]()
     with halt.listening(), Collectives(member.rank, job.devices[0], Path(company["meeting"]), member.pulse) as others:
         while (said := others.next()) is not None:
-            shift = StageRunner(job, job.stages[1], cast(ArtifactStore, ReadOnlyStore(store)), member.emit, halt,
-                                company=others)
+            shift = StageRunner(job, job.stages[1], ReadOnlyStore(store), member.emit, halt, company=others)
             try:
                 report = shift.work(said["keys"], said["before"], said["todo"])
             except BadResult:

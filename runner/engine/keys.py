@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import diffusers
 import transformers
 
-from runner.artifacts import ArtifactStore, key_of
+from runner.artifacts import Store, key_of
 from runner.planning.plan import Plan, inputs_of
 from stages.pipeline.stage import Stage
 
@@ -39,7 +39,7 @@ def midway_key(key: str) -> str:
 
 
 def missing(
-    store: ArtifactStore, stages: Sequence[Stage], keys: Mapping[str, Sequence[str]], from_stage: str | None
+    store: Store, stages: Sequence[Stage], keys: Mapping[str, Sequence[str]], from_stage: str | None
 ) -> dict[str, list[int]]:
     """Per stage, the requests that must be computed: those whose later artifact is needed and not there."""
     todo: dict[str, list[int]] = {}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from runner.artifacts import ArtifactStore, MemoryStore, key_of, open_store
+from runner.artifacts import MemoryStore, Store, key_of, open_store
 from runner.distributed.collectives import Collectives
 from runner.engine.keys import STAGES, chain, midway_key, missing, starts
 from runner.engine.lanes import one_at_a_time
@@ -38,7 +38,7 @@ class Picture:
     index: int
     request: Request
     key: str
-    store: ArtifactStore
+    store: Store
     facts: Mapping[str, Any]
 
     def __repr__(self) -> str:
@@ -89,7 +89,7 @@ class Report:
 def run_all(
     plan: Plan,
     *,
-    store: ArtifactStore | None = None,
+    store: Store | None = None,
     emit: Emit = silent,
     stop_after: str | None = None,
     from_stage: str | None = None,
@@ -131,7 +131,7 @@ def run_all(
 
 
 def run_stage(
-    plan: Plan, stage: str, *, store: ArtifactStore, emit: Emit = silent, states: Sequence[State] | None = None
+    plan: Plan, stage: str, *, store: Store, emit: Emit = silent, states: Sequence[State] | None = None
 ) -> list[State]:
     """One stage alone, for every request: the states after it. The stages before it must be in the store.
 
@@ -154,7 +154,7 @@ def run_stage(
     return [state for key in after if (state := store.get(key)) is not None]
 
 
-def lent(plan: Plan, stage: str, states: Sequence[State]) -> tuple[ArtifactStore, list[str], list[str]]:
+def lent(plan: Plan, stage: str, states: Sequence[State]) -> tuple[Store, list[str], list[str]]:
     """A store of its own with `states`, their keys in it, and the keys for what the stage makes of them."""
     if stage == STAGES[0]:
         raise ValueError(f"{stage} is the first stage: it works on requests -> leave states out")
@@ -172,7 +172,7 @@ class Run:
     """A run that is going on."""
 
     plan: Plan
-    store: ArtifactStore
+    store: Store
     emit: Emit
     seen: Recorder
     name: str

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from runner.artifacts import ArtifactStore
+from runner.artifacts import Store
 from runner.distributed.collectives import Collectives
 from runner.engine import lanes
 from runner.engine.keys import midway_key
@@ -85,7 +85,7 @@ class StageRunner:
 
     plan: Plan
     stage: Stage
-    store: ArtifactStore
+    store: Store
     emit: Emit
     halt: StopRequest = field(default_factory=StopRequest)
     step_every: float = 10.0

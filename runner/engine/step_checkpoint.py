@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from runner.artifacts import ArtifactStore
+from runner.artifacts import Store
 from runner.engine.keys import midway_key
 from stages.pipeline.stage import Emit
 from stages.pipeline.step_hook import StepCheckpoint
@@ -18,7 +18,7 @@ class StopAtStep(BaseException):
     """A request was left midway, because the run must stop; it goes on from there."""
 
 
-def midway_of(store: ArtifactStore, key: str) -> StepCheckpoint | None:
+def midway_of(store: Store, key: str) -> StepCheckpoint | None:
     """Where the request whose artifact is to be `key` was left, if it was."""
     state = store.get(midway_key(key))
     if state is None:
@@ -39,7 +39,7 @@ class StepCheckpointer:
     key: str
     facts: Mapping[str, object]
     stopping: Callable[[], bool]
-    store: ArtifactStore | None
+    store: Store | None
     seconds: float
     kept: float = field(default_factory=time.monotonic)
     last: Mapping[str, Any] | None = None

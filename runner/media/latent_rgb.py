@@ -12,7 +12,7 @@ from runner.demo import CHECKPOINT
 from stages.errors import StoreError
 
 if TYPE_CHECKING:
-    from runner.artifacts import ArtifactStore
+    from runner.artifacts import Store
     from runner.planning.plan import Plan
 
 CELLS = 4
@@ -103,7 +103,7 @@ def cells_of(pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
     return tiles.reshape(-1, CELLS * CELLS * 3)
 
 
-def colors_of(plan: "Plan", store: "ArtifactStore") -> Callable[[int], Colors | None]:
+def colors_of(plan: "Plan", store: "Store") -> Callable[[int], Colors | None]:
     """What finds the colors of the plan's model: those that come with the demo, or what the store teaches."""
 
     def find(features: int) -> Colors | None:
@@ -116,12 +116,12 @@ def colors_of(plan: "Plan", store: "ArtifactStore") -> Callable[[int], Colors | 
     return find
 
 
-def learned(store: "ArtifactStore", model: str, features: int) -> Colors | None:
+def learned(store: "Store", model: str, features: int) -> Colors | None:
     """What the last pictures of the model with the identity `model` teach; None where the store has none."""
     return fitted(islice(_pairs(store, model), PICTURES), features)
 
 
-def _pairs(store: "ArtifactStore", model: str) -> Iterator[Pair]:
+def _pairs(store: "Store", model: str) -> Iterator[Pair]:
     for run in reversed(store.runs()[-RUNS:]):
         try:
             record: dict[str, Any] = dict(store.load_run(run))

@@ -10,7 +10,7 @@ from runner.media import paths
 from runner.media.image import png
 
 if TYPE_CHECKING:
-    from runner.artifacts import ArtifactStore
+    from runner.artifacts import Store
     from runner.media.latent_rgb import Colors
     from runner.request import Request
 
@@ -103,7 +103,7 @@ class Strips:
             # Every second one, counted from the last.
             strip[:] = strip[::-1][::2][::-1]
 
-    def keep(self, store: "ArtifactStore", run: str) -> dict[str, str]:
+    def keep(self, store: "Store", run: str) -> dict[str, str]:
         """Put the strips into the store; their keys by the number of the request, for the run's record."""
         import torch
 
@@ -117,7 +117,7 @@ class Strips:
         return kept
 
 
-def strips(record: Mapping[str, Any], store: "ArtifactStore") -> dict[int, Strip]:
+def strips(record: Mapping[str, Any], store: "Store") -> dict[int, Strip]:
     """The previews that the store still has: by the number of the request, steps and pixels [h, w, 3]."""
     found: dict[int, Strip] = {}
     for index, key in (record.get("previews") or {}).items():

@@ -14,7 +14,7 @@ from runner.reports.markup import image, said
 from runner.text import gib, pictures
 
 if TYPE_CHECKING:
-    from runner.artifacts import ArtifactStore
+    from runner.artifacts import Store
 
 WIDTHS = {"wide": 960, "medium": 640, "narrow": 350}
 MOST_PICTURES, MOST_REQUESTS, SIDE = 24, 100, 192
@@ -50,7 +50,7 @@ min-width:180px;overflow-wrap:anywhere}
 """
 
 
-def page(run: str, record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def page(run: str, record: Mapping[str, Any], store: "Store") -> str:
     """The page of a run, from its record and the artifacts that the record names."""
     parts = "".join(part(record, store) for part in PARTS)
     return (
@@ -73,7 +73,7 @@ def _top(run: str, record: Mapping[str, Any]) -> str:
             f'{said(", ".join(facts))}</p>')
 
 
-def _pictures(record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def _pictures(record: Mapping[str, Any], store: "Store") -> str:
     keys = record["stages"].get("decode", [])
     shots = "".join(_shot(store, key, request)
                     for key, request in zip(keys[:MOST_PICTURES], record["requests"], strict=False))
@@ -81,7 +81,7 @@ def _pictures(record: Mapping[str, Any], store: "ArtifactStore") -> str:
     return _part("Pictures", f'<div class="shots">{shots}</div>{more}') if keys else ""
 
 
-def _shot(store: "ArtifactStore", key: str, request: Mapping[str, Any]) -> str:
+def _shot(store: "Store", key: str, request: Mapping[str, Any]) -> str:
     state = store.get(key)
     shown = '<p class="faint">not in the store</p>'
     if state is not None:
@@ -90,7 +90,7 @@ def _shot(store: "ArtifactStore", key: str, request: Mapping[str, Any]) -> str:
             f'<span class="faint">seed {request["seed"]}</span></figcaption></figure>')
 
 
-def _requests(record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def _requests(record: Mapping[str, Any], store: "Store") -> str:
     rows = [(said(_whole_prompt(r)), f"{r['width']}x{r['height']}", str(r["steps"]),
              "-" if r["guidance"] is None else f"{r['guidance']:g}", str(r["seed"]))
             for r in record["requests"][:MOST_REQUESTS]]
@@ -105,21 +105,21 @@ def _whole_prompt(request: Mapping[str, Any]) -> str:
     return str(request["prompt"]) if negative is None else f"{request['prompt']} (away from: {negative})"
 
 
-def _blocks(record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def _blocks(record: Mapping[str, Any], store: "Store") -> str:
     return _chart("Where every block lay", "One column per card and stage, its blocks from the bottom in the order "
                   "in which they run. Stages follow each other; each gives its memory back.", record, blocks)
 
 
-def _memory(record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def _memory(record: Mapping[str, Any], store: "Store") -> str:
     return _chart("Memory over time", "Sampled where stages, steps and their parts begin and end. At each red mark a "
                   "stage is over, and what it held is given back.", record, memory)
 
 
-def _gantt(record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def _gantt(record: Mapping[str, Any], store: "Store") -> str:
     return _chart("Where the time went", "On the scale of the memory above.", record, gantt)
 
 
-def _measured(record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def _measured(record: Mapping[str, Any], store: "Store") -> str:
     rows = [*_against(record)]
     head = (("stage", "word"), ("card", "word"), ("weights", ""), ("activations", ""), ("planned", ""),
             ("measured", ""), ("difference", ""), ("", "word"))
@@ -146,7 +146,7 @@ def _bar(planned: float, measured: float) -> str:
             f'<rect class="planned" x="1" y="1" width="{120 * planned:.1f}" height="14"/></svg>')
 
 
-def _previews(record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def _previews(record: Mapping[str, Any], store: "Store") -> str:
     rows = []
     for index, shots in strips(record, store).items():
         figures = "".join(f'<figure>{image(pixels, 72, f"after step {step}")}<figcaption class="faint">step {step}'
@@ -156,7 +156,7 @@ def _previews(record: Mapping[str, Any], store: "ArtifactStore") -> str:
     return _part("Denoising, step by step", "".join(rows)) if rows else ""
 
 
-def _decisions(record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def _decisions(record: Mapping[str, Any], store: "Store") -> str:
     plan = record.get("plan") or {}
     rows = [(said(name), said(part["dtype"]), gib(part["bytes"]), said(part["placement"]), said(part["reason"]))
             for name, part in plan.get("components", {}).items()]
@@ -166,20 +166,20 @@ def _decisions(record: Mapping[str, Any], store: "ArtifactStore") -> str:
     return _part("What the plan decided", _table(head, rows) + _list(refused)) if rows else ""
 
 
-def _warnings(record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def _warnings(record: Mapping[str, Any], store: "Store") -> str:
     texts = [*record.get("warnings", []), *record.get("changes", []),
              *(f"picture {failure['index'] + 1}: {failure['text']}" for failure in record.get("failures", [])),
              *([record["error"]] if "error" in record else [])]
     return _part("Warnings", _list(texts)) if texts else ""
 
 
-def _versions(record: Mapping[str, Any], store: "ArtifactStore") -> str:
+def _versions(record: Mapping[str, Any], store: "Store") -> str:
     versions = record.get("versions") or {}
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
     return _part("Made with", f"<p>{said(words)}</p><p class=\"faint\">model {said(record['model'])}</p>")
 
 
-PARTS: Sequence[Callable[[Mapping[str, Any], "ArtifactStore"], str]] = (
+PARTS: Sequence[Callable[[Mapping[str, Any], "Store"], str]] = (
     _warnings, _pictures, _requests, _blocks, _memory, _gantt, _previews, _measured, _decisions, _versions,
 )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runner.artifacts import ArtifactStore
+from runner.artifacts import Store
 from runner.distributed.ray.actor import OPERATORS, TROUBLES, cards_of, errands
 from runner.distributed.ray.pools import Pools, groups, pools
 from runner.distributed.task import Task
@@ -107,7 +107,7 @@ def seen() -> dict[str, Any]:
 
 
 def run_all(
-    ray: Any, task: Task, plan: Plan, *, store: ArtifactStore, emit: Emit = silent, done: Done | None = None,
+    ray: Any, task: Task, plan: Plan, *, store: Store, emit: Emit = silent, done: Done | None = None,
     record: Mapping[str, object] | None = None,
 ) -> Report:
     """Make every picture of the plan on Ray, as `runner.run_all` does in this process.
@@ -180,7 +180,7 @@ class Run:
 
     def __init__(
         self, plan: Plan, stages: Sequence["Stage"], keys: Mapping[str, tuple[str, ...]],
-        todo: Mapping[str, Sequence[int]], store: ArtifactStore, done: Done | None,
+        todo: Mapping[str, Sequence[int]], store: Store, done: Done | None,
     ) -> None:
         self._plan, self._stages, self._keys, self._todo, self._store = plan, stages, keys, todo, store
         self._done, self._facts = done, facts_of(plan, ())
@@ -228,7 +228,7 @@ class Run:
 
 @contextmanager
 def recorded(
-    store: ArtifactStore, name: str, whole: Mapping[str, Any], failures: Sequence[Failure]
+    store: Store, name: str, whole: Mapping[str, Any], failures: Sequence[Failure]
 ) -> Iterator[None]:
     """Keep the run's record with how it stands."""
 
