@@ -344,7 +344,7 @@ def test_an_artifact_opens_by_path_key_prefix_or_run(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         with pytest.raises(StoreError, match=message):
             open_artifact(what, store)
-    with pytest.raises(StoreError, match="name a store with --artifacts"):
+    with pytest.raises(StoreError, match="name a store to look"):
         open_artifact(KEY)
 
 

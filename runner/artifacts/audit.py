@@ -4,21 +4,24 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from runner.artifacts.manifest import is_key
+from runner.artifacts.manifest import MAX_OBJECT_BYTES, is_key
 from runner.artifacts.signed_json import Damaged
-from runner.artifacts.spec import MOST_BYTES
 from runner.artifacts.store import Store, object_path
 from stages.errors import BadResult, StoreError
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that was looked at: a run, an artifact, or an object that no artifact has; what is wrong, if it is."""
+    """Something that was looked at."""
 
     kind: str
+    """A "run", an "artifact", or an "object" that no artifact has."""
     name: str
+    """The run, the key, or the sha256 of the object."""
     bytes: int = 0
+    """The bytes of its object."""
     trouble: str | None = None
+    """What is wrong with it, if anything is."""
 
 
 def audit(store: Store) -> Iterator[Finding]:
@@ -40,7 +43,7 @@ def audit(store: Store) -> Iterator[Finding]:
         return found.bytes
 
     def orphan(digest: str) -> int:
-        data = store.fetch(object_path(digest), MOST_BYTES) or b""
+        data = store.fetch(object_path(digest), MAX_OBJECT_BYTES) or b""
         if hashlib.sha256(data).hexdigest() != digest:
             raise Damaged("it does not have the sha256 that names it, and no artifact has it")
         return len(data)

@@ -93,19 +93,19 @@ class FolderStore(Store):
 
     def working(self, key: str) -> AbstractContextManager[None]:
         """Only one process at a time is inside for `key`; ask `get` once more when inside."""
-        return locks.alone(self.path, checked_key(key), "computing the same artifact", waiting=self.warn)
+        return locks.exclusive(self.path, checked_key(key), "computing the same artifact", waiting=self.warn)
 
     def housekeeping(self) -> AbstractContextManager[None]:
         """Only one process at a time is inside, to begin a run or to collect garbage."""
-        return locks.alone(self.path, "runs", "at work on the list of runs", waiting=self.warn)
+        return locks.exclusive(self.path, "runs", "at work on the list of runs", waiting=self.warn)
 
     def running(self, run: str) -> AbstractContextManager[None]:
         """Show others that the run is going on, for the block."""
-        return locks.present(self.path, f"run.{checked_run(run)}")
+        return locks.shared(self.path, f"run.{checked_run(run)}")
 
     def is_running(self, run: str) -> bool | None:
         """Whether a process is inside of `running`; None where there can be no lock."""
-        return locks.is_present(self.path, f"run.{checked_run(run)}")
+        return locks.is_held(self.path, f"run.{checked_run(run)}")
 
     def sweep(self, *, older: float, dry: bool) -> list[Entry]:
         """Remove (unless `dry`) what killed writers left `older` seconds ago; what it is."""
@@ -180,6 +180,6 @@ def folder_of(where: str) -> Path | None:
     if where.startswith("file://"):
         path = where.removeprefix("file://")
         if not path.startswith("/"):
-            raise StoreError("--artifacts file:// takes a whole path -> such as file:///data/store")
+            raise StoreError("`store` file:// takes a whole path -> such as file:///data/store")
         return Path(path)
     return None if where == "memory" or "://" in where else Path(where).expanduser()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runner.artifacts.atomic_files import TMP, Entry, entries, explained, folder, owner
 from runner.artifacts.locks import LOCK
-from runner.artifacts.temp_files import PART, is_ours, seized
+from runner.artifacts.temp_files import PART, is_of_this_boot, orphaned
 from stages.errors import StoreError
 
 ORPHAN_AFTER = 3600.0
@@ -27,7 +27,7 @@ def open_root(path: Path, layout: Collection[str], *, readonly: bool) -> Path:
             with folder(root.parent, root.name, made=os.fsync):
                 pass
         if not root.is_dir():
-            raise StoreError(f"{root} is not a folder: choose another --artifacts")
+            raise StoreError(f"{root} is not a folder: choose another `store`")
         _check_ours(root, layout)
         for inside in () if readonly else (*layout, TMP):
             with folder(root, inside, made=os.fsync):
@@ -50,13 +50,13 @@ def sweep(root: Path, *, older: float = ORPHAN_AFTER, dry: bool = False) -> list
 def _is_orphan(entry: Entry, older: float) -> bool:
     name = entry.path.rpartition("/")[2]
     # A lock guards nothing, so one too few costs at most work.
-    return name.endswith(LOCK) or is_ours(name) or (name.endswith(PART) and entry.age() >= older)
+    return name.endswith(LOCK) or is_of_this_boot(name) or (name.endswith(PART) and entry.age() >= older)
 
 
 def _remove_orphan(tmp: int, entry: Entry, older: float, dry: bool) -> bool:
     name = entry.path.rpartition("/")[2]
     try:
-        with seized(name, tmp) as free:
+        with orphaned(name, tmp) as free:
             gone = free or (free is None and entry.age() >= older)
             if gone and not dry:
                 os.unlink(name, dir_fd=tmp)
@@ -76,4 +76,4 @@ def _check_ours(root: Path, layout: Collection[str]) -> None:
 
 def _check_writable(path: Path) -> None:
     if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise StoreError(f"cannot write in {path}: {owner(path)}: have it opened to you, or use other --artifacts")
+        raise StoreError(f"cannot write in {path}: {owner(path)}: have it opened to you, or choose another `store`")

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from runner.artifacts.atomic_files import Entry
 from runner.artifacts.folder import ORPHAN_AFTER
 from runner.artifacts.manifest import Artifact, is_key, read_manifest
-from runner.artifacts.signed_json import JSON, LONGEST, Damaged
+from runner.artifacts.signed_json import JSON, MAX_DOCUMENT_BYTES, Damaged
 from runner.artifacts.store import Store, object_path
 from stages.errors import StoreError
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """What was collected: artifacts by their key, and the files of all of it."""
+    """What was collected."""
 
     artifacts: tuple[str, ...]
+    """The keys of its artifacts."""
     files: tuple[Entry, ...]
+    """Its files, those of the artifacts too."""
 
     @property
     def bytes(self) -> int:
@@ -97,7 +99,8 @@ def _needed(store: Store) -> tuple[set[str], bool]:
         try:
             record = store.load_run(run)
         except StoreError as error:
-            raise StoreError(f"{error}; what it needs is not known -> runner runs rm {run}, then collect") from error
+            text = f"{error.text}; what it needs is not known -> runner runs rm {run}, then collect"
+            raise StoreError(text) from error
         needed.update(_keys(record))
         going_on |= record.get("status") == "running" and store.is_running(run) is not False
     return needed, going_on
@@ -115,7 +118,8 @@ def _keys(value: JSON) -> Iterator[str]:
 def _artifacts(store: Store) -> Iterator[tuple[str, Entry, Artifact | None]]:
     """Every key that has a manifest, and what it says; None where it is damaged."""
     entries = [entry for entry in store.entries("stages") if is_key(_key(entry)) and entry.path.endswith(".json")]
-    for entry, data in zip(entries, store.fetch_all([entry.path for entry in entries], LONGEST), strict=True):
+    found = store.fetch_all([entry.path for entry in entries], MAX_DOCUMENT_BYTES)
+    for entry, data in zip(entries, found, strict=True):
         try:
             artifact = None if data is None else read_manifest(bytes(data), _key(entry))
         except Damaged:

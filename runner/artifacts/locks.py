@@ -20,7 +20,7 @@ _LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @contextmanager
-def alone(root: Path, name: str, doing: str, *, waiting: Callable[[str], None]) -> Iterator[None]:
+def exclusive(root: Path, name: str, doing: str, *, waiting: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock `name` for the block, which is `doing` something; `waiting` hears of a long wait for others."""
     try:
         with folder(root, TMP) as tmp:
@@ -35,8 +35,8 @@ def alone(root: Path, name: str, doing: str, *, waiting: Callable[[str], None]) 
 
 
 @contextmanager
-def present(root: Path, name: str) -> Iterator[None]:
-    """Show for the block that a process is at `name`; several may be."""
+def shared(root: Path, name: str) -> Iterator[None]:
+    """Hold the lock `name` for the block, together with others who hold it so."""
     handle = None
     with suppress(OSError), folder(root, TMP) as tmp:
         # A look at the lock holds it for an instant.
@@ -52,8 +52,8 @@ def present(root: Path, name: str) -> Iterator[None]:
             os.close(handle)
 
 
-def is_present(root: Path, name: str) -> bool | None:
-    """Whether a process is `present` at `name`; None where there can be no lock."""
+def is_held(root: Path, name: str) -> bool | None:
+    """Whether a process holds the lock `name`; None where there can be no lock."""
     try:
         with folder(root, TMP) as tmp:
             handle = os.open(f"{name}{LOCK}", _LOOK, dir_fd=tmp)

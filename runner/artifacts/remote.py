@@ -15,7 +15,7 @@ from typing import Any
 
 from runner.artifacts.atomic_files import TMP, Entry, File
 from runner.artifacts.manifest import checked_key
-from runner.artifacts.signed_json import LONGEST, Damaged, read_document, write_document
+from runner.artifacts.signed_json import MAX_DOCUMENT_BYTES, Damaged, read_document, write_document
 from runner.artifacts.store import Store, Warn
 from runner.artifacts.temp_files import PART
 from stages.errors import StoreError
@@ -131,7 +131,7 @@ class RemoteStore(Store):
         return bytearray(data)
 
     def _check_ours(self, readonly: bool) -> None:
-        mark = self.fetch(MARK, LONGEST)
+        mark = self.fetch(MARK, MAX_DOCUMENT_BYTES)
         if mark is not None:
             try:
                 read_document(mark)
@@ -145,7 +145,7 @@ class RemoteStore(Store):
 
     @contextmanager
     def _explained(self, verb: str, path: str) -> Iterator[None]:
-        """DeviceTurns an error of the backend into a StoreError with the URL, the cause and the next step."""
+        """Turns an error of the backend into a StoreError with the URL, the cause and the next step."""
         try:
             yield
         except StoreError:
@@ -154,7 +154,7 @@ class RemoteStore(Store):
             text = f"{type(error).__name__}: {str(error).strip() or 'no more is said'}"[:300]
             raise StoreError(
                 f"cannot {verb} {self.url}/{path}: {text} -> check credentials, bucket and connection, or choose "
-                f"another --artifacts"
+                f"another `store`"
             ) from error
 
 
@@ -164,14 +164,14 @@ def checked_url(url: str) -> str:
     rest = "" if match is None else match["rest"].rstrip("/")
     scheme = url.partition("://")[0][:20]
     if match is None or "::" in url or ".." in rest.split("/"):
-        raise StoreError(f"--artifacts {scheme!r}://... is no address of a store -> such as s3://bucket/folder")
+        raise StoreError(f"`store` {scheme!r}://... is no address of a store -> such as s3://bucket/folder")
     if "@" in rest.partition("/")[0]:
         raise StoreError(
-            f"--artifacts {scheme}://...@...: an address is shown and recorded, so it must not hold a user or a "
+            f"`store` {scheme}://...@...: an address is shown and recorded, so it must not hold a user or a "
             f"password -> keep them where the library of {scheme}:// looks for them"
         )
     if not rest and scheme != "memory":
-        raise StoreError(f"--artifacts {scheme}:// names no bucket -> {scheme}://bucket/folder")
+        raise StoreError(f"`store` {scheme}:// names no bucket -> {scheme}://bucket/folder")
     return f"{scheme}://{rest}"
 
 
@@ -185,9 +185,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
         files, path = url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         package = PACKAGES.get(scheme, "fsspec")
-        raise StoreError(f"--artifacts {url} needs a package: {error} -> pip install {package}") from error
+        raise StoreError(f"`store` {url} needs a package: {error} -> pip install {package}") from error
     except ValueError as error:
-        raise StoreError(f"--artifacts {url}: {error} -> a folder, memory, s3://... or gs://...") from error
+        raise StoreError(f"`store` {url}: {error} -> a folder, memory, s3://... or gs://...") from error
     return files, path.rstrip("/")
 
 

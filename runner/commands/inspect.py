@@ -8,7 +8,7 @@ from runner.events import Tolerant
 from runner.text import clean, gib
 
 if TYPE_CHECKING:
-    from runner.artifacts.inspection import Row
+    from runner.artifacts.inspection import TensorSummary
     from runner.artifacts.manifest import Artifact
     from stages.state import State
 
@@ -18,10 +18,10 @@ HEAD = ("name", "shape", "type", "min", "max", "mean", "non-finite")
 def look(what: str, folder: str | None) -> None:
     """Print what the artifact `what` holds: a path in a store, a key or the start of one, or RUN:STAGE."""
     from runner.artifacts import open_store
-    from runner.artifacts.inspection import is_place, open_artifact
+    from runner.artifacts.inspection import is_path_or_url, open_artifact
 
     where = folder if folder is not None else str(default_store())
-    store = None if is_place(what) else open_store(where, warn=warn, readonly=True)
+    store = None if is_path_or_url(what) else open_store(where, warn=warn, readonly=True)
     # What is not finite is what people come to see.
     Tolerant(sys.stdout).write("".join(f"{line}\n" for line in lines(*open_artifact(what, store))))
 
@@ -37,7 +37,7 @@ def lines(artifact: "Artifact", state: "State") -> list[str]:
     return [f"{artifact.stage} {artifact.key} ({gib(artifact.bytes)})", *table, *(clean(line) for line in plain)]
 
 
-def cells(row: "Row") -> tuple[str, ...]:
+def cells(row: "TensorSummary") -> tuple[str, ...]:
     """One tensor's line of the table."""
     numbers = ("-" if number is None else f"{number:.6g}" for number in (row.min, row.max, row.mean))
     return (clean(row.name), "x".join(map(str, row.shape)) or "-", row.dtype, *numbers, str(row.nonfinite))

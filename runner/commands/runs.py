@@ -35,7 +35,7 @@ def ls(artifacts: str | None, *, as_json: bool, last: int | None) -> None:
 def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
     """Print what one run was asked and did."""
     store = opened(artifacts, readonly=True)
-    found = store.history(find_run(store, run))
+    found = store.stored_run(find_run(store, run))
     sizes = {key: _bytes(store, key) for keys in stages_of(found.record).values() for key in keys}
     facts = row(store, found.run, {key for key, size in sizes.items() if size is not None}, found)
     if as_json:

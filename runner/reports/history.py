@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.artifacts.manifest import checked_run, is_run
 from runner.artifacts.signed_json import Damaged
-from runner.artifacts.store import History, Store
+from runner.artifacts.store import Store, StoredRun
 from runner.text import clean, gib, shown
 from stages.errors import StoreError
 
@@ -56,10 +56,10 @@ def find_run(store: Store, text: str) -> str:
     return found[0]
 
 
-def row(store: Store, run: str, done: Collection[str], history: History | None = None) -> Row:
+def row(store: Store, run: str, done: Collection[str], history: StoredRun | None = None) -> Row:
     """A run in a few words; `done` are the keys that are there."""
     try:
-        found = history or store.history(run)
+        found = history or store.stored_run(run)
     except StoreError as error:
         return Row(run, 0.0, "damaged" if isinstance(error.__cause__, Damaged) else "unreadable", "-", 0, {})
     record = found.record
@@ -70,7 +70,7 @@ def row(store: Store, run: str, done: Collection[str], history: History | None =
                len(requests) if isinstance(requests, list) else 0, stages)
 
 
-def status(store: Store, found: History) -> str:
+def status(store: Store, found: StoredRun) -> str:
     """How a run stands: running, done, interrupted or failed; one whose process was killed was interrupted."""
     said = clean(str(found.record.get("status", "unknown")))[:20]
     return "interrupted" if said == "running" and store.is_running(found.run) is False else said
@@ -83,7 +83,7 @@ def stages_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
     return {clean(str(name)): [str(key) for key in keys] for name, keys in stages.items() if isinstance(keys, list)}
 
 
-def described(facts: Row, found: History, sizes: Mapping[str, int | None]) -> list[str]:
+def described(facts: Row, found: StoredRun, sizes: Mapping[str, int | None]) -> list[str]:
     """What `show` prints."""
     record = found.record
     begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.begun)) if facts.begun else "at an unknown time"
