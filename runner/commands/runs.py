@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from runner.artifacts import open_store
 from runner.artifacts.audit import audit
 from runner.artifacts.garbage import collect
+from runner.artifacts.manifest import is_key
+from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store
 from runner.commands.inspect import warn
 from runner.commands.order import default_store
@@ -118,9 +120,10 @@ def say(lines: Iterable[str]) -> None:
 
 
 def _bytes(store: Store, key: str) -> int | None:
-    """The bytes of an artifact; None where it is not there, or damaged."""
+    """The bytes of an artifact; None where it is not there, or its manifest is damaged."""
     try:
-        artifact = store.manifest(key)
-    except ValueError:
+        # The record may be odd, and name what is no key.
+        artifact = store.manifest(key) if is_key(key) else None
+    except Damaged:
         return None
     return None if artifact is None else artifact.bytes
