@@ -248,7 +248,7 @@ def test_other_stores_collect_too(where: str) -> None:
     fill(store, "b", 2)
     store.drop_run("a")
     assert collect(store).files == () and len(store.keys()) == 5
-    garbage = collect(store, older=0)
+    garbage = collect(store, min_age=0)
     assert set(garbage.artifacts) == {keys("a")[stage][0] for stage in STAGES} and garbage.bytes > 1000
     assert len(store.keys()) == 2 and len(list(store.entries("objects"))) == 2 and store.runs() == ["b"]
 

@@ -84,9 +84,9 @@ def folder(root: Path, inside: str, *, made: Callable[[int], None] | None = None
         os.close(handle)
 
 
-def read(root: Path, path: str, *, most: int, first: int | None = None) -> Buffer | None:
+def read(root: Path, path: str, *, max_bytes: int, first: int | None = None) -> Buffer | None:
     """The file at `path`, whole or its `first` bytes; None where there is none; StoreError where it is no plain file
-    of at most `most` bytes.
+    of at most `max_bytes` bytes.
     """
     inside, _, name = path.rpartition("/")
     with explained(root / path, "read"):
@@ -99,9 +99,10 @@ def read(root: Path, path: str, *, most: int, first: int | None = None) -> Buffe
             facts = os.fstat(handle)
             if not stat.S_ISREG(facts.st_mode):
                 raise StoreError(f"{root / path} is not a plain file: remove it")
-            if facts.st_size > most:
-                raise StoreError(f"{root / path} has {facts.st_size:,} bytes, at most {most:,} are read: remove it")
-            return _read_all(handle, facts.st_size if first is None else min(first, facts.st_size))
+            size = facts.st_size
+            if size > max_bytes:
+                raise StoreError(f"{root / path} has {size:,} bytes, at most {max_bytes:,} are read: remove it")
+            return _read_all(handle, size if first is None else min(first, size))
         finally:
             os.close(handle)
 
@@ -180,16 +181,15 @@ def names(root: Path, inside: str) -> list[str]:
 
 
 def entries(root: Path, inside: str) -> Iterator[Entry]:
-    """Every plain file in a folder, and in the folders in it."""
-    below = []
-    for name, facts in _listing(root, inside):
-        if stat.S_ISDIR(facts.st_mode):
-            below.append(name)
-        elif stat.S_ISREG(facts.st_mode):
-            yield Entry(f"{inside}/{name}", facts.st_size, facts.st_mtime)
-    if "/" not in inside:
-        for name in below:
-            yield from entries(root, f"{inside}/{name}")
+    """Every plain file below a folder; none where the folder is missing."""
+    with explained(root / inside, "read"), suppress(FileNotFoundError), folder(root, inside) as top:
+        for path, folders, files, handle in os.fwalk(".", dir_fd=top, onerror=_unless_missing):
+            folders.sort()
+            for name in sorted(files):
+                with suppress(FileNotFoundError):
+                    facts = os.stat(name, dir_fd=handle, follow_symlinks=False)
+                    if stat.S_ISREG(facts.st_mode):
+                        yield Entry(f"{inside}{path[1:]}/{name}", facts.st_size, facts.st_mtime)
 
 
 def remove_folder(root: Path, path: str) -> None:
@@ -221,13 +221,9 @@ def owner(path: Path) -> str:
     return f"{there} belongs to user {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}, we are user {os.geteuid()}"
 
 
-def _listing(root: Path, inside: str) -> list[tuple[str, os.stat_result]]:
-    found = []
-    with explained(root / inside, "read"), suppress(FileNotFoundError), folder(root, inside) as handle:
-        for name in sorted(os.listdir(handle)):
-            with suppress(FileNotFoundError):
-                found.append((name, os.stat(name, dir_fd=handle, follow_symlinks=False)))
-    return found
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _cause(error: OSError, path: Path, needed: int) -> str:

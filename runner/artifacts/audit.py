@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from runner.artifacts.manifest import MAX_OBJECT_BYTES, is_key
+from runner.artifacts.manifest import MAX_OBJECT_BYTES
 from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store, object_path
 from stages.errors import BadResult, StoreError
@@ -21,11 +21,12 @@ class Finding:
     bytes: int = 0
     """The bytes of its object."""
     trouble: str | None = None
-    """What is wrong with it, if anything is."""
+    """What is wrong with it, if anything is, in the words of an error's `text`."""
 
 
 def audit(store: Store) -> Iterator[Finding]:
     """Read every record, every artifact, and every object that no artifact has."""
+
     def record(run: str) -> int:
         store.load_run(run)
         return 0
@@ -51,9 +52,8 @@ def audit(store: Store) -> Iterator[Finding]:
     keys = store.keys()
     for key in keys:
         yield _looked("artifact", key, artifact)
-    for entry in store.entries("objects"):
-        digest = entry.path.rpartition("/")[2]
-        if is_key(digest) and entry.path == object_path(digest) and digest not in named:
+    for digest, _ in store.objects():
+        if digest not in named:
             yield _looked("object", digest, orphan)
 
 
@@ -61,4 +61,4 @@ def _looked(kind: str, name: str, look: Callable[[str], int]) -> Finding:
     try:
         return Finding(kind, name, look(name))
     except (StoreError, BadResult) as error:
-        return Finding(kind, name, trouble=str(error))
+        return Finding(kind, name, trouble=error.text)

@@ -37,28 +37,28 @@ def open_root(path: Path, layout: Collection[str], *, readonly: bool) -> Path:
     return root
 
 
-def sweep(root: Path, *, older: float = ORPHAN_AFTER, dry: bool = False) -> list[Entry]:
-    """Remove (unless `dry`) what killed processes left in tmp/ and nobody holds; what it is.
+def sweep(root: Path, *, min_age: float = ORPHAN_AFTER, dry_run: bool = False) -> list[Entry]:
+    """Remove (unless `dry_run`) what killed processes left in tmp/ and nobody holds; what it is.
 
-    Where a lock of another machine may not be seen, what was left `older` seconds ago.
+    Where a lock of another machine may not be seen, what was left `min_age` seconds ago.
     """
-    found = [entry for entry in entries(root, TMP) if _is_orphan(entry, older)]
+    found = [entry for entry in entries(root, TMP) if _is_orphan(entry, min_age)]
     with explained(root / TMP, "sweep"), folder(root, TMP) as tmp:
-        return [entry for entry in found if _remove_orphan(tmp, entry, older, dry)]
+        return [entry for entry in found if _remove_orphan(tmp, entry, min_age, dry_run)]
 
 
-def _is_orphan(entry: Entry, older: float) -> bool:
+def _is_orphan(entry: Entry, min_age: float) -> bool:
     name = entry.path.rpartition("/")[2]
     # A lock guards nothing, so one too few costs at most work.
-    return name.endswith(LOCK) or is_of_this_boot(name) or (name.endswith(PART) and entry.age() >= older)
+    return name.endswith(LOCK) or is_of_this_boot(name) or (name.endswith(PART) and entry.age() >= min_age)
 
 
-def _remove_orphan(tmp: int, entry: Entry, older: float, dry: bool) -> bool:
+def _remove_orphan(tmp: int, entry: Entry, min_age: float, dry_run: bool) -> bool:
     name = entry.path.rpartition("/")[2]
     try:
         with orphaned(name, tmp) as free:
-            gone = free or (free is None and entry.age() >= older)
-            if gone and not dry:
+            gone = free or (free is None and entry.age() >= min_age)
+            if gone and not dry_run:
                 os.unlink(name, dir_fd=tmp)
             return gone
     except FileNotFoundError:

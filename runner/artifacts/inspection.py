@@ -68,7 +68,7 @@ def open_artifact(what: str, store: Store | None = None) -> tuple[Artifact, Stat
     elif os.path.lexists(what):
         path = Path(os.path.realpath(what))
         if path.suffix != ".json":
-            return _opened(str(path), path.name, atomic_files.read(path.parent, path.name, most=MAX_OBJECT_BYTES))
+            return _opened(str(path), path.name, atomic_files.read(path.parent, path.name, max_bytes=MAX_OBJECT_BYTES))
         what, store = path.stem, FolderStore(path.parent.parent, readonly=True)
     if store is None:
         raise StoreError(f"there is no file {what}; name a `store` to look for a key or a run")

@@ -49,19 +49,22 @@ class StoredRun:
 
 
 class Store(ABC):
-    """Artifacts and runs; a subclass reaches their bytes."""
+    """Artifacts and runs; a subclass reaches their bytes.
+
+    `warn` hears of damage; with `strict`, damage is a StoreError instead.
+    """
 
     def __init__(self, warn: Warn, strict: bool) -> None:
         self.warn = warn
         self.strict = strict
 
     @abstractmethod
-    def fetch(self, path: str, most: int, *, first: int | None = None) -> Buffer | None:
-        """The bytes at `path`, or `first` of them; None where nothing is; StoreError where they are over `most`."""
+    def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> Buffer | None:
+        """The bytes at `path`, or `first` of them; None where nothing is; StoreError where they exceed `max_bytes`."""
 
-    def fetch_all(self, paths: Sequence[str], most: int, *, first: int | None = None) -> Iterator[Buffer | None]:
+    def fetch_all(self, paths: Sequence[str], max_bytes: int, *, first: int | None = None) -> Iterator[Buffer | None]:
         """What `fetch` gives for each path."""
-        return (self.fetch(path, most, first=first) for path in paths)
+        return (self.fetch(path, max_bytes, first=first) for path in paths)
 
     @abstractmethod
     def publish(self, files: Sequence[File]) -> None:
@@ -97,8 +100,8 @@ class Store(ABC):
         checked_run(run)
         return None
 
-    def sweep(self, *, older: float, dry: bool) -> list[Entry]:
-        """Remove (unless `dry`) what killed writers left `older` seconds ago; what it is."""
+    def sweep(self, *, min_age: float, dry_run: bool) -> list[Entry]:
+        """Remove (unless `dry_run`) what killed writers left `min_age` seconds ago; what it is."""
         return []
 
     def get(self, key: str) -> "State | None":
@@ -184,6 +187,13 @@ class Store(ABC):
     def keys(self) -> list[str]:
         """Every key that has a manifest, sorted."""
         return [key for key in (name.removesuffix(".json") for name in self.names("stages")) if is_key(key)]
+
+    def objects(self) -> Iterator[tuple[str, Entry]]:
+        """Every object by the sha256 that names it, whether a manifest names it or not."""
+        for entry in self.entries("objects"):
+            digest = entry.path.rpartition("/")[2]
+            if is_key(digest) and entry.path == object_path(digest):
+                yield digest, entry
 
     def save_run(self, run: str, record: Mapping[str, object]) -> None:
         """Store the record of a run in place of its last one."""

@@ -97,7 +97,7 @@ def produce(asked: Order, said: Any) -> int:
                 step_every=asked.step_every, preview=asked.preview, sample_memory=said.sample_memory,
             )
             if asked.resumed:
-                tidy(store, older=time.perf_counter() - begin)
+                tidy(store, min_age=time.perf_counter() - begin)
     seconds |= {"pictures": writer.seconds, "total": time.perf_counter() - begin}
     return tell(report, [*report.failures, *writer.failures], results, seconds, said)
 

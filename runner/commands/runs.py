@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from runner.artifacts import open_store
 from runner.artifacts.audit import audit
@@ -13,10 +14,11 @@ from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store
 from runner.commands.inspect import warn
 from runner.commands.order import default_store
+from runner.commands.refusal import as_option
 from runner.events import Tolerant
 from runner.reports.history import described, find_run, row, stages_of
 from runner.text import gib, shown
-from stages.errors import StoreError
+from stages.errors import StoreError, worded
 
 HEAD = ("run", "age", "status", "model", "pictures", "stages done")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -60,7 +62,7 @@ def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
 
 def gc(artifacts: str | None, *, as_json: bool, older: str, dry: bool) -> None:
     """Remove what no run needs, and say how many bytes that freed."""
-    garbage = collect(opened(artifacts), older=seconds(older), dry=dry)
+    garbage = collect(opened(artifacts), min_age=seconds(older), dry_run=dry)
     if as_json:
         told = {"artifacts": garbage.artifacts, "files": len(garbage.files), "bytes": garbage.bytes, "dry": dry}
         say([json.dumps(told)])
@@ -74,6 +76,8 @@ def verify(artifacts: str | None, *, as_json: bool) -> None:
     store = opened(artifacts, readonly=True)
     found = []
     for finding in audit(store):
+        if finding.trouble is not None:
+            finding = replace(finding, trouble=worded(finding.trouble, as_option))
         found.append(finding)
         if finding.trouble is not None and not as_json:
             say([f"{finding.kind} {finding.name}: {finding.trouble}"])
