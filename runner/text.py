@@ -1,6 +1,7 @@
 """Words and numbers as people read them: bytes, counts, and text of others without what it could do to a terminal."""
 
 import unicodedata
+from collections.abc import Sequence
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -24,6 +25,13 @@ def clean(text: str) -> str:
 def shown(text: str) -> str:
     """`text` quoted for an error message: ASCII, and cut where it is long."""
     return ascii(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """Rows of cells as lines, each column as wide as its widest cell, with the cells to the left or to the `right`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    side = ">" if right else "<"
+    return ["  ".join(f"{cell:{side}{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def pictures(count: int) -> str:

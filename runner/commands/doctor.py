@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from runner.commands.order import default_store
-from runner.text import gib
+from runner.text import gib, table
 from stages import machine
 from stages.card_test import ADVICE, computes, unbuilt
 from stages.machine import Device, Machine, probe
@@ -51,13 +51,12 @@ def healthy(checks: Sequence[Check]) -> bool:
 
 def lines(checks: Sequence[Check]) -> list[str]:
     """The checks for people, a line each, and a line with the next step under what is not well."""
-    width = max(len(check.name) for check in checks)
-    told = []
+    rows = []
     for check in checks:
-        told.append(f"{'ok ' if check.ok else 'BAD'}  {check.name.ljust(width)}  {check.found}")
+        rows.append(("ok" if check.ok else "BAD", check.name, check.found))
         if check.advice:
-            told.append(f"     {' ' * width}  -> {check.advice}")
-    return told
+            rows.append(("", "", f"-> {check.advice}"))
+    return table(rows)
 
 
 def document(checks: Sequence[Check]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from runner.commands.order import default_store
 from runner.events import Tolerant
-from runner.text import clean, gib
+from runner.text import clean, gib, table
 
 if TYPE_CHECKING:
     from runner.artifacts.inspection import TensorSummary
@@ -30,11 +30,9 @@ def lines(artifact: "Artifact", state: "State") -> list[str]:
     """A line for the artifact, a table of its tensors, and its other values."""
     from runner.artifacts.inspection import describe
 
-    rows = [HEAD, *(cells(row) for row in describe(state))]
-    widths = [max(len(line[column]) for line in rows) for column in range(len(HEAD))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+    tensors = table([HEAD, *(cells(row) for row in describe(state))])
     plain = [f"{name} = {value!r:.100}" for name, value in state.values.items() if _is_plain(value)]
-    return [f"{artifact.stage} {artifact.key} ({gib(artifact.bytes)})", *table, *(clean(line) for line in plain)]
+    return [f"{artifact.stage} {artifact.key} ({gib(artifact.bytes)})", *tensors, *(clean(line) for line in plain)]
 
 
 def cells(row: "TensorSummary") -> tuple[str, ...]:

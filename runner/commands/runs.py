@@ -17,7 +17,7 @@ from runner.commands.order import default_store
 from runner.commands.refusal import as_option
 from runner.events import Tolerant
 from runner.reports.history import described, find_run, row, stages_of
-from runner.text import gib, shown
+from runner.text import gib, shown, table
 from stages.errors import StoreError, worded
 
 HEAD = ("run", "age", "status", "model", "pictures", "stages done")
@@ -108,12 +108,6 @@ def seconds(text: str) -> float:
     if match is None or (not match[2] and int(match[1])):
         raise ValueError(f"--older-than {shown(text)}: write such as 90s, 30m, 1h, 7d or 0")
     return float(int(match[1]) * _UNITS[match[2] or "s"])
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows in columns."""
-    widths = [max(len(cells[column]) for cells in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows]
 
 
 def say(lines: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runner.text import gib
+from runner.text import gib, table
 
 if TYPE_CHECKING:
     from runner.engine.run import Report
@@ -22,9 +22,7 @@ def lines(report: "Report", seconds: Mapping[str, float]) -> list[str]:
         times = [f"{stage.seconds[part]:.2f}" for part in PARTS]
         peaks = [gib(stage.peak[device]) if device in stage.peak else "" for device in devices]
         rows.append([stage.stage, str(stage.ran), str(stage.reused), *times, *peaks])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    table = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return [*table, spent(report, seconds)]
+    return [*table(rows, right=True), spent(report, seconds)]
 
 
 def spent(report: "Report", seconds: Mapping[str, float]) -> str:
