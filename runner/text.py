@@ -31,7 +31,8 @@ def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
     """Rows of cells as lines, each column as wide as its widest cell, with the cells to the left or to the `right`."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     side = ">" if right else "<"
-    return ["  ".join(f"{cell:{side}{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ("  ".join(f"{cell:{side}{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in lines]
 
 
 def pictures(count: int) -> str:

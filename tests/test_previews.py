@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from runner.artifacts import MemoryStore
-from runner.demo.latent_rgb import demo_colors, pairs
+from runner.demo import COLORS
+from runner.demo.latent_rgb import pairs
 from runner.demo.scenes import every_solo, held_out
 from runner.events import json_lines, tee
 from runner.media.latent_rgb import Colors, cells_of, fitted, grid_of, learned
@@ -86,7 +87,7 @@ def test_colors_are_learned_from_pictures_of_the_same_model_alone() -> None:
 
 
 def test_the_demo_has_colors_from_the_start() -> None:
-    colors, errors = demo_colors(), []
+    colors, errors = Colors.read(COLORS), []
     unseen = random.Random(0).sample([scene for scene in every_solo() if held_out(scene)], 6)
     for latents, pixels in pairs(unseen):
         rough = colors.picture(latents, (128, 128))

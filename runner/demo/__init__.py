@@ -3,3 +3,4 @@
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+COLORS = Path(__file__).parent / "colors.json"

@@ -3,24 +3,17 @@
 import json
 import random
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
-from runner.demo import CHECKPOINT
+from runner.demo import CHECKPOINT, COLORS
 from runner.demo.scenes import Scene, every_solo, held_out, pixels_of, random_pair
-from runner.media.latent_rgb import Colors, fitted
+from runner.media.latent_rgb import fitted
 
-FILE = Path(__file__).parent / "colors.json"
 SCENES = 160
 DIGITS = 4
-
-
-def demo_colors() -> Colors:
-    """The colors of the demo checkpoint, as they were fitted."""
-    return Colors(torch.tensor(json.loads(FILE.read_text())))
 
 
 @torch.no_grad()
@@ -42,7 +35,7 @@ def main() -> None:
     colors = fitted(pairs(scenes), 64)
     assert colors is not None
     rows = ",\n".join(json.dumps([round(value, DIGITS) for value in row]) for row in colors.weights.tolist())
-    FILE.write_text(f"[{rows}]\n")
+    COLORS.write_text(f"[{rows}]\n")
 
 
 if __name__ == "__main__":

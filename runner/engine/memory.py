@@ -15,20 +15,26 @@ PATIENCE = 10
 
 @dataclass(frozen=True)
 class Leftover:
-    """A tensor that is still on a device after a flush; `bytes` is its storage's size."""
+    """A tensor that is still on a device after a flush."""
 
     kind: str
+    """The name of its class."""
     shape: tuple[int, ...]
+    """Its shape."""
     bytes: int
+    """The bytes of its storage."""
 
 
 @dataclass(frozen=True)
 class Flushed:
-    """What a flush gave back and what stayed above the baseline, in bytes, with the largest leftovers."""
+    """What a flush did."""
 
     freed: int
+    """The bytes that it gave back."""
     left: int
+    """The bytes that stayed above the baseline."""
     leftovers: tuple[Leftover, ...] = ()
+    """The largest tensors among them."""
 
 
 class Meter:
@@ -103,6 +109,7 @@ def _reset_host_peak() -> None:
 
 
 def _host_peak() -> int:
+    # psutil knows no peak that can be counted anew.
     status = Path("/proc/self/status")
     if not status.exists():
         return 0

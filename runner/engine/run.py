@@ -16,7 +16,7 @@ from runner.distributed.collectives import Collectives
 from runner.engine.keys import STAGES, chain, midway_key, missing, starts
 from runner.engine.lanes import one_at_a_time
 from runner.engine.oom import relieved
-from runner.engine.recorder import Recorder
+from runner.engine.recorder import Recorder, plan_record
 from runner.engine.signals import Interrupted, StopRequest
 from runner.engine.stage_runner import Failure, StageReport, StageRunner
 from runner.media.latent_rgb import colors_of
@@ -24,7 +24,6 @@ from runner.media.previews import Previewer
 from runner.planning import describe
 from runner.planning.plan import Plan
 from runner.reports import notebook_html
-from runner.reports.record import described
 from runner.request import Request
 from stages.errors import BadResult, StageOutOfMemory
 from stages.pipeline.stage import Emit, Stage, silent
@@ -124,7 +123,7 @@ def run_all(
     store = store or open_store("memory", warn=lambda text: emit("warning", {"text": text}))
     name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     if preview:
-        emit = one_at_a_time(Previewer(seen, preview, plan.requests, colors_of(plan, store)))
+        emit = one_at_a_time(Previewer(seen, preview, plan.requests, colors_of(plan.checkpoint, store)))
     run = Run(plan, store, emit, seen, name, dict(record or {}), StopRequest(stop), step_every, degrade, done,
               company)
     return run.go(stop_after, from_stage)
@@ -295,7 +294,7 @@ class Run:
 
     def _save(self, status: str, **more: object) -> None:
         failures = [vars(failure) for failure in self.failures]
-        self.store.save_run(self.name, {**self.record, **described(self.plan), **self.seen.document(),
+        self.store.save_run(self.name, {**self.record, **plan_record(self.plan), **self.seen.document(),
                                         "previews": self.seen.strips.keep(self.store, self.name), "status": status,
                                         "changes": list(self.changes), "failures": failures, **more})
 

@@ -23,11 +23,11 @@ from runner.distributed.ray.pools import Pools, groups, pools
 from runner.distributed.task import Task
 from runner.engine.keys import STAGES, chain, midway_key, missing
 from runner.engine.memory import Flushed
+from runner.engine.recorder import plan_record
 from runner.engine.run import Done, Picture, Report, check_whole, facts_of
 from runner.engine.signals import Interrupted, StopRequest
 from runner.engine.stage_runner import Failure, StageReport
 from runner.planning.plan import Plan
-from runner.reports.record import described
 from stages.errors import BadResult
 from stages.machine import Device, Machine, probe
 from stages.pipeline.stage import Emit, silent
@@ -125,7 +125,7 @@ def run_all(
     emit("run", {"run": name, "requests": len(plan.requests), "model": plan.checkpoint.source,
                  "seed": plan.requests[0].seed})
     run = Run(plan, stages, keys, todo, store, done if said.stop_after is None else None)
-    whole = {**(record or {}), **described(plan), "model": plan.checkpoint.identity,
+    whole = {**(record or {}), **plan_record(plan), "model": plan.checkpoint.identity,
              "requests": [vars(request) for request in plan.requests],
              "stages": {stage.name: list(keys[stage.name]) for stage in stages}}
     with store.running(name), recorded(store, name, whole, run.failures), StopRequest().listening():
