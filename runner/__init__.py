@@ -3,6 +3,7 @@
     from runner import Request, make_plan, run_all, run_stage
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -43,3 +44,13 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
+
+
+if "IPython" in sys.modules:
+    from IPython import get_ipython
+
+    # In a notebook, plans and reports are to show themselves as soon as this package is there.
+    if (_shell := get_ipython()) is not None:
+        from runner.reports.notebook import register
+
+        register(_shell)

@@ -22,6 +22,16 @@ def clean(text: str) -> str:
     return "".join(c for c in spaced if c not in BIDI and unicodedata.category(c) not in ("Cc", "Cs"))
 
 
+def visible(value: object, most: int = 2000) -> str:
+    """A value as text for a page, cut at `most` characters, without what turns the reading direction.
+
+    Controls have no place in HTML, and surrogates none in UTF-8: each becomes U+FFFD, but line ends and tabs stay.
+    """
+    text = str(value)
+    text = text if len(text) <= most else f"{text[: most - 3]}..."
+    return "".join(c if c.isprintable() or c in " \n\t" else "\ufffd" for c in text if c not in BIDI)
+
+
 def shown(text: str) -> str:
     """`text` quoted for an error message: ASCII, and cut where it is long."""
     return ascii(text if len(text) <= 60 else f"{text[:57]}...")

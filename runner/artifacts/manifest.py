@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
 from runner.artifacts.signed_json import JSON, Damaged, canonical, read_document, write_document
-from runner.reports import notebook_html
 from runner.text import gib
 
 MAX_OBJECT_BYTES = 8 * 2**30
@@ -66,9 +65,6 @@ class Artifact:
         count = len(self.tensors)
         tensors = f"{count} tensor{'' if count == 1 else 's'}"
         return f"Artifact({self.stage} {self.key[:12]}, {gib(self.bytes)}, {tensors})"
-
-    def _repr_html_(self) -> str:
-        return notebook_html.artifact_html(self)
 
 
 def key_of(parts: Mapping[str, object]) -> str:

@@ -181,7 +181,7 @@ def report(
     artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="The store.")] = None,
 ) -> Callable[[], None]:
     """Write what a run did as one HTML page: pictures, where every block lay, memory and time."""
-    from runner.reports.publish import publish
+    from runner.commands.report import publish
 
     return partial(publish, run, out, artifacts, overwrite=overwrite)
 

@@ -23,8 +23,8 @@ from runner.media.latent_rgb import colors_of
 from runner.media.previews import Previewer
 from runner.planning import describe
 from runner.planning.plan import Plan
-from runner.reports import notebook_html
 from runner.request import Request
+from runner.text import pictures, shown
 from stages.errors import BadResult, StageOutOfMemory
 from stages.pipeline.stage import Emit, Stage, silent
 from stages.state import State
@@ -41,10 +41,8 @@ class Picture:
     facts: Mapping[str, Any]
 
     def __repr__(self) -> str:
-        return notebook_html.picture_line(self)
-
-    def _repr_html_(self) -> str:
-        return notebook_html.picture_html(self)
+        asked = self.request
+        return f"Picture({self.index}, {shown(asked.prompt)}, {asked.width}x{asked.height}, seed {asked.seed})"
 
     @cached_property
     def pixels(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
@@ -79,10 +77,8 @@ class Report:
     device_map: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return notebook_html.report_line(self)
-
-    def _repr_html_(self) -> str:
-        return notebook_html.report_html(self)
+        stages = (f"{stage.stage} {sum(stage.seconds.values()):.1f} s" for stage in self.stages)
+        return f"Report({', '.join((self.run, pictures(len(self.pictures)), *stages))})"
 
 
 def run_all(

@@ -18,7 +18,7 @@ from runner.engine.oom_message import shortage
 from runner.engine.signals import StopRequest
 from runner.engine.step_checkpoint import StepCheckpointer, StopAtStep, midway_of
 from runner.planning.plan import Plan, inputs_of
-from runner.reports import notebook_html
+from runner.text import gib
 from stages.errors import BadResult, StageOutOfMemory, StoreError
 from stages.loading.readahead import reading_ahead
 from stages.pipeline.stage import Emit, Inputs, Loaded, Stage
@@ -45,10 +45,9 @@ class StageReport:
     lanes: int = 1
 
     def __repr__(self) -> str:
-        return notebook_html.stage_line(self)
-
-    def _repr_html_(self) -> str:
-        return notebook_html.stages_html(self)
+        peaks = "".join(f", peak {device} {gib(peak)}" for device, peak in self.peak.items())
+        return (f"StageReport({self.stage}, {self.ran} made, {self.reused} re-used, "
+                f"{sum(self.seconds.values()):.1f} s{peaks})")
 
 
 @dataclass(frozen=True)

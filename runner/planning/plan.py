@@ -13,8 +13,8 @@ from runner.planning.memory_limits import limited, read_machine
 from runner.planning.place_option import read_wishes
 from runner.planning.placer import Need, Placer
 from runner.planning.precompute import Saving
-from runner.reports import notebook_html
 from runner.request import Request, check_tokens, nearest
+from runner.text import pictures
 from stages.card_test import able
 from stages.families import FAMILIES, Family
 from stages.loading import lora_merge
@@ -55,10 +55,10 @@ class Plan:
     placer: Placer | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        return notebook_html.plan_line(self)
-
-    def _repr_html_(self) -> str:
-        return notebook_html.plan_html(self)
+        stages = (f"{stage} on {' and '.join(device for device, need in needs.items() if need.total)}"
+                  for stage, needs in self.needs.items())
+        count = pictures(len(self.requests))
+        return f"Plan({', '.join((self.family.name, self.checkpoint.source, count, *stages))})"
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner.commands.inspect import warn
 from runner.commands.order import default_store
@@ -10,9 +9,7 @@ from runner.events import Tolerant
 from runner.media import paths
 from runner.reports.history import find_run
 from runner.text import shown
-
-if TYPE_CHECKING:
-    pass
+from stages.errors import InvalidInput
 
 
 def publish(run: str, out: str | None, artifacts: str | None, *, overwrite: bool) -> None:
@@ -29,7 +26,7 @@ def publish(run: str, out: str | None, artifacts: str | None, *, overwrite: bool
 
 
 def checked(out: str) -> Path:
-    """Where a page goes to; ValueError for what is no name of one."""
+    """Where a page goes to; InvalidInput for what is no name of one."""
     if not out.lower().endswith((".html", ".htm")) or not out.isprintable():
-        raise ValueError(f"--out {shown(out)} must end in .html")
+        raise InvalidInput(f"`out` {shown(out)} must end in .html")
     return Path(out)
