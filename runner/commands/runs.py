@@ -16,11 +16,10 @@ from runner.commands.inspect import warn
 from runner.commands.order import default_store
 from runner.commands.refusal import as_option
 from runner.events import Tolerant
-from runner.reports.history import described, find_run, row, stages_of
+from runner.reports.history import HEAD, describe_run, find_run, stages_of, summarize
 from runner.text import gib, shown, table
 from stages.errors import StoreError, worded
 
-HEAD = ("run", "age", "status", "model", "pictures", "stages done")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -29,7 +28,7 @@ def ls(artifacts: str | None, *, as_json: bool, last: int | None) -> None:
     store = opened(artifacts, readonly=True)
     runs = store.runs()
     keys = frozenset(store.keys())
-    rows = [row(store, run, keys) for run in (runs if last is None else runs[-last:])]
+    rows = [summarize(store, run, keys) for run in (runs if last is None else runs[-last:])]
     if as_json:
         say([json.dumps({"runs": [each.document() for each in rows]})])
     else:
@@ -41,11 +40,11 @@ def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
     store = opened(artifacts, readonly=True)
     found = store.stored_run(find_run(store, run))
     sizes = {key: _bytes(store, key) for keys in stages_of(found.record).values() for key in keys}
-    facts = row(store, found.run, {key for key, size in sizes.items() if size is not None}, found)
+    facts = summarize(store, found.run, {key for key, size in sizes.items() if size is not None}, found)
     if as_json:
         say([json.dumps({**facts.document(), "sizes": sizes, "record": found.record})])
     else:
-        say(described(facts, found, sizes))
+        say(describe_run(facts, found, sizes))
 
 
 def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
