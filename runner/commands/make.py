@@ -22,7 +22,7 @@ from runner.commands.resumption import command, lasts, record_of, resumable
 from runner.distributed.env import launched
 from runner.events import Emit, json_lines, tee
 from runner.media import paths
-from runner.media.previews import Beside
+from runner.media.previews import PreviewFiles
 from runner.planning import describe
 from runner.planning.parallel import wished
 from runner.reports.progress import Progress
@@ -89,7 +89,7 @@ def produce(asked: Order, said: Any) -> int:
             with timed(seconds, "download"):
                 job = fetched(job)
         results = Results(asked, said, sys.stdout)
-        writer = Writer(asked, said, tee(emit, Beside(asked.paths)), results.tell)
+        writer = Writer(asked, said, tee(emit, PreviewFiles(asked.paths)), results.tell)
         with progress, advised(job, asked, said):
             report = run_all(
                 job, store=store, emit=writer.hear, stop_after=said.stop_after, from_stage=said.from_stage,
