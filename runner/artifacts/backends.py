@@ -79,10 +79,10 @@ class FolderStore(Store):
         return atomic_files.entries(self.path, folder)
 
     def working(self, key: str) -> AbstractContextManager[None]:
-        return locks.exclusive(self.path, checked_key(key), "computing the same artifact", waiting=self.warn)
+        return locks.exclusive(self.path, checked_key(key), "computing the same artifact", warn=self.warn)
 
     def housekeeping(self) -> AbstractContextManager[None]:
-        return locks.exclusive(self.path, "runs", "at work on the list of runs", waiting=self.warn)
+        return locks.exclusive(self.path, "runs", "at work on the list of runs", warn=self.warn)
 
     def running(self, run: str) -> AbstractContextManager[None]:
         return locks.shared(self.path, f"run.{checked_run(run)}")

@@ -20,11 +20,11 @@ _LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @contextmanager
-def exclusive(root: Path, name: str, doing: str, *, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock `name` for the block, which is `doing` something; `waiting` hears of a long wait for others."""
+def exclusive(root: Path, name: str, doing: str, *, warn: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock `name` for the block alone; `warn` hears of a long wait for another, who is `doing` something."""
     try:
         with folder(root, TMP) as tmp:
-            handle = _waited(tmp, f"{name}{LOCK}", doing, waiting)
+            handle = _waited(tmp, f"{name}{LOCK}", doing, warn)
     except OSError:
         handle = None
     try:
@@ -72,17 +72,17 @@ def is_held(root: Path, name: str) -> bool | None:
     return False
 
 
-def _waited(tmp: int, name: str, doing: str, waiting: Callable[[str], None]) -> int | None:
+def _waited(tmp: int, name: str, doing: str, warn: Callable[[str], None]) -> int | None:
     start, told = time.monotonic(), False
     while (waited := time.monotonic() - start) < PATIENCE:
         handle = _try_lock(tmp, name, fcntl.LOCK_EX)
         if handle is not None:
             return handle
         if waited > 1 and not told:
-            waiting(f"another process is {doing}: waiting for it")
+            warn(f"another process is {doing}: waiting for it")
             told = True
         time.sleep(_POLL)
-    waiting(f"another process has been {doing} for {PATIENCE:.0f} s: going on without waiting")
+    warn(f"another process has been {doing} for {PATIENCE:.0f} s: going on without waiting")
     return None
 
 

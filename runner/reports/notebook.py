@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from runner.reports.charts.blocks import blocks
 from runner.reports.charts.gantt import gantt
 from runner.reports.charts.timeline import memory
 from runner.reports.progress import Status, Summary
-from runner.reports.report import PARTS
+from runner.reports.report import stages_table
 from runner.reports.templates import Thumbnail, thumbnail
 from runner.text import gib, pictures
 
@@ -145,14 +145,16 @@ def plan_html(plan: "Plan") -> str:
 
 
 def stage_html(stage: "StageReport") -> str:
-    """Its line of the table of stages."""
-    return html("table", *stages_table([stage]))
+    """Seconds by part, peaks, and what the flush gave back."""
+    head, *rows = stages_table([stage], flushes=True)
+    return html("table", head, rows)
 
 
 def report_html(report: "Report") -> str:
     """The stages, and the first pictures as thumbnails."""
     first = report.pictures[:MOST_PICTURES]
-    return html("report", report.run, pictures(len(report.pictures)), *stages_table(report.stages),
+    head, *rows = stages_table(report.stages, flushes=True)
+    return html("report", report.run, pictures(len(report.pictures)), head, rows,
                 [(one.index, _shot(one, SMALL), one.request.prompt) for one in first],
                 len(report.pictures) - len(first))
 
@@ -187,18 +189,6 @@ def sharded_html(placement: "Sharded") -> str:
     """Where the blocks of a component are, and how many are on each device."""
     counts = Counter(placement.storage_devices[block] for block in placement.devices)
     return html("placement", str(placement), [(device, f"{count} blocks") for device, count in counts.items()])
-
-
-def stages_table(stages: "Sequence[StageReport]") -> tuple[list[str], list[list[str]]]:
-    """The head and a row per stage: seconds by part, peaks, and what the flush gave back."""
-    devices = list(dict.fromkeys(device for stage in stages for device in stage.peak))
-    # Only cards are asked what a flush gave back.
-    flushed = () if all(device.endswith("cpu") for device in devices) else ("freed", "left")
-    head = ["stage", "made", "re-used", *(f"{part} s" for part in PARTS), *(f"peak {d}" for d in devices), *flushed]
-    return head, [
-        [stage.stage, str(stage.ran), str(stage.reused), *(f"{stage.seconds[part]:.2f}" for part in PARTS),
-         *(gib(stage.peak[device]) if device in stage.peak else "" for device in devices),
-         *(gib(getattr(stage.flushed, name)) for name in flushed)] for stage in stages]
 
 
 def _shot(picture: "Picture", side: int) -> Thumbnail | None:
