@@ -3,6 +3,7 @@
     from runner import Job, Request, make_plan, run_all, run_stage
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -68,3 +69,13 @@ def _version() -> str:
         return version("stagerun")
     except PackageNotFoundError as error:
         raise AttributeError("stagerun is not installed, so nothing says its version") from error
+
+
+if "IPython" in sys.modules:
+    from IPython import get_ipython
+
+    # In a notebook, plans and reports are to show themselves as soon as this package is there.
+    if (_shell := get_ipython()) is not None:
+        from runner.reports.notebook import register
+
+        register(_shell)

@@ -1,6 +1,7 @@
 """Words and numbers as people read them: bytes, counts, and text of others without what it could do to a terminal."""
 
 import unicodedata
+from collections.abc import Sequence
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -21,9 +22,27 @@ def clean(text: str) -> str:
     return "".join(c for c in spaced if c not in BIDI and unicodedata.category(c) not in ("Cc", "Cs"))
 
 
+def visible(value: object, most: int = 2000) -> str:
+    """A value as text for a page, cut at `most` characters, without what turns the reading direction.
+
+    Controls have no place in HTML, and surrogates none in UTF-8: each becomes U+FFFD, but line ends and tabs stay.
+    """
+    text = str(value)
+    text = text if len(text) <= most else f"{text[: most - 3]}..."
+    return "".join(c if c.isprintable() or c in " \n\t" else "\ufffd" for c in text if c not in BIDI)
+
+
 def shown(text: str) -> str:
     """`text` quoted for an error message: ASCII, and cut where it is long."""
     return ascii(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """Rows of cells as lines, each column as wide as its widest cell, with the cells to the left or to the `right`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    side = ">" if right else "<"
+    lines = ("  ".join(f"{cell:{side}{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in lines]
 
 
 def pictures(count: int) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from html import escape
 from typing import Union
 
 import torch
@@ -25,11 +24,6 @@ class State:
 
     def __repr__(self) -> str:
         return f"State({', '.join(f'{name} {_shape(tensor)}' for name, tensor in self.tensors().items())})"
-
-    def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><td>{escape(name)}</td><td>{_shape(tensor)}</td><td>{_extremes(tensor)}</td></tr>"
-                       for name, tensor in self.tensors().items())
-        return f"<table><tr><th>tensor</th><th>type and shape</th><th>from, to</th></tr>{rows}</table>"
 
     def only(self, names: Collection[str]) -> "State":
         """The same state with nothing but `names`."""
@@ -61,8 +55,3 @@ def _tensors(path: str, value: object) -> list[tuple[str, torch.Tensor]]:
 def _shape(tensor: torch.Tensor) -> str:
     """Such as `float32[1, 20, 64]`."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
-def _extremes(tensor: torch.Tensor) -> str:
-    """Such as `-3.2, 4.1`."""
-    return ", ".join(f"{value.item():.4g}" for value in (tensor.min(), tensor.max())) if tensor.numel() else ""

@@ -45,6 +45,12 @@ def test_a_model_on_disk_knows_nothing_of_where_it_will_be() -> None:
         assert not [name for name in imported(path) if name.startswith("stages") and not name.startswith(known)], path
 
 
+def test_reports_are_read_by_commands_and_notebooks_alone() -> None:
+    for path in SOURCES:
+        if path.parts[len(ROOT.parts) + 1] not in ("__init__.py", "commands", "notebook.py", "reports"):
+            assert not [name for name in imported(path) if name.startswith("runner.reports")], path
+
+
 def test_modular_diffusers_stands_behind_one_seam() -> None:
     seam = {"split.py", "stage.py", "step_hook.py", "denoise.py"}
     assert {path.name for path in SOURCES if any("modular_pipelines" in name for name in imported(path))} <= seam

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from runner.artifacts import FolderStore, locks
-from runner.artifacts.temp_files import hold, part_name, sweep
+from runner.artifacts.temp_files import lock_part, part_name, remove_orphans
 from stages.errors import StoreError
 from tests.store_worker import KEY, Worker, state
 from tests.test_artifacts import OTHER, STATE, object_path, same
@@ -180,7 +180,7 @@ def test_a_read_only_disk_is_refused_at_once_and_still_read(tmp_path: Path, moun
     store = FolderStore(folder, readonly=True)
     with store.working(KEY):
         assert store.get(KEY) is not None
-    with pytest.raises(StoreError, match=r"cannot write .*\[EROFS\]; .* choose another --artifacts"):
+    with pytest.raises(StoreError, match=r"cannot write .*\[EROFS\]; .* choose another store"):
         store.put(OTHER, "encode", STATE, {})
 
 
@@ -358,13 +358,13 @@ def test_what_was_killed_on_this_machine_is_swept_at_once(
     for name in (left, live, "some.lock"):
         (store.path / "tmp" / name).touch()
     with open(store.path / "tmp" / live) as held:
-        assert hold(held.fileno())
+        assert lock_part(held.fileno())
         if locks == "missing":
             monkeypatch.setattr(fcntl, "flock", partial(_refuse, errno.ENOTSUP))
         elif locks == "blind":
             monkeypatch.setattr(fcntl, "flock", lambda handle, how: None)
         FolderStore(store.path)
-        sweep(store.path / "tmp")
+        remove_orphans(store.path / "tmp")
         there = {live} if locks == "real" else {left, live, "some.lock"}
         assert set(os.listdir(store.path / "tmp")) == there
     os.unlink(store.path / "tmp" / live)
@@ -373,7 +373,7 @@ def test_what_was_killed_on_this_machine_is_swept_at_once(
 def test_a_writer_whose_new_file_was_swept_takes_another(tmp_path: Path) -> None:
     with open(tmp_path / "gone", "wb") as file:
         os.unlink(tmp_path / "gone")
-        assert not hold(file.fileno())
+        assert not lock_part(file.fileno())
 
 
 def _refuse(code: int, handle: int, how: int) -> None:

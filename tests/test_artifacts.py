@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.artifacts import Artifact, ArtifactStore, FolderStore, MemoryStore, header, key_of, open_store
+from runner.artifacts import Artifact, FolderStore, ForwardingStore, MemoryStore, Store, header, key_of, open_store
 from runner.artifacts.inspection import describe, open_artifact
+from runner.artifacts.remote import RemoteStore
 from runner.artifacts.state_format import is_finite, pack, unpack
 from stages.errors import BadResult, StoreError
 from stages.state import State
@@ -343,7 +344,7 @@ def test_an_artifact_opens_by_path_key_prefix_or_run(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         with pytest.raises(StoreError, match=message):
             open_artifact(what, store)
-    with pytest.raises(StoreError, match="name a store with --artifacts"):
+    with pytest.raises(StoreError, match="name a store to look"):
         open_artifact(KEY)
 
 
@@ -355,9 +356,24 @@ def test_an_ambiguous_prefix_names_the_candidates() -> None:
         open_artifact("aaaaaa", store)
 
 
+def test_a_forwarding_store_hands_on_whatever_stores_do_in_their_own_way(tmp_path: Path) -> None:
+    own = {name for kind in (MemoryStore, FolderStore, RemoteStore) for name in vars(kind)
+           if not name.startswith("_") and callable(getattr(kind, name))}
+    assert own <= vars(ForwardingStore).keys() and own > {"fetch", "publish", "working"}
+    store = ForwardingStore(FolderStore(tmp_path / "store"))
+    artifact = store.put(KEY, "encode", STATE, {})
+    found = store.get(KEY)
+    assert found is not None and same(dict(found.values), dict(STATE.values)) and store.find(KEY) == artifact
+    store.save_run("r1", {"status": "done"})
+    with store.running("r1"):
+        assert store.is_running("r1") and store.load_run("r1") == {"status": "done"}
+    store.drop_run("r1")
+    assert list((tmp_path / "store/runs").iterdir()) == [tmp_path / "store/runs/.sequence"]
+
+
 def test_open_store_knows_memory_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    stores: list[ArtifactStore] = [open_store("memory"), open_store(str(tmp_path / "s")), open_store("~/t")]
+    stores: list[Store] = [open_store("memory"), open_store(str(tmp_path / "s")), open_store("~/t")]
     assert [type(store) for store in stores] == [MemoryStore, FolderStore, FolderStore]
     assert (tmp_path / "s/objects").is_dir() and (tmp_path / "t/objects").is_dir()
     with warnings.catch_warnings():

@@ -1,7 +1,11 @@
 """Plans, runs, stages, pictures, artifacts and placements show themselves: one line, and HTML without scripts."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,11 @@ from runner.engine.memory import Flushed
 from runner.engine.run import Picture, Report
 from runner.engine.stage_runner import StageReport
 from runner.notebook import Charts, Memory
-from runner.reports.markup import image, said, table
-from runner.reports.memory_table import Measured, measured
+from runner.reports.notebook import HTML, StageMemory, stage_memory
+from runner.reports.templates import call, thumbnail
+from runner.text import visible
 from stages.placement.placement import Resident, Sharded
+from stages.placement.tensor_parallel import TensorParallel
 from stages.state import State
 from tests.records import HOSTILE, record
 
@@ -60,6 +66,11 @@ def checked(text: str) -> Tags:
     return tags
 
 
+def html(thing: object) -> str:
+    """What a notebook shows of a thing."""
+    return HTML[type(thing).__module__, type(thing).__name__](thing)
+
+
 def one_line(text: str) -> str:
     assert text.isascii() and text.isprintable() and len(text) < 250
     return text
@@ -89,19 +100,19 @@ def test_a_plan_shows_itself(plan: Plan) -> None:
     line = one_line(repr(plan))
     assert line.startswith("Plan(flux, ") and line.endswith(
         "1 picture, encode on cpu, denoise on cpu, decode on cpu)")
-    text = checked(plan._repr_html_()).text
+    text = checked(html(plan)).text
     assert "activations" in text and "transformer: " in text
     hostile = dataclasses.replace(plan.checkpoint, source="<script>alert(1)</script>")
-    assert "<script>" in checked(dataclasses.replace(plan, checkpoint=hostile)._repr_html_()).text
+    assert "<script>" in checked(html(dataclasses.replace(plan, checkpoint=hostile))).text
 
 
 def test_a_picture_shows_a_thumbnail_over_its_prompt(plan: Plan) -> None:
     shown = picture(plan, kept())
     assert one_line(repr(shown)).startswith("Picture(0, '\"><script>")
-    tags = checked(shown._repr_html_())
+    tags = checked(html(shown))
     (shot,) = [attributes for tag, attributes in tags.seen if tag == "img"]
     assert (shot["width"], shot["height"]) == ("256", "192") and "<script>alert(1)</script>" in tags.text
-    gone = checked(picture(plan, MemoryStore(warn=print))._repr_html_())
+    gone = checked(html(picture(plan, MemoryStore(warn=print))))
     assert "no longer in the store" in gone.text
 
 
@@ -109,7 +120,7 @@ def test_a_run_shows_its_stages_and_not_all_of_its_pictures(plan: Plan) -> None:
     store = kept()
     report = Report("r1", tuple(picture(plan, store, index) for index in range(100)), (stage("encode"),), {})
     assert one_line(repr(report)) == "Report(r1, 100 pictures, encode 2.0 s)"
-    text = report._repr_html_()
+    text = html(report)
     tags = checked(text)
     assert len([tag for tag, _ in tags.seen if tag == "img"]) == 12 and "and 88 more" in tags.text
     assert len(text) < 100_000
@@ -118,10 +129,10 @@ def test_a_run_shows_its_stages_and_not_all_of_its_pictures(plan: Plan) -> None:
 def test_a_stage_shows_seconds_peaks_and_the_flush() -> None:
     assert one_line(repr(stage("denoise"))) == (
         "StageReport(denoise, 2 made, 1 re-used, 2.0 s, peak cuda:0 3.0 GiB, peak cuda:1 1.0 GiB)")
-    cells = checked(stage("denoise")._repr_html_()).text
+    cells = checked(html(stage("denoise"))).text
     assert "peak cuda:1" in cells and "1.25" in cells and "freed" in cells
     cpu_blocks = dataclasses.replace(stage("denoise"), peak={"rank 0 cpu": 2**30})
-    assert "freed" not in checked(cpu_blocks._repr_html_()).text
+    assert "freed" not in checked(html(cpu_blocks)).text
 
 
 @pytest.fixture
@@ -149,7 +160,7 @@ def test_without_cards_the_memory_is_that_of_the_process() -> None:
     asked = record()
     asked["timeline"] |= {"devices": [], "peaks": {"encode": {"cpu": 460 * 2**20}}}
     asked["plan"]["stages"] = {"encode": {"cpu": {"weights": 3, "activations": 4}}}
-    assert measured(asked) == [Measured("encode", "cpu", 400 * 2**20, 7, 460 * 2**20, 410 * 2**20)]
+    assert stage_memory(asked) == [StageMemory("encode", "cpu", 400 * 2**20, 7, 460 * 2**20, 410 * 2**20)]
 
 
 def test_the_charts_of_a_run_show_themselves_without_scripts(ran: MemoryStore) -> None:
@@ -167,24 +178,60 @@ def test_an_artifact_shows_its_tensors() -> None:
     values = {f"value_{index}": torch.zeros(2, 3) for index in range(30)}
     artifact = store.put(KEY, "denoise", State(values), {})
     assert one_line(repr(artifact)).startswith("Artifact(denoise aaaaaaaaaaaa, ")
-    text = checked(artifact._repr_html_()).text
+    text = checked(html(artifact)).text
     assert "value_0" in text and "2x3" in text and "and 10 more" in text
 
 
 def test_a_placement_shows_who_holds_what() -> None:
     dealt = Sharded("cuda:0", {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}, cpu_blocks=frozenset(["a.2"]))
     assert repr(dealt) == "Sharded(cuda:0:1,cuda:1:1,cuda:0:1 (1 of them streamed))"
-    assert checked(dealt._repr_html_()).text.endswith("cuda:01 blockscuda:11 blockscpu1 blocks")
+    assert checked(html(dealt)).text.endswith("cuda:01 blockscuda:11 blockscpu1 blocks")
     assert repr(Resident("cuda:0", 512)) == "Resident(cuda:0 in tiles of 512 pixels)"
-    assert checked(Resident("<b>")._repr_html_()).text == "<b>"
+    assert checked(html(Resident("<b>"))).text == "<b>"
+
+
+def test_a_state_shows_the_extremes_of_its_tensors() -> None:
+    state = State({"<b>": torch.arange(6.0).reshape(2, 3), "parts": [torch.zeros(0), True], "steps": 4})
+    assert repr(state) == "State(<b> float32[2, 3], parts.0 float32[0])"
+    assert checked(html(state)).text == "tensortype and shapefrom, to<b>float32[2, 3]0, 5parts.0float32[0]"
+
+
+def test_a_placement_over_processes_shows_their_cards() -> None:
+    assert checked(html(TensorParallel(("cuda:0", "cuda:1"), 7))).text == "cut over cuda:0, cuda:1"
+
+
+def test_whatever_shows_itself_is_where_a_notebook_looks_for_it() -> None:
+    for module, name in HTML:
+        assert getattr(import_module(module), name).__module__ == module
+
+
+def test_a_notebook_shows_things_as_soon_as_the_package_is_there(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        "shell = InteractiveShell.instance()\n"
+        "assert shell.run_cell('from runner import Request').success\n"
+        "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules), 'heavy'\n"
+        "assert shell.run_cell('import torch\\nfrom stages.state import State\\n'\n"
+        "                      'from stages.placement.placement import Resident\\n'\n"
+        "                      'found = State({\"x\": torch.ones(2)}), Resident(\"cuda:0\")').success\n"
+        "print(*(shell.display_formatter.format(one)[0]['text/html'] for one in shell.user_ns['found']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent, env={**os.environ, "IPYTHONDIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert "<table" in done.stdout and "float32[2]" in done.stdout and "<code>cuda:0</code>" in done.stdout
 
 
 def test_what_is_said_is_text_and_has_an_end() -> None:
-    assert said("<a b='x'>\x00\x1b[2J\ud800\u2066 & b") == "&lt;a b=&#x27;x&#x27;&gt;\ufffd\ufffd[2J\ufffd &amp; b"
-    assert len(said("x" * 10_000)) == 2000 and said("caf\u00e9 \u05d0") == "caf\u00e9 \u05d0"
-    assert checked(table(("one",), [("<b>a</b>",)])).text == "onea"
+    hostile = "<a b='x'>\x00\x1b[2J\ud800\u2066 & b"
+    assert visible(hostile) == "<a b='x'>\ufffd\ufffd[2J\ufffd & b"
+    assert len(visible("x" * 10_000)) == 2000 and visible("caf\u00e9 \u05d0") == "caf\u00e9 \u05d0"
+    shown = call("macros.html.j2", "table", ["one"], [[hostile]], ["color"], "style")
+    assert checked(shown).text == f"one{visible(hostile)}" and "&lt;a b=&#39;x&#39;&gt;" in shown
 
 
 def test_an_image_is_no_larger_than_asked() -> None:
-    tags = checked(image(torch.zeros(1000, 500, 3, dtype=torch.uint8).numpy(), 100, '"><script>'))
+    shot = thumbnail(torch.zeros(1000, 500, 3, dtype=torch.uint8).numpy(), 100)
+    tags = checked(call("macros.html.j2", "image", shot, '"><script>'))
     assert tags.seen[0][1] | {"src": ""} == {"width": "50", "height": "100", "alt": '"><script>', "src": ""}

@@ -1,12 +1,11 @@
-"""What a hand-over costs, in calls and bytes: seconds are for `python -m benchmarks.store`."""
+"""What a hand-over costs, in bytes, and when it is on the disk: seconds are for `python -m benchmarks.store`."""
 
 import errno
 import hashlib
-import itertools
 import os
 import signal
+import stat
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from runner.artifacts import FolderStore, atomic_files, background, state_format
-from runner.artifacts.background import ASIDE, Background
-from runner.artifacts.state_format import pack
+from runner.artifacts import FolderStore, atomic_files
+from runner.artifacts.background import THREADS, Background
 from stages.errors import StoreError
 from stages.state import State
 from tests.test_artifacts import KEY, STATE, object_path, same
 
-LARGE = State({"latents": torch.linspace(-1, 1, ASIDE).bfloat16(), "sizes": [1, 2]})
+LARGE = State({"latents": torch.linspace(-1, 1, 2**21).bfloat16(), "sizes": [1, 2]})
+BOTH = pytest.mark.parametrize("state", [STATE, LARGE], ids=["small", "large"])
 
 
 @pytest.fixture
@@ -29,77 +28,116 @@ def store(tmp_path: Path) -> FolderStore:
     return FolderStore(tmp_path / "store")
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, size: Callable[..., int]) -> list[int]:
-    """The bytes of every call of a function from now on."""
-    real, calls = getattr(target, name), list[int]()
+def counted(monkeypatch: pytest.MonkeyPatch, name: str, size: Callable[..., int]) -> list[int]:
+    """The bytes of every call of a function of `os` from now on."""
+    real, calls = getattr(os, name), list[int]()
 
     def counting(*args: Any, **more: Any) -> Any:
         found = real(*args, **more)
         calls.append(size(found, *args))
         return found
 
-    monkeypatch.setattr(target, name, counting)
+    monkeypatch.setattr(os, name, counting)
     return calls
 
 
-def total(chunks: Any) -> int:
-    return sum(memoryview(chunk).nbytes for chunk in chunks)
+def watched(monkeypatch: pytest.MonkeyPatch, see: Callable[[int], None]) -> None:
+    """Have `see` told how many bytes go into each sha256 from now on, before they do."""
+    real = hashlib.sha256
+
+    class Watched:
+        def __init__(self, data: Any = b"") -> None:
+            self._hash = real()
+            self.update(data)
+
+        def update(self, data: Any) -> None:
+            see(memoryview(data).nbytes)
+            self._hash.update(data)
+
+        def hexdigest(self) -> str:
+            return self._hash.hexdigest()
+
+    monkeypatch.setattr(hashlib, "sha256", Watched)
 
 
-@pytest.mark.parametrize("state", [STATE, LARGE], ids=["small", "large"])
+@BOTH
 def test_a_hand_over_writes_hashes_and_reads_each_byte_once(
     state: State, store: FolderStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.put(KEY, "denoise", state, {})
-    store.drop(KEY)
-    fsync = counted(monkeypatch, os, "fsync", lambda found, handle: 0)
-    rename = counted(monkeypatch, os, "rename", lambda found, *paths: 0)
-    write = counted(monkeypatch, os, "write", lambda found, handle, data: found)
-    read = counted(monkeypatch, os, "readv", lambda found, handle, parts: found)
-    hashed = counted(monkeypatch, state_format, "_sha256", lambda found, chunks: total(chunks))
+    write = counted(monkeypatch, "write", lambda found, handle, data: found)
+    read = counted(monkeypatch, "readv", lambda found, handle, parts: found)
+    hashed: list[int] = []
+    watched(monkeypatch, hashed.append)
     artifact = store.put(KEY, "denoise", state, {})
     told = (store.path / f"stages/{KEY}.json").stat().st_size
-    # An fsync for each of two files, and for each of their folders: one more where the object's folder is new.
-    assert (len(fsync), len(rename)) == (4, 2)
-    assert (sum(write), hashed, read) == (artifact.bytes + told, [artifact.bytes], [])
-    checked = counted(monkeypatch, hashlib, "sha256", lambda found, data=b"": len(data))
+    # A manifest is hashed without its own hash, and without indents.
+    assert (sum(write), read) == (artifact.bytes + told, []) and 0 < sum(hashed) - artifact.bytes < told
+    hashed.clear()
     assert store.get(KEY) is not None
-    assert read == [told, artifact.bytes] and checked.count(artifact.bytes) == 1
-    assert sum(checked) < artifact.bytes + told and (len(fsync), len(hashed)) == (4, 1)
+    assert read == [told, artifact.bytes] and 0 < sum(hashed) - artifact.bytes < told
+    assert sum(write) == artifact.bytes + told
+
+
+@BOTH
+def test_both_files_are_on_the_disk_before_they_are_shown_and_their_folders_at_the_end(
+    state: State, store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    shown: list[tuple[str, bool]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def syncing(handle: int) -> None:
+        fsync(handle)
+        synced.append(os.fstat(handle).st_ino)
+
+    def renaming(part: str, name: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        shown.append((name, os.stat(part, dir_fd=src_dir_fd).st_ino in synced))
+        rename(part, name, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+        # What was on the disk before may lack the new name.
+        synced[:] = [inode for inode in synced if inode != os.fstat(dst_dir_fd).st_ino]
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "rename", renaming)
+    artifact = store.put(KEY, "denoise", state, {})
+    assert shown == [(artifact.object, True), (f"{KEY}.json", True)]
+    for folder in (store.path / "objects", object_path(store).parent, store.path / "stages"):
+        assert folder.stat().st_ino in synced, folder
 
 
 def test_the_object_goes_to_the_disk_while_its_hash_is_taken(
     store: FolderStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fsync, took, begun = os.fsync, state_format._sha256, Event()
+    fsync, begun, overlapped = os.fsync, Event(), list[bool]()
 
-    def slow(chunks: Any) -> str:
+    def slow(size: int) -> None:
         # It ends after the first wait for the disk began: a hash taken first would wait in vain.
-        overlapped.append(begun.wait(60))
-        return took(chunks)
+        if size > 2**20:
+            overlapped.append(begun.wait(60))
 
     def syncing(handle: int) -> None:
         begun.set()
         fsync(handle)
 
-    overlapped: list[bool] = []
-    monkeypatch.setattr(state_format, "_sha256", slow)
+    watched(monkeypatch, slow)
     monkeypatch.setattr(os, "fsync", syncing)
     store.put(KEY, "denoise", LARGE, {})
     assert overlapped == [True] and store.get(KEY) is not None
 
 
-@pytest.mark.parametrize("failing", range(4))
+@pytest.mark.parametrize("failing", ["object", "manifest", "objects", "stages"])
 def test_a_failed_wait_for_the_disk_is_told(
-    failing: int, store: FolderStore, monkeypatch: pytest.MonkeyPatch
+    failing: str, store: FolderStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever of the four it is, and whichever thread waits."""
-    store.put(KEY, "denoise", LARGE, {})
+    """Whichever it is, and whichever thread waits."""
+    folder = store.path / "objects" / store.put(KEY, "denoise", LARGE, {}).object[:2]
     store.drop(KEY)
-    fsync, calls = os.fsync, itertools.count()
+    folders = {folder.stat().st_ino: "objects", (store.path / "stages").stat().st_ino: "stages"}
+    fsync = os.fsync
 
     def failed(handle: int) -> None:
-        if next(calls) == failing:
+        facts = os.fstat(handle)
+        file = "object" if stat.S_IMODE(facts.st_mode) == 0o444 else "manifest"
+        if failing == (folders.get(facts.st_ino) if stat.S_ISDIR(facts.st_mode) else file):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(handle)
 
@@ -110,26 +148,23 @@ def test_a_failed_wait_for_the_disk_is_told(
     assert os.listdir(store.path / "tmp") == []
     found = store.get(KEY)
     # Nothing is shown before both files are on the disk.
-    assert (found is None) == (failing < 2)
+    assert (found is None) == (failing in ("object", "manifest"))
     assert found is None or same(dict(found.values), dict(LARGE.values))
 
 
-def test_a_call_that_no_thread_comes_to_is_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_no_thread_comes_to_is_made_here(store: FolderStore) -> None:
     """As when all cores are busy."""
-    with ThreadPoolExecutor(1) as blocked:
-        monkeypatch.setattr(background, "_pool", lambda: blocked)
-        gate, entered = Event(), Event()
-        blocked.submit(lambda: (entered.set(), gate.wait()))
-        entered.wait()
-        try:
-            assert Background(lambda: "made").result() == "made"
-            made: list[int] = []
-            Background(lambda: made.append(1)).end()
-            assert not made
-            packed = pack(LARGE, key=KEY, stage="denoise")
-            assert packed.digest == hashlib.sha256(b"".join(packed.chunks)).hexdigest()
-        finally:
-            gate.set()
+    gate = Event()
+    busy = [Background(gate.wait) for _ in range(THREADS)]
+    try:
+        assert Background(lambda: "made").result() == "made"
+        made: list[int] = []
+        Background(lambda: made.append(1)).end()
+        assert not made
+        assert store.put(KEY, "denoise", LARGE, {}).object == object_path(store).name
+    finally:
+        gate.set()
+    assert all(call.result() for call in busy) and store.get(KEY) is not None
 
 
 def test_a_child_of_a_process_that_stored_stores_too(store: FolderStore) -> None:
@@ -142,7 +177,7 @@ def test_a_child_of_a_process_that_stored_stores_too(store: FolderStore) -> None
 
 
 def test_a_large_artifact_is_read_into_memory_of_its_own(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic_files, "HUGE", 1)
+    monkeypatch.setattr(atomic_files, "HUGE_PAGES_FROM", 1)
     store.put(KEY, "encode", STATE, {})
     found = store.get(KEY)
     assert found is not None and same(dict(found.values), dict(STATE.values))

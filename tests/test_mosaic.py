@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from runner.reports.progress import Progress
-from runner.reports.terminal_image import HALF, mosaic
+from runner.reports.progress import HALF, Progress, mosaic
 
 
 class Terminal(io.StringIO):

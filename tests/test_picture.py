@@ -247,7 +247,7 @@ def test_a_name_taken_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatch: 
         write(path, b"second")
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"] and path.read_bytes() == b"first"
 
-    def unable(*args: object) -> None:
+    def unable(*paths: str, **folders: int) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", unable)

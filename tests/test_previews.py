@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from runner.artifacts import MemoryStore
-from runner.demo import latent_rgb_weights
+from runner.demo import LATENT_RGB
 from runner.events import json_lines, tee
 from runner.media.latent_rgb import Colors, cells_of, fitted, grid_of, learned
-from runner.media.previews import NOTHING_YET, Beside, Previewer, Strips, beside, enlarged, strips
+from runner.media.previews import NOTHING_YET, Previewer, PreviewFiles, Strips, enlarged, preview_path, strips
 from runner.request import Request
 from stages.state import State
 from tools.demo.latent_rgb import latents_and_pixels
@@ -87,7 +87,7 @@ def test_colors_are_learned_from_pictures_of_the_same_model_alone() -> None:
 
 
 def test_the_demo_has_colors_from_the_start() -> None:
-    colors, errors = Colors(torch.tensor(latent_rgb_weights())), []
+    colors, errors = Colors.read(LATENT_RGB), []
     unseen = random.Random(0).sample([scene for scene in every_solo() if held_out(scene)], 6)
     for latents, pixels in latents_and_pixels(unseen):
         rough = colors.picture(latents, (128, 128))
@@ -133,11 +133,11 @@ def test_a_model_without_pictures_yet_says_so_once() -> None:
 
 def test_a_preview_lies_beside_its_picture_until_that_is_there(tmp_path: Path) -> None:
     path = tmp_path / "fox.png"
-    files, log = Beside([path]), (tmp_path / "log").open("w")
+    files, log = PreviewFiles([path]), (tmp_path / "log").open("w")
     steps(Previewer(tee(files, json_lines(log)), 2, [ASKED], lambda features: flat()), 4)
     log.close()
     assert [file.name for file in tmp_path.glob("*.png")] == ["fox.preview.png"]
-    assert Image.open(beside(path)).size == (256, 192)
+    assert Image.open(preview_path(path)).size == (256, 192)
     assert "pixels" not in (tmp_path / "log").read_text()
     files("picture", {"path": str(path), "index": 0, "seed": 7})
     files("picture", {"path": str(path), "index": 0, "seed": 7})

@@ -192,10 +192,10 @@ def test_what_a_failed_writer_left_aside_is_swept() -> None:
         Failing.fail = Failing.calls + 2
         store.put(KEY, "encode", STATE, {})
     (part,) = (path for path in paths() if path.startswith("/bucket/tmp/"))
-    assert store.sweep(older=3600, dry=False) == [] and part in paths()
-    (entry,) = store.sweep(older=0, dry=True)
+    assert store.sweep(min_age=3600, dry_run=False) == [] and part in paths()
+    (entry,) = store.sweep(min_age=0, dry_run=True)
     assert f"/bucket/{entry.path}" == part and part in paths() and entry.bytes > 100
-    assert store.sweep(older=0, dry=False) == [entry] and part not in paths()
+    assert store.sweep(min_age=0, dry_run=False) == [entry] and part not in paths()
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,11 @@ def read(text: str) -> Tags:
 def test_a_page_loads_nothing_and_runs_nothing_whatever_the_prompt_says() -> None:
     asked = record()
     asked["error"] = asked["plan"]["components"]["transformer"]["placement"] = asked["versions"]["torch"] = HOSTILE
-    text = page("r1", asked, store())
+    # What should be numbers and names of ours may be anything in a record that was made by hand.
+    asked["requests"][0] |= dict.fromkeys(("width", "height", "steps", "guidance", "seed", "negative_prompt"), HOSTILE)
+    asked |= {"status": HOSTILE, "changes": [HOSTILE], "failures": [{"index": 0, "text": HOSTILE}]}
+    asked["layout"]["denoise"]["sim:0"][HOSTILE] = {HOSTILE: 2**20}
+    text = page(HOSTILE, asked, store())
     found = read(text)
     assert not {tag for tag, _ in found.tags} & {"script", "iframe", "object", "link", "form", "base", "embed"}
     for tag, attributes in found.tags:

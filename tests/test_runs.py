@@ -1,5 +1,6 @@
 """`runner runs`: what it lists, shows, forgets, collects and verifies."""
 
+import errno
 import json
 import os
 import re
@@ -95,6 +96,26 @@ def test_show_tells_all_of_a_run(store: FolderStore, say: Say) -> None:
     assert "warning: slow disk" in say("show", "apple-1")[1].replace("  ", " ")
     found = json.loads(say("show", "z", "--json")[1])
     assert found["record"] == store.load_run("zebra") and found["sizes"][keys("zebra")["encode"][0]] > 100
+
+
+def test_show_tells_a_disk_that_fails_from_an_artifact_that_is_not_there(
+    store: FolderStore, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, torn, failing = (store.path / f"stages/{keys('zebra')[stage][0]}.json" for stage in STAGES)
+    lost.unlink()
+    torn.write_bytes(torn.read_bytes()[:-9])
+    code, out, err = say("show", "zebra")
+    assert (code, err) == (0, "") and "encode 0 of 1, 0 B" in out and "denoise 0 of 1, 0 B" in out
+    readv = os.readv
+
+    def read(handle: int, parts: Any) -> int:
+        if os.fstat(handle).st_ino == failing.stat().st_ino:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return readv(handle, parts)
+
+    monkeypatch.setattr(os, "readv", read)
+    code, out, err = say("show", "zebra")
+    assert (code, out) == (5, "") and f"cannot read {failing}" in err and "[EIO]" in err and "--artifacts" in err
 
 
 @pytest.mark.parametrize(
@@ -227,7 +248,7 @@ def test_other_stores_collect_too(where: str) -> None:
     fill(store, "b", 2)
     store.drop_run("a")
     assert collect(store).files == () and len(store.keys()) == 5
-    garbage = collect(store, older=0)
+    garbage = collect(store, min_age=0)
     assert set(garbage.artifacts) == {keys("a")[stage][0] for stage in STAGES} and garbage.bytes > 1000
     assert len(store.keys()) == 2 and len(list(store.entries("objects"))) == 2 and store.runs() == ["b"]
 

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all: strict reads, and writes that survive a kill at any moment.
 
-Every path is walked folder by folder without following symlinks, so nothing placed inside can lead outside.
+Inside of a store's folder every path is walked folder by folder without following symlinks, so nothing placed inside
+can lead outside.
 """
 
 import errno
@@ -16,27 +17,29 @@ from itertools import groupby
 from pathlib import Path
 
 from runner.artifacts.background import Background
-from runner.artifacts.temp_files import hold, part_name
+from runner.artifacts.temp_files import Chunks, part_name, write_part
 from stages.errors import StoreError
 
-Chunks = Sequence[bytes | memoryview]
 Buffer = bytearray | mmap.mmap
 TMP = "tmp"
 SPARE = 1.2
-HUGE = 2**24
+# From so many bytes on, a file is read into huge pages: to touch new memory page by page takes longer than to read it.
+HUGE_PAGES_FROM = 2**24
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # A FIFO would block the open without O_NONBLOCK.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored file: its path, its bytes, and when it was written."""
+    """A stored file."""
 
     path: str
+    """Where it is, from the folder of the store."""
     bytes: int
+    """Its length."""
     modified: float
+    """When it was written, in seconds since 1970."""
 
     def age(self) -> float:
         """Seconds since it was written, or until then: a clock that jumped may date a file in the future."""
@@ -45,14 +48,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class File:
-    """A file to write, below the folder `inside`: its chunks, and its path, which is asked for when they are written.
-
-    So it may be named by their hash, and the next file may tell of it.
-    """
+    """A file to write. It may be named by the hash of its bytes, and the file after it may tell of that."""
 
     inside: str
+    """The folder that it lies below, such as "objects"."""
     path: Callable[[], str]
+    """Gives its path from the folder of the store; called after `chunks`."""
     chunks: Callable[[], Chunks]
+    """Gives its bytes."""
 
     @classmethod
     def of(cls, path: str, *chunks: bytes | memoryview) -> "File":
@@ -81,9 +84,9 @@ def folder(root: Path, inside: str, *, made: Callable[[int], None] | None = None
         os.close(handle)
 
 
-def read(root: Path, path: str, *, most: int, first: int | None = None) -> Buffer | None:
+def read(root: Path, path: str, *, max_bytes: int, first: int | None = None) -> Buffer | None:
     """The file at `path`, whole or its `first` bytes; None where there is none; StoreError where it is no plain file
-    of at most `most` bytes.
+    of at most `max_bytes` bytes.
     """
     inside, _, name = path.rpartition("/")
     with explained(root / path, "read"):
@@ -96,9 +99,10 @@ def read(root: Path, path: str, *, most: int, first: int | None = None) -> Buffe
             facts = os.fstat(handle)
             if not stat.S_ISREG(facts.st_mode):
                 raise StoreError(f"{root / path} is not a plain file: remove it")
-            if facts.st_size > most:
-                raise StoreError(f"{root / path} has {facts.st_size:,} bytes, at most {most:,} are read: remove it")
-            return _read_all(handle, facts.st_size if first is None else min(first, facts.st_size))
+            size = facts.st_size
+            if size > max_bytes:
+                raise StoreError(f"{root / path} has {size:,} bytes, at most {max_bytes:,} are read: remove it")
+            return _read_all(handle, size if first is None else min(first, size))
         finally:
             os.close(handle)
 
@@ -106,62 +110,54 @@ def read(root: Path, path: str, *, most: int, first: int | None = None) -> Buffe
 def write(root: Path, files: Sequence[File]) -> None:
     """Put each file at its path, whole and in this order, all on the disk when it returns; or StoreError.
 
-    All are written in tmp/, fsynced and renamed, then their folders fsynced. While a file is on its way to the disk
-    the next one is written. Those under objects/ are read-only.
+    All are written in tmp/, fsynced and renamed, then their folders fsynced. Those under objects/ are read-only.
     """
     size = sum(memoryview(chunk).nbytes for chunk in files[0].chunks())
     parts = [part_name() for _ in files]
     with explained(root / files[0].inside, "write", size), ExitStack() as stack:
-        unsynced = Unsynced(stack)
-        tmp = stack.enter_context(folder(root, TMP, made=unsynced.add))
+        changed: list[int] = []
+
+        def sync_later(handle: int) -> None:
+            changed.append(os.dup(handle))
+            stack.callback(os.close, changed[-1])
+
+        tmp = stack.enter_context(folder(root, TMP, made=sync_later))
         _check_room(tmp, size)
         try:
-            for file, part in zip(files, parts, strict=True):
-                unsynced.begin()
-                unsynced.take(_write_part(tmp, part, file.chunks(), 0o444 if file.inside == "objects" else 0o600))
-            unsynced.sync()
+            _write_parts(tmp, parts, files)
             for file, part in zip(files, parts, strict=True):
                 inside, _, name = file.path().rpartition("/")
-                parent = stack.enter_context(folder(root, inside, made=unsynced.add))
-                os.rename(part, name, src_dir_fd=tmp, dst_dir_fd=parent)
-                unsynced.add(parent)
-            unsynced.sync()
+                with folder(root, inside, made=sync_later) as parent:
+                    os.rename(part, name, src_dir_fd=tmp, dst_dir_fd=parent)
+                    sync_later(parent)
+            # Of several folders, the first takes the changes of all with it in most file systems.
+            for handle in changed:
+                os.fsync(handle)
         finally:
             for part in parts:
                 with suppress(FileNotFoundError):
                     os.unlink(part, dir_fd=tmp)
 
 
-class Unsynced:
-    """Descriptors that are to be on the disk."""
+def put(path: Path, data: bytes, *, overwrite: bool = False) -> None:
+    """Put a file at `path`, anywhere, on the disk when it returns; a symlink there is replaced, never followed.
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack, self._handles, self._begun = stack, list[int](), list[Background[None]]()
-
-    def add(self, handle: int) -> None:
-        """Add a descriptor that someone else closes, perhaps soon."""
-        self.take(os.dup(handle))
-
-    def take(self, handle: int) -> None:
-        """Add a descriptor, to be closed with the stack."""
-        self._stack.callback(os.close, handle)
-        self._handles.append(handle)
-
-    def begin(self) -> None:
-        """Begin to wait for those that were added, in other threads."""
-        while self._handles:
-            self._begun.append(Background(partial(os.fsync, self._handles.pop())))
-            # No descriptor is closed under a thread that waits for it.
-            self._stack.callback(self._begun[-1].end)
-
-    def sync(self) -> None:
-        """Return when all are on the disk; raises OSError."""
-        # Of several folders, the first takes the changes of all with it in most file systems.
-        for handle in self._handles:
+    Raises FileExistsError where something is at `path` unless `overwrite`, and OSError where it cannot be written.
+    """
+    part = f".{part_name()}"
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        handle = write_part(part, [data], parent, mode=0o666)
+        try:
             os.fsync(handle)
-        for begun in self._begun:
-            begun.result()
-        self._handles, self._begun = [], []
+            _show(part, path.name, parent, overwrite)
+        finally:
+            os.close(handle)
+        os.fsync(parent)
+    finally:
+        with suppress(OSError):
+            os.unlink(part, dir_fd=parent)
+        os.close(parent)
 
 
 def remove(root: Path, paths: Sequence[str]) -> None:
@@ -185,16 +181,15 @@ def names(root: Path, inside: str) -> list[str]:
 
 
 def entries(root: Path, inside: str) -> Iterator[Entry]:
-    """Every plain file in a folder, and in the folders in it."""
-    below = []
-    for name, facts in _listing(root, inside):
-        if stat.S_ISDIR(facts.st_mode):
-            below.append(name)
-        elif stat.S_ISREG(facts.st_mode):
-            yield Entry(f"{inside}/{name}", facts.st_size, facts.st_mtime)
-    if "/" not in inside:
-        for name in below:
-            yield from entries(root, f"{inside}/{name}")
+    """Every plain file below a folder; none where the folder is missing."""
+    with explained(root / inside, "read"), suppress(FileNotFoundError), folder(root, inside) as top:
+        for path, folders, files, handle in os.fwalk(".", dir_fd=top, onerror=_unless_missing):
+            folders.sort()
+            for name in sorted(files):
+                with suppress(FileNotFoundError):
+                    facts = os.stat(name, dir_fd=handle, follow_symlinks=False)
+                    if stat.S_ISREG(facts.st_mode):
+                        yield Entry(f"{inside}{path[1:]}/{name}", facts.st_size, facts.st_mtime)
 
 
 def remove_folder(root: Path, path: str) -> None:
@@ -210,7 +205,7 @@ def remove_folder(root: Path, path: str) -> None:
 
 @contextmanager
 def explained(path: Path, verb: str, needed: int = 0) -> Iterator[None]:
-    """DeviceTurns an OSError inside into a StoreError with path, cause and next step; the OSError stays its cause."""
+    """Turn an OSError inside into a StoreError with path, cause and next step; the OSError stays its cause."""
     try:
         yield
     except OSError as error:
@@ -226,27 +221,23 @@ def owner(path: Path) -> str:
     return f"{there} belongs to user {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o}, we are user {os.geteuid()}"
 
 
-def _listing(root: Path, inside: str) -> list[tuple[str, os.stat_result]]:
-    found = []
-    with explained(root / inside, "read"), suppress(FileNotFoundError), folder(root, inside) as handle:
-        for name in sorted(os.listdir(handle)):
-            with suppress(FileNotFoundError):
-                found.append((name, os.stat(name, dir_fd=handle, follow_symlinks=False)))
-    return found
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _cause(error: OSError, path: Path, needed: int) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         facts = os.statvfs(_existing(path))
         room = facts.f_bavail * facts.f_frsize
-        return f"; needs {int(needed * SPARE):,} bytes, {room:,} are free: free some, or choose another --artifacts"
+        return f"; needs {int(needed * SPARE):,} bytes, {room:,} are free: free some, or choose another `store`"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"; {owner(path)}: have it opened to you, or choose another --artifacts"
+        return f"; {owner(path)}: have it opened to you, or choose another `store`"
     if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
         return "; the store has plain files and folders alone, this is something else: remove it"
     if error.errno == errno.EIO:
-        return "; the disk or its connection fails: see the system log, or choose another --artifacts"
-    return ": choose another --artifacts"
+        return "; the disk or its connection fails: see the system log, or choose another `store`"
+    return ": choose another `store`"
 
 
 def _existing(path: Path) -> Path:
@@ -254,7 +245,7 @@ def _existing(path: Path) -> Path:
 
 
 def _read_all(handle: int, size: int) -> Buffer:
-    data = _room(size)
+    data = _memory(size)
     done, view = 0, memoryview(data)
     while done < size and (count := os.readv(handle, [view[done:]])):
         done += count
@@ -262,11 +253,10 @@ def _read_all(handle: int, size: int) -> Buffer:
     return data
 
 
-def _room(size: int) -> Buffer:
-    if size < HUGE:
+def _memory(size: int) -> Buffer:
+    if size < HUGE_PAGES_FROM:
         return bytearray(size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # To touch new memory page by page takes longer than to read the file.
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -288,17 +278,30 @@ def _check_room(tmp: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _write_part(tmp: int, part: str, chunks: Chunks, mode: int) -> int:
-    """The descriptor of a file with the chunks, which are not on the disk yet."""
-    while not hold(handle := os.open(part, _WRITE, 0o600, dir_fd=tmp)):
-        os.close(handle)
+def _write_parts(tmp: int, parts: Sequence[str], files: Sequence[File]) -> None:
+    """Write files in tmp/; all are on the disk when it returns. While one is on its way there the next is written."""
+    with ExitStack() as stack:
+        syncing = []
+        for part, file in zip(parts, files, strict=True):
+            handle = write_part(part, file.chunks(), tmp)
+            stack.callback(os.close, handle)
+            if file.inside == "objects":
+                os.fchmod(handle, 0o444)
+            syncing.append(Background(partial(os.fsync, handle)))
+            # No descriptor is closed under a thread that waits for it.
+            stack.callback(syncing[-1].end)
+        for each in reversed(syncing):
+            each.result()
+
+
+def _show(part: str, name: str, parent: int, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(part, name, src_dir_fd=parent, dst_dir_fd=parent)
+        return
     try:
-        for chunk in chunks:
-            left = memoryview(chunk)
-            while left:
-                left = left[os.write(handle, left) :]
-        os.fchmod(handle, mode)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
+        os.link(part, name, src_dir_fd=parent, dst_dir_fd=parent)
+    except OSError as error:
+        # exFAT and many network mounts have no hard links, the one rename that never replaces.
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        os.rename(part, name, src_dir_fd=parent, dst_dir_fd=parent)

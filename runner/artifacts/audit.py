@@ -4,25 +4,29 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from runner.artifacts.manifest import is_key
+from runner.artifacts.manifest import MAX_OBJECT_BYTES
 from runner.artifacts.signed_json import Damaged
-from runner.artifacts.spec import MOST_BYTES
 from runner.artifacts.store import Store, object_path
 from stages.errors import BadResult, StoreError
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that was looked at: a run, an artifact, or an object that no artifact has; what is wrong, if it is."""
+    """Something that was looked at."""
 
     kind: str
+    """A "run", an "artifact", or an "object" that no artifact has."""
     name: str
+    """The run, the key, or the sha256 of the object."""
     bytes: int = 0
+    """The bytes of its object."""
     trouble: str | None = None
+    """What is wrong with it, if anything is, in the words of an error's `text`."""
 
 
 def audit(store: Store) -> Iterator[Finding]:
     """Read every record, every artifact, and every object that no artifact has."""
+
     def record(run: str) -> int:
         store.load_run(run)
         return 0
@@ -40,7 +44,7 @@ def audit(store: Store) -> Iterator[Finding]:
         return found.bytes
 
     def orphan(digest: str) -> int:
-        data = store.fetch(object_path(digest), MOST_BYTES) or b""
+        data = store.fetch(object_path(digest), MAX_OBJECT_BYTES) or b""
         if hashlib.sha256(data).hexdigest() != digest:
             raise Damaged("it does not have the sha256 that names it, and no artifact has it")
         return len(data)
@@ -48,9 +52,8 @@ def audit(store: Store) -> Iterator[Finding]:
     keys = store.keys()
     for key in keys:
         yield _looked("artifact", key, artifact)
-    for entry in store.entries("objects"):
-        digest = entry.path.rpartition("/")[2]
-        if is_key(digest) and entry.path == object_path(digest) and digest not in named:
+    for digest, _ in store.objects():
+        if digest not in named:
             yield _looked("object", digest, orphan)
 
 
@@ -58,4 +61,4 @@ def _looked(kind: str, name: str, look: Callable[[str], int]) -> Finding:
     try:
         return Finding(kind, name, look(name))
     except (StoreError, BadResult) as error:
-        return Finding(kind, name, trouble=str(error))
+        return Finding(kind, name, trouble=error.text)

@@ -6,19 +6,17 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Generic, TypeVar
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 THREADS = 4
-# With fewer bytes, to wake another thread takes longer than to hash them.
-ASIDE = 2**21
 
 
-class Background(Generic[Answer]):
-    """A call that is on its way."""
+class Background(Generic[Result]):
+    """A call that is on its way, in one of a few threads that stay: on a busy machine a new one is slow to start."""
 
-    def __init__(self, call: Callable[[], Answer]) -> None:
+    def __init__(self, call: Callable[[], Result]) -> None:
         self._call, self._future = call, _pool().submit(call)
 
-    def result(self) -> Answer:
+    def result(self) -> Result:
         """What the call gives, or raises."""
         # One that no thread has come to yet, as on a busy machine, is not waited for.
         return self._call() if self._future.cancel() else self._future.result()
@@ -31,7 +29,7 @@ class Background(Generic[Answer]):
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="aside")
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="background")
 
 
 # A fork has none of the threads.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from runner.artifacts.atomic_files import TMP, Entry, entries, explained, folder, owner
 from runner.artifacts.locks import LOCK
-from runner.artifacts.temp_files import PART, is_ours, seized
+from runner.artifacts.temp_files import PART, is_of_this_boot, orphaned
 from stages.errors import StoreError
 
 ORPHAN_AFTER = 3600.0
@@ -27,7 +27,7 @@ def open_root(path: Path, layout: Collection[str], *, readonly: bool) -> Path:
             with folder(root.parent, root.name, made=os.fsync):
                 pass
         if not root.is_dir():
-            raise StoreError(f"{root} is not a folder: choose another --artifacts")
+            raise StoreError(f"{root} is not a folder: choose another `store`")
         _check_ours(root, layout)
         for inside in () if readonly else (*layout, TMP):
             with folder(root, inside, made=os.fsync):
@@ -37,28 +37,28 @@ def open_root(path: Path, layout: Collection[str], *, readonly: bool) -> Path:
     return root
 
 
-def sweep(root: Path, *, older: float = ORPHAN_AFTER, dry: bool = False) -> list[Entry]:
-    """Remove (unless `dry`) what killed processes left in tmp/ and nobody holds; what it is.
+def sweep(root: Path, *, min_age: float = ORPHAN_AFTER, dry_run: bool = False) -> list[Entry]:
+    """Remove (unless `dry_run`) what killed processes left in tmp/ and nobody holds; what it is.
 
-    Where a lock of another machine may not be seen, what was left `older` seconds ago.
+    Where a lock of another machine may not be seen, what was left `min_age` seconds ago.
     """
-    found = [entry for entry in entries(root, TMP) if _is_orphan(entry, older)]
+    found = [entry for entry in entries(root, TMP) if _is_orphan(entry, min_age)]
     with explained(root / TMP, "sweep"), folder(root, TMP) as tmp:
-        return [entry for entry in found if _remove_orphan(tmp, entry, older, dry)]
+        return [entry for entry in found if _remove_orphan(tmp, entry, min_age, dry_run)]
 
 
-def _is_orphan(entry: Entry, older: float) -> bool:
+def _is_orphan(entry: Entry, min_age: float) -> bool:
     name = entry.path.rpartition("/")[2]
     # A lock guards nothing, so one too few costs at most work.
-    return name.endswith(LOCK) or is_ours(name) or (name.endswith(PART) and entry.age() >= older)
+    return name.endswith(LOCK) or is_of_this_boot(name) or (name.endswith(PART) and entry.age() >= min_age)
 
 
-def _remove_orphan(tmp: int, entry: Entry, older: float, dry: bool) -> bool:
+def _remove_orphan(tmp: int, entry: Entry, min_age: float, dry_run: bool) -> bool:
     name = entry.path.rpartition("/")[2]
     try:
-        with seized(name, tmp) as free:
-            gone = free or (free is None and entry.age() >= older)
-            if gone and not dry:
+        with orphaned(name, tmp) as free:
+            gone = free or (free is None and entry.age() >= min_age)
+            if gone and not dry_run:
                 os.unlink(name, dir_fd=tmp)
             return gone
     except FileNotFoundError:
@@ -76,4 +76,4 @@ def _check_ours(root: Path, layout: Collection[str]) -> None:
 
 def _check_writable(path: Path) -> None:
     if not os.access(path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise StoreError(f"cannot write in {path}: {owner(path)}: have it opened to you, or use other --artifacts")
+        raise StoreError(f"cannot write in {path}: {owner(path)}: have it opened to you, or choose another `store`")

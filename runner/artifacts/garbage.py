@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from runner.artifacts.atomic_files import Entry
 from runner.artifacts.folder import ORPHAN_AFTER
 from runner.artifacts.manifest import Artifact, is_key, read_manifest
-from runner.artifacts.signed_json import JSON, LONGEST, Damaged
-from runner.artifacts.store import Store, object_path
+from runner.artifacts.signed_json import JSON, MAX_DOCUMENT_BYTES, Damaged
+from runner.artifacts.store import Store
 from stages.errors import StoreError
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """What was collected: artifacts by their key, and the files of all of it."""
+    """What was collected."""
 
     artifacts: tuple[str, ...]
+    """The keys of its artifacts."""
     files: tuple[Entry, ...]
+    """Its files, those of the artifacts too."""
 
     @property
     def bytes(self) -> int:
@@ -24,8 +26,8 @@ class Garbage:
         return sum(entry.bytes for entry in self.files)
 
 
-def collect(store: Store, *, older: float = ORPHAN_AFTER, dry: bool = False) -> Garbage:
-    """Remove (unless `dry`) what is `older` seconds old and nobody needs; StoreError for a damaged record of a run.
+def collect(store: Store, *, min_age: float = ORPHAN_AFTER, dry_run: bool = False) -> Garbage:
+    """Remove (unless `dry_run`) what is `min_age` seconds old and nobody needs; StoreError for a damaged run's record.
 
     No run begins meanwhile, where there are locks. What a run names is kept until `runs rm`, and so is the unfinished
     denoise of an artifact that a run names and that is not there yet.
@@ -33,26 +35,23 @@ def collect(store: Store, *, older: float = ORPHAN_AFTER, dry: bool = False) -> 
     with store.housekeeping():
         needed, going_on = _needed(store)
         # A run that goes on has files that nothing names yet.
-        orphaned = max(older, ORPHAN_AFTER) if going_on else older
-        doomed, kept = _judged(store, needed, older)
-        condemned = {artifact.object for _, artifact in doomed.values() if artifact is not None}
-        manifests = [entry for entry, _ in doomed.values()]
-        objects = [
-            entry for entry in store.entries("objects")
-            if is_key(digest := entry.path.rpartition("/")[2]) and entry.path == object_path(digest)
-            and digest not in kept and (digest in condemned or entry.age() >= orphaned)
-        ]  # fmt: skip
-        for files in () if dry else (manifests, objects):
+        orphaned = max(min_age, ORPHAN_AFTER) if going_on else min_age
+        unneeded, kept = _sorted_out(store, needed, min_age)
+        freed = {artifact.object for _, artifact in unneeded.values() if artifact is not None}
+        manifests = [entry for entry, _ in unneeded.values()]
+        objects = [entry for digest, entry in store.objects()
+                   if digest not in kept and (digest in freed or entry.age() >= orphaned)]
+        for files in () if dry_run else (manifests, objects):
             # Manifests first: a key without one is not there.
             store.remove([entry.path for entry in files])
-        left = store.sweep(older=orphaned, dry=dry)
-    return Garbage(tuple(doomed), (*manifests, *objects, *left))
+        left = store.sweep(min_age=orphaned, dry_run=dry_run)
+    return Garbage(tuple(unneeded), (*manifests, *objects, *left))
 
 
-def tidy(store: Store, *, older: float) -> None:
+def tidy(store: Store, *, min_age: float) -> None:
     """Remove what a killed process left: unfinished denoises that were finished, objects that no manifest names.
 
-    Of the objects only those that are `older` seconds old, and none while a run goes on, or may: it may be about to
+    Of the objects only those that are `min_age` seconds old, and none while a run goes on, or may: it may be about to
     name them.
     """
     with store.housekeeping():
@@ -67,26 +66,25 @@ def tidy(store: Store, *, older: float) -> None:
             store.drop(key)
             del found[key]
         named = {artifact.object for artifact in found.values()}
-        store.remove([entry.path for entry in store.entries("objects") if entry.age() >= older
-                      and is_key(digest := entry.path.rpartition("/")[2]) and digest not in named])
+        store.remove([entry.path for digest, entry in store.objects()
+                      if digest not in named and entry.age() >= min_age])
 
 
-Judged = dict[str, tuple[Entry, Artifact | None]]
-
-
-def _judged(store: Store, needed: set[str], older: float) -> tuple[Judged, set[str]]:
+def _sorted_out(
+    store: Store, needed: set[str], min_age: float
+) -> tuple[dict[str, tuple[Entry, Artifact | None]], set[str]]:
     """The manifests to remove, by key, and the objects of the others."""
-    doomed: Judged = {}
+    unneeded: dict[str, tuple[Entry, Artifact | None]] = {}
     kept: set[str] = set()
     found = list(_artifacts(store))
     unfinished = needed - {key for key, _, artifact in found if artifact is not None}
     for key, entry, artifact in found:
         of = None if artifact is None else artifact.note.get("of")
-        if key not in needed and of not in unfinished and entry.age() >= older:
-            doomed[key] = entry, artifact
+        if key not in needed and of not in unfinished and entry.age() >= min_age:
+            unneeded[key] = entry, artifact
         elif artifact is not None:
             kept.add(artifact.object)
-    return doomed, kept
+    return unneeded, kept
 
 
 def _needed(store: Store) -> tuple[set[str], bool]:
@@ -97,7 +95,8 @@ def _needed(store: Store) -> tuple[set[str], bool]:
         try:
             record = store.load_run(run)
         except StoreError as error:
-            raise StoreError(f"{error}; what it needs is not known -> runner runs rm {run}, then collect") from error
+            text = f"{error.text}; what it needs is not known -> runner runs rm {run}, then collect"
+            raise StoreError(text) from error
         needed.update(_keys(record))
         going_on |= record.get("status") == "running" and store.is_running(run) is not False
     return needed, going_on
@@ -115,7 +114,8 @@ def _keys(value: JSON) -> Iterator[str]:
 def _artifacts(store: Store) -> Iterator[tuple[str, Entry, Artifact | None]]:
     """Every key that has a manifest, and what it says; None where it is damaged."""
     entries = [entry for entry in store.entries("stages") if is_key(_key(entry)) and entry.path.endswith(".json")]
-    for entry, data in zip(entries, store.fetch_all([entry.path for entry in entries], LONGEST), strict=True):
+    found = store.fetch_all([entry.path for entry in entries], MAX_DOCUMENT_BYTES)
+    for entry, data in zip(entries, found, strict=True):
         try:
             artifact = None if data is None else read_manifest(bytes(data), _key(entry))
         except Damaged:

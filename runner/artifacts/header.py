@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.artifacts.spec import MOST_BYTES, TYPES, Spec
+from runner.artifacts.manifest import MAX_OBJECT_BYTES, TORCH_NAMES, TensorSpec
 from stages.strict_json import strict_json
 
 METADATA = "__metadata__"
 FIELD = "stagerun"
 LONGEST = 2**20
 _NAME = re.compile(r"[a-z0-9_.]{1,64}")
-DTYPES: Mapping[str, torch.dtype] = {code: getattr(torch, name) for code, name in TYPES.items()}
+DTYPES: Mapping[str, torch.dtype] = {code: getattr(torch, name) for code, name in TORCH_NAMES.items()}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -24,18 +24,18 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 class Header:
     """The tensors of a file, where each begins in it, and its one metadata text."""
 
-    tensors: Mapping[str, Spec]
+    tensors: Mapping[str, TensorSpec]
     begins: Mapping[str, int]
     metadata: str
 
 
 def compose(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: str
-) -> tuple[bytes, dict[str, Spec]]:
+) -> tuple[bytes, dict[str, TensorSpec]]:
     """The length and header bytes for `tensors`, and the specs in the order in which their data must follow."""
     # Widest elements first, so that every tensor starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
-    specs: dict[str, Spec] = {}
+    specs: dict[str, TensorSpec] = {}
     entries: dict[str, object] = {METADATA: {FIELD: metadata}}
     offset = 0
     for name in names:
@@ -70,7 +70,7 @@ def parse(data: bytes | bytearray | mmap.mmap) -> Header:
         begins[name], end = end, stop + 8 + length
     if end != len(data):
         raise ValueError(f"{len(data):,} bytes where its header places {end:,}")
-    specs = {name: Spec(dtype=entries[name]["dtype"], shape=entries[name]["shape"]) for name in begins}
+    specs = {name: TensorSpec(dtype=entries[name]["dtype"], shape=entries[name]["shape"]) for name in begins}
     return Header(specs, begins, metadata[FIELD])
 
 
@@ -89,7 +89,7 @@ def _span(name: str, entry: object) -> tuple[int, int]:
         raise ValueError(f"{name} of an unknown dtype")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name} with a bad shape or bad offsets")
-    if len(shape) > 16 or math.prod(max(side, 1) for side in shape) > MOST_BYTES:
+    if len(shape) > 16 or math.prod(max(side, 1) for side in shape) > MAX_OBJECT_BYTES:
         raise ValueError(f"{name} of shape {shape}")
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != size or offsets[0] % DTYPES[dtype].itemsize:

@@ -11,9 +11,8 @@ import torch
 
 from runner.artifacts import FolderStore, Store, atomic_files, open_store
 from runner.artifacts.atomic_files import Buffer
-from runner.artifacts.manifest import Artifact, is_key, is_run
+from runner.artifacts.manifest import MAX_OBJECT_BYTES, Artifact, is_key, is_run
 from runner.artifacts.signed_json import Damaged
-from runner.artifacts.spec import MOST_BYTES
 from runner.artifacts.state_format import unpack
 from runner.artifacts.store import object_path
 from stages.errors import StoreError
@@ -24,25 +23,33 @@ _PLACE = re.compile(r"(?P<store>.+)/(stages/(?P<key>[0-9a-f]{64})\.json|objects/
 
 
 @dataclass(frozen=True)
-class Row:
-    """One tensor: its extremes and mean are those of its finite elements, None where it has none."""
+class TensorSummary:
+    """What is in one tensor of a state."""
 
     name: str
+    """Its path in the state, such as `prompt_embeds` or `extra.0`."""
     dtype: str
+    """Its type, as torch calls it."""
     shape: tuple[int, ...]
+    """Its shape."""
     bytes: int
+    """Its bytes."""
     min: float | None
+    """The least of its finite elements; None where it has none, as in `max` and `mean`."""
     max: float | None
+    """The greatest of its finite elements."""
     mean: float | None
+    """The mean of its finite elements."""
     nonfinite: int
+    """How many of its elements are NaN or infinite."""
 
 
-def describe(state: State) -> list[Row]:
-    """One row per tensor, in the order of the state."""
-    return [_row(name, tensor) for name, tensor in state.tensors().items()]
+def describe(state: State) -> list[TensorSummary]:
+    """A summary of each tensor, in the order of the state."""
+    return [_summary(name, tensor) for name, tensor in state.tensors().items()]
 
 
-def is_place(what: str) -> bool:
+def is_path_or_url(what: str) -> bool:
     """Whether `what` names an artifact by its path or its URL, so that no store need be named."""
     return "://" in what or os.path.lexists(what)
 
@@ -56,15 +63,15 @@ def open_artifact(what: str, store: Store | None = None) -> tuple[Artifact, Stat
     if "://" in what and (found := _PLACE.fullmatch(what)) is not None:
         remote = open_store(found["store"], readonly=True)
         if found["object"]:
-            return _opened(what, found["object"], remote.fetch(object_path(found["object"]), MOST_BYTES))
+            return _opened(what, found["object"], remote.fetch(object_path(found["object"]), MAX_OBJECT_BYTES))
         what, store = found["key"], remote
     elif os.path.lexists(what):
         path = Path(os.path.realpath(what))
         if path.suffix != ".json":
-            return _opened(str(path), path.name, atomic_files.read(path.parent, path.name, most=MOST_BYTES))
+            return _opened(str(path), path.name, atomic_files.read(path.parent, path.name, max_bytes=MAX_OBJECT_BYTES))
         what, store = path.stem, FolderStore(path.parent.parent, readonly=True)
     if store is None:
-        raise StoreError(f"there is no file {what}; name a store with --artifacts to look for a key or a run")
+        raise StoreError(f"there is no file {what}; name a `store` to look for a key or a run")
     run, colon, stage = what.partition(":")
     key = _key_of_run(run, stage, store) if colon and is_run(run) else _key_by_prefix(what, store)
     artifact = store.find(key)
@@ -108,12 +115,12 @@ def _key_of_run(run: str, stage: str, store: Store) -> str:
     return str(keys[int(index or "0")])
 
 
-def _row(name: str, tensor: torch.Tensor) -> Row:
+def _summary(name: str, tensor: torch.Tensor) -> TensorSummary:
     flat = torch.view_as_real(tensor).flatten() if tensor.is_complex() else tensor.flatten()
     wide = flat.to(torch.float64)
     finite = wide[torch.isfinite(wide)]
     low, high, mean = (finite.min(), finite.max(), finite.mean()) if len(finite) else (None, None, None)
-    return Row(
+    return TensorSummary(
         name,
         str(tensor.dtype).removeprefix("torch."),
         tuple(tensor.shape),

@@ -20,11 +20,11 @@ _LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @contextmanager
-def alone(root: Path, name: str, doing: str, *, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock `name` for the block, which is `doing` something; `waiting` hears of a long wait for others."""
+def exclusive(root: Path, name: str, doing: str, *, warn: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock `name` for the block alone; `warn` hears of a long wait for another, who is `doing` something."""
     try:
         with folder(root, TMP) as tmp:
-            handle = _waited(tmp, f"{name}{LOCK}", doing, waiting)
+            handle = _waited(tmp, f"{name}{LOCK}", doing, warn)
     except OSError:
         handle = None
     try:
@@ -35,8 +35,8 @@ def alone(root: Path, name: str, doing: str, *, waiting: Callable[[str], None]) 
 
 
 @contextmanager
-def present(root: Path, name: str) -> Iterator[None]:
-    """Show for the block that a process is at `name`; several may be."""
+def shared(root: Path, name: str) -> Iterator[None]:
+    """Hold the lock `name` for the block, together with others who hold it so."""
     handle = None
     with suppress(OSError), folder(root, TMP) as tmp:
         # A look at the lock holds it for an instant.
@@ -52,8 +52,8 @@ def present(root: Path, name: str) -> Iterator[None]:
             os.close(handle)
 
 
-def is_present(root: Path, name: str) -> bool | None:
-    """Whether a process is `present` at `name`; None where there can be no lock."""
+def is_held(root: Path, name: str) -> bool | None:
+    """Whether a process holds the lock `name`; None where there can be no lock."""
     try:
         with folder(root, TMP) as tmp:
             handle = os.open(f"{name}{LOCK}", _LOOK, dir_fd=tmp)
@@ -72,17 +72,17 @@ def is_present(root: Path, name: str) -> bool | None:
     return False
 
 
-def _waited(tmp: int, name: str, doing: str, waiting: Callable[[str], None]) -> int | None:
+def _waited(tmp: int, name: str, doing: str, warn: Callable[[str], None]) -> int | None:
     start, told = time.monotonic(), False
     while (waited := time.monotonic() - start) < PATIENCE:
         handle = _try_lock(tmp, name, fcntl.LOCK_EX)
         if handle is not None:
             return handle
         if waited > 1 and not told:
-            waiting(f"another process is {doing}: waiting for it")
+            warn(f"another process is {doing}: waiting for it")
             told = True
         time.sleep(_POLL)
-    waiting(f"another process has been {doing} for {PATIENCE:.0f} s: going on without waiting")
+    warn(f"another process has been {doing} for {PATIENCE:.0f} s: going on without waiting")
     return None
 
 

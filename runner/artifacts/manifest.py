@@ -1,35 +1,70 @@
-"""Which bytes a key has, and the names of keys and runs. No torch."""
+"""What a store keeps under a key, as its manifest tells it, and the names of keys and runs. No torch."""
 
 import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from runner.artifacts.signed_json import JSON, Damaged, canonical, read_document, write_document
-from runner.artifacts.spec import TYPES, Spec
-from runner.reports import notebook_html
+from runner.text import gib
 
+MAX_OBJECT_BYTES = 8 * 2**30
+# Each dtype that safetensors knows, as torch calls it.
+TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
 _KEY = re.compile(r"[0-9a-f]{64}")
 _RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
+class TensorSpec(TypedDict):
+    """What a stored tensor is."""
+
+    dtype: str
+    """Its type, as safetensors spells it."""
+    shape: list[int]
+    """Its shape."""
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """A stored state, as its manifest tells it; `object` is the sha256 of its bytes, `bytes` how many they are."""
+    """A stored state, as its manifest tells it."""
 
     key: str
+    """The sha256 of everything that changes it."""
     stage: str
+    """The stage that it is the result of."""
     object: str
+    """The sha256 of its bytes."""
     bytes: int
-    tensors: Mapping[str, Spec]
+    """How many they are."""
+    tensors: Mapping[str, TensorSpec]
+    """The tensors in it, by name."""
     note: Mapping[str, Any] = field(default_factory=dict)
+    """How it came to be: seconds, places, versions."""
 
     def __repr__(self) -> str:
-        return notebook_html.artifact_line(self)
-
-    def _repr_html_(self) -> str:
-        return notebook_html.artifact_html(self)
+        count = len(self.tensors)
+        tensors = f"{count} tensor{'' if count == 1 else 's'}"
+        return f"Artifact({self.stage} {self.key[:12]}, {gib(self.bytes)}, {tensors})"
 
 
 def key_of(parts: Mapping[str, object]) -> str:
@@ -79,10 +114,10 @@ def read_manifest(data: bytes | bytearray, key: str) -> Artifact:
         raise Damaged("it declares no tensors")
     if not isinstance(note, dict):
         raise Damaged("its note is no mapping")
-    return Artifact(key, stage, digest, size, cast("dict[str, Spec]", tensors), note)
+    return Artifact(key, stage, digest, size, cast("dict[str, TensorSpec]", tensors), note)
 
 
 def _is_spec(spec: JSON) -> bool:
     if not isinstance(spec, dict) or spec.keys() != {"dtype", "shape"} or not isinstance(spec["shape"], list):
         return False
-    return spec["dtype"] in TYPES and all(type(side) is int for side in spec["shape"])
+    return spec["dtype"] in TORCH_NAMES and all(type(side) is int for side in spec["shape"])

@@ -15,7 +15,7 @@ from typing import Any
 
 from runner.artifacts.atomic_files import TMP, Entry, File
 from runner.artifacts.manifest import checked_key
-from runner.artifacts.signed_json import LONGEST, Damaged, read_document, write_document
+from runner.artifacts.signed_json import MAX_DOCUMENT_BYTES, Damaged, read_document, write_document
 from runner.artifacts.store import Store, Warn
 from runner.artifacts.temp_files import PART
 from stages.errors import StoreError
@@ -43,23 +43,22 @@ class RemoteStore(Store):
         self._whole = not WHOLE.isdisjoint((protocols,) if isinstance(protocols, str) else protocols)
         self._check_ours(readonly)
 
-    def fetch(self, path: str, most: int, *, first: int | None = None) -> bytearray | None:
-        """The bytes at `path`, or `first` of them; None where nothing is; StoreError where they are over `most`."""
-        return next(self.fetch_all([path], most, first=first))
+    def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> bytearray | None:
+        return next(self.fetch_all([path], max_bytes, first=first))
 
-    def fetch_all(self, paths: Sequence[str], most: int, *, first: int | None = None) -> Iterator[bytearray | None]:
-        """What `fetch` gives for each path; many are asked for at once where the backend can."""
+    def fetch_all(
+        self, paths: Sequence[str], max_bytes: int, *, first: int | None = None
+    ) -> Iterator[bytearray | None]:
         # One byte more, to see what is too long without asking for its size first.
-        end = most + 1 if first is None else first
+        end = max_bytes + 1 if first is None else first
         for start in range(0, len(paths), AT_ONCE):
             some = paths[start : start + AT_ONCE]
             with self._explained("read", some[0]):
                 found = self._files.cat_ranges([f"{self._root}/{path}" for path in some], 0, end, on_error="return")
             for path, data in zip(some, found, strict=True):
-                yield self._checked(path, data, most)
+                yield self._checked(path, data, max_bytes)
 
     def publish(self, files: Sequence[File]) -> None:
-        """Put each file at its path, whole as far as the backend can, in this order."""
         for file in files:
             path = file.path()
             with self._explained("write", path):
@@ -70,7 +69,6 @@ class RemoteStore(Store):
                     self._move_in(path, data)
 
     def remove(self, paths: Sequence[str]) -> None:
-        """Remove files, passing over those that are missing."""
         for path in paths:
             with self._explained("remove", path):
                 try:
@@ -79,7 +77,6 @@ class RemoteStore(Store):
                     continue
 
     def names(self, folder: str) -> list[str]:
-        """The names in a folder, sorted; none where it is missing."""
         full = f"{self._root}/{folder}"
         with self._explained("list", folder):
             try:
@@ -103,10 +100,9 @@ class RemoteStore(Store):
         checked_key(key)
         return nullcontext()
 
-    def sweep(self, *, older: float, dry: bool) -> list[Entry]:
-        """Remove (unless `dry`) what killed writers left `older` seconds ago; what it is."""
-        found = [entry for entry in self.entries(TMP) if entry.path.endswith(PART) and entry.age() >= older]
-        if not dry:
+    def sweep(self, *, min_age: float, dry_run: bool) -> list[Entry]:
+        found = [entry for entry in self.entries(TMP) if entry.path.endswith(PART) and entry.age() >= min_age]
+        if not dry_run:
             self.remove([entry.path for entry in found])
         return found
 
@@ -117,7 +113,7 @@ class RemoteStore(Store):
         self._files.pipe_file(part, data)
         self._files.mv(part, target)
 
-    def _checked(self, path: str, data: "bytes | Exception", most: int) -> bytearray | None:
+    def _checked(self, path: str, data: "bytes | Exception", max_bytes: int) -> bytearray | None:
         if isinstance(data, FileNotFoundError):
             return None
         with self._explained("read", path):
@@ -126,12 +122,12 @@ class RemoteStore(Store):
                 if self._files.info(f"{self._root}/{path}")["size"] != 0:
                     raise data
                 return bytearray()
-        if len(data) > most:
-            raise StoreError(f"{self.url}/{path} has more than the {most:,} bytes that are read: remove it")
+        if len(data) > max_bytes:
+            raise StoreError(f"{self.url}/{path} has more than the {max_bytes:,} bytes that are read: remove it")
         return bytearray(data)
 
     def _check_ours(self, readonly: bool) -> None:
-        mark = self.fetch(MARK, LONGEST)
+        mark = self.fetch(MARK, MAX_DOCUMENT_BYTES)
         if mark is not None:
             try:
                 read_document(mark)
@@ -145,7 +141,7 @@ class RemoteStore(Store):
 
     @contextmanager
     def _explained(self, verb: str, path: str) -> Iterator[None]:
-        """DeviceTurns an error of the backend into a StoreError with the URL, the cause and the next step."""
+        """Turns an error of the backend into a StoreError with the URL, the cause and the next step."""
         try:
             yield
         except StoreError:
@@ -154,7 +150,7 @@ class RemoteStore(Store):
             text = f"{type(error).__name__}: {str(error).strip() or 'no more is said'}"[:300]
             raise StoreError(
                 f"cannot {verb} {self.url}/{path}: {text} -> check credentials, bucket and connection, or choose "
-                f"another --artifacts"
+                f"another `store`"
             ) from error
 
 
@@ -164,14 +160,14 @@ def checked_url(url: str) -> str:
     rest = "" if match is None else match["rest"].rstrip("/")
     scheme = url.partition("://")[0][:20]
     if match is None or "::" in url or ".." in rest.split("/"):
-        raise StoreError(f"--artifacts {scheme!r}://... is no address of a store -> such as s3://bucket/folder")
+        raise StoreError(f"`store` {scheme!r}://... is no address of a store -> such as s3://bucket/folder")
     if "@" in rest.partition("/")[0]:
         raise StoreError(
-            f"--artifacts {scheme}://...@...: an address is shown and recorded, so it must not hold a user or a "
+            f"`store` {scheme}://...@...: an address is shown and recorded, so it must not hold a user or a "
             f"password -> keep them where the library of {scheme}:// looks for them"
         )
     if not rest and scheme != "memory":
-        raise StoreError(f"--artifacts {scheme}:// names no bucket -> {scheme}://bucket/folder")
+        raise StoreError(f"`store` {scheme}:// names no bucket -> {scheme}://bucket/folder")
     return f"{scheme}://{rest}"
 
 
@@ -185,9 +181,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
         files, path = url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         package = PACKAGES.get(scheme, "fsspec")
-        raise StoreError(f"--artifacts {url} needs a package: {error} -> pip install {package}") from error
+        raise StoreError(f"`store` {url} needs a package: {error} -> pip install {package}") from error
     except ValueError as error:
-        raise StoreError(f"--artifacts {url}: {error} -> a folder, memory, s3://... or gs://...") from error
+        raise StoreError(f"`store` {url}: {error} -> a folder, memory, s3://... or gs://...") from error
     return files, path.rstrip("/")
 
 

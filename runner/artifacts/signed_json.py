@@ -10,7 +10,7 @@ from stages.strict_json import strict_json
 
 JSON = Union[str, int, float, bool, None, "list[JSON]", "dict[str, JSON]"]
 SCHEMA = 1
-LONGEST = 64 * 2**20
+MAX_DOCUMENT_BYTES = 64 * 2**20
 
 
 class Damaged(StoreError):
@@ -40,7 +40,7 @@ def read_document(data: bytes | bytearray) -> dict[str, JSON]:
     if schema != SCHEMA:
         raise StoreError(
             f"this store was made by a newer version (schema {schema}, this one reads {SCHEMA}): "
-            "upgrade stagerun, or choose another --artifacts"
+            "upgrade stagerun, or choose another `store`"
         )
     return cast("dict[str, JSON]", document)
 

@@ -4,21 +4,18 @@ Everything that is no tensor is a skeleton in the file's metadata: tensors stand
 and dicts as `{"tuple": [...]}` and `{"dict": {...}}`, lists and plain values as themselves.
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import cast
 
 import torch
 
 from runner.artifacts.atomic_files import Buffer
-from runner.artifacts.background import ASIDE, Background
 from runner.artifacts.header import DTYPES, LONGEST, METADATA, Header, compose, is_name, parse
+from runner.artifacts.manifest import MAX_OBJECT_BYTES, TensorSpec
 from runner.artifacts.signed_json import JSON, Damaged
-from runner.artifacts.spec import MOST_BYTES, Spec
 from stages.errors import BadResult, StoreError
 from stages.state import State, Value
 from stages.strict_json import strict_json
@@ -34,27 +31,28 @@ _INFINITY = {dtype: (integer, torch.tensor(math.inf, dtype=dtype).view(integer).
 
 @dataclass(frozen=True)
 class Packed:
-    """The bytes of a state, still in the tensors' own memory, and what they hold; many are hashed meanwhile."""
+    """A state as bytes, still in the tensors' own memory."""
 
     chunks: tuple[bytes | memoryview, ...]
+    """The bytes, one part after the other."""
     bytes: int
-    tensors: Mapping[str, Spec]
-    hashing: Background[str] | None
-
-    @cached_property
-    def digest(self) -> str:
-        """The sha256 of the bytes, in hex."""
-        return _sha256(self.chunks) if self.hashing is None else self.hashing.result()
+    """How many they are."""
+    tensors: Mapping[str, TensorSpec]
+    """The tensors in them, by name."""
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A state read back, with the key and the stage that were written into its bytes."""
+    """A state read back from bytes."""
 
     key: str
+    """The key that was written into them."""
     stage: str
+    """The stage that was written into them."""
     state: State
-    tensors: Mapping[str, Spec]
+    """The state."""
+    tensors: Mapping[str, TensorSpec]
+    """The tensors in them, by name."""
 
 
 def pack(state: State, *, key: str, stage: str) -> Packed:
@@ -66,13 +64,12 @@ def pack(state: State, *, key: str, stage: str) -> Packed:
     header, specs = compose({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, text)
     chunks: list[bytes | memoryview] = [header, *(_raw(tensors[name]) for name in specs)]
     size = sum(memoryview(chunk).nbytes for chunk in chunks)
-    if len(header) - 8 > LONGEST or size > MOST_BYTES:
+    if len(header) - 8 > LONGEST or size > MAX_OBJECT_BYTES:
         raise StoreError(
             f"stage {stage} gave {size:,} bytes under a header of {len(header):,}; an artifact holds at most "
-            f"{MOST_BYTES:,} under {LONGEST:,}: ask for a shorter prompt or a smaller result"
+            f"{MAX_OBJECT_BYTES:,} under {LONGEST:,}: ask for a shorter prompt or a smaller result"
         )
-    chunks = [chunk for chunk in chunks if len(chunk)]
-    return Packed(tuple(chunks), size, specs, Background(partial(_sha256, chunks)) if size >= ASIDE else None)
+    return Packed(tuple(chunk for chunk in chunks if len(chunk)), size, specs)
 
 
 def unpack(data: Buffer, *, finite: bool = True) -> Unpacked:
@@ -147,14 +144,7 @@ def _name(path: str, tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _check_finite(tensor: torch.Tensor, name: str, stage: str) -> None:
     if not is_finite(tensor):
-        raise BadResult(f"stage {stage}: {name} holds NaN or infinity; compute it again with --dtype float32")
-
-
-def _sha256(chunks: Sequence[bytes | memoryview]) -> str:
-    total = hashlib.sha256()
-    for chunk in chunks:
-        total.update(chunk)
-    return total.hexdigest()
+        raise BadResult(f"stage {stage}: {name} holds NaN or infinity; compute it again with `dtype=float32`")
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

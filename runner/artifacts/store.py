@@ -15,13 +15,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from runner.artifacts import manifest
 from runner.artifacts.atomic_files import Buffer, Entry, File
-from runner.artifacts.manifest import Artifact, checked_key, checked_run, is_key, is_run
-from runner.artifacts.signed_json import JSON, LONGEST, Damaged, read_document, write_document
-from runner.artifacts.spec import MOST_BYTES
+from runner.artifacts.background import Background
+from runner.artifacts.manifest import MAX_OBJECT_BYTES, Artifact, checked_key, checked_run, is_key, is_run
+from runner.artifacts.signed_json import JSON, MAX_DOCUMENT_BYTES, Damaged, read_document, write_document
+from runner.artifacts.temp_files import Chunks
 from stages.errors import StoreError
 
 if TYPE_CHECKING:
@@ -33,29 +35,36 @@ _HEAD_BYTES = 128
 
 
 @dataclass(frozen=True)
-class History:
-    """The record of a run, with its place among the runs and the time at which it began, by the clock of then."""
+class StoredRun:
+    """The record of a run, and when it began."""
 
     run: str
+    """The name of the run."""
     sequence: int
+    """Its place among the runs of the store."""
     begun: float
+    """When it began by the clock of then, in seconds since 1970."""
     record: Mapping[str, JSON]
+    """What it was asked and did."""
 
 
 class Store(ABC):
-    """Artifacts and runs; a subclass reaches their bytes."""
+    """Artifacts and runs; a subclass reaches their bytes.
+
+    `warn` hears of damage; with `strict`, damage is a StoreError instead.
+    """
 
     def __init__(self, warn: Warn, strict: bool) -> None:
         self.warn = warn
         self.strict = strict
 
     @abstractmethod
-    def fetch(self, path: str, most: int, *, first: int | None = None) -> Buffer | None:
-        """The bytes at `path`, or `first` of them; None where nothing is; StoreError where they are over `most`."""
+    def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> Buffer | None:
+        """The bytes at `path`, or `first` of them; None where nothing is; StoreError where they exceed `max_bytes`."""
 
-    def fetch_all(self, paths: Sequence[str], most: int, *, first: int | None = None) -> Iterator[Buffer | None]:
+    def fetch_all(self, paths: Sequence[str], max_bytes: int, *, first: int | None = None) -> Iterator[Buffer | None]:
         """What `fetch` gives for each path."""
-        return (self.fetch(path, most, first=first) for path in paths)
+        return (self.fetch(path, max_bytes, first=first) for path in paths)
 
     @abstractmethod
     def publish(self, files: Sequence[File]) -> None:
@@ -91,8 +100,8 @@ class Store(ABC):
         checked_run(run)
         return None
 
-    def sweep(self, *, older: float, dry: bool) -> list[Entry]:
-        """Remove (unless `dry`) what killed writers left `older` seconds ago; what it is."""
+    def sweep(self, *, min_age: float, dry_run: bool) -> list[Entry]:
+        """Remove (unless `dry_run`) what killed writers left `min_age` seconds ago; what it is."""
         return []
 
     def get(self, key: str) -> "State | None":
@@ -116,17 +125,18 @@ class Store(ABC):
         with suppress(Damaged):
             before = self.manifest(key)
         packed = pack(state, key=checked_key(key), stage=stage)
+        # Taken while the bytes are written.
+        digest = cache(Background(partial(_sha256, packed.chunks)).result)
 
         def artifact() -> Artifact:
-            return Artifact(key, stage, packed.digest, packed.bytes, packed.tensors, dict(note))
+            return Artifact(key, stage, digest(), packed.bytes, packed.tensors, dict(note))
 
-        # The hash is taken while the bytes are written.
         self.publish([
-            File("objects", lambda: object_path(packed.digest), lambda: packed.chunks),
+            File("objects", lambda: object_path(digest()), lambda: packed.chunks),
             File("stages", lambda: manifest_path(key), lambda: [manifest.write_manifest(artifact())]),
         ])
         # As in `drop`: no other manifest names the object that was replaced, unless somebody stored it once more.
-        if before is not None and before.object != packed.digest and self.find(key) == artifact():
+        if before is not None and before.object != digest() and self.find(key) == artifact():
             self.remove([object_path(before.object)])
         return artifact()
 
@@ -140,14 +150,14 @@ class Store(ABC):
 
     def manifest(self, key: str) -> Artifact | None:
         """The manifest of `key`; Damaged where it is."""
-        data = self.fetch(manifest_path(checked_key(key)), LONGEST)
+        data = self.fetch(manifest_path(checked_key(key)), MAX_DOCUMENT_BYTES)
         return None if data is None else manifest.read_manifest(bytes(data), key)
 
     def read(self, artifact: Artifact, *, finite: bool = True) -> "State":
         """The state of `artifact`; StoreError where it is missing or damaged, BadResult unless `finite` is waived."""
         from runner.artifacts.state_format import unpack
 
-        data = self.fetch(object_path(artifact.object), MOST_BYTES)
+        data = self.fetch(object_path(artifact.object), MAX_OBJECT_BYTES)
         if data is None:
             raise Damaged("its object is missing")
         if len(data) != artifact.bytes:
@@ -171,12 +181,19 @@ class Store(ABC):
         # A key without a manifest is not there. The key is part of its object's bytes, so no other manifest names
         # them; but another process may have stored the same again.
         self.remove([manifest_path(key)])
-        if artifact is not None and self.fetch(manifest_path(key), LONGEST) is None:
+        if artifact is not None and self.fetch(manifest_path(key), MAX_DOCUMENT_BYTES) is None:
             self.remove([object_path(artifact.object)])
 
     def keys(self) -> list[str]:
         """Every key that has a manifest, sorted."""
         return [key for key in (name.removesuffix(".json") for name in self.names("stages")) if is_key(key)]
+
+    def objects(self) -> Iterator[tuple[str, Entry]]:
+        """Every object by the sha256 that names it, whether a manifest names it or not."""
+        for entry in self.entries("objects"):
+            digest = entry.path.rpartition("/")[2]
+            if is_key(digest) and entry.path == object_path(digest):
+                yield digest, entry
 
     def save_run(self, run: str, record: Mapping[str, object]) -> None:
         """Store the record of a run in place of its last one."""
@@ -189,11 +206,11 @@ class Store(ABC):
 
     def load_run(self, run: str) -> dict[str, JSON]:
         """The record of a run; StoreError where there is none or it is damaged."""
-        return dict(self.history(run).record)
+        return dict(self.stored_run(run).record)
 
-    def history(self, run: str) -> History:
+    def stored_run(self, run: str) -> StoredRun:
         """The record of a run and when it began; StoreError where there is none or it is damaged."""
-        data = self.fetch(run_path(checked_run(run)), LONGEST)
+        data = self.fetch(run_path(checked_run(run)), MAX_DOCUMENT_BYTES)
         if data is None:
             raise StoreError(f"there is no run {run} here; the last are: {', '.join(self.runs()[-3:]) or 'none'}")
         try:
@@ -201,7 +218,7 @@ class Store(ABC):
         except Damaged as error:
             raise StoreError(f"the record of run {run} is damaged: {error}; repeat it, its artifacts stay") from error
         assert isinstance(record, dict), "save_run wrote it, and its sha256 is right"
-        return History(run, *_parse_head(bytes(data[:_HEAD_BYTES])), record)
+        return StoredRun(run, *_parse_head(bytes(data[:_HEAD_BYTES])), record)
 
     def drop_run(self, run: str) -> None:
         """Forget a run, if it is there; its artifacts stay."""
@@ -211,12 +228,12 @@ class Store(ABC):
         """Every run, the first started first."""
         names = [run for run in self.names("runs") if is_run(run)]
         # A look at the first bytes: the record of a long run has millions.
-        heads = self.fetch_all([run_path(run) for run in names], LONGEST, first=_HEAD_BYTES)
+        heads = self.fetch_all([run_path(run) for run in names], MAX_DOCUMENT_BYTES, first=_HEAD_BYTES)
         found = [(_parse_head(bytes(data)), run) for run, data in zip(names, heads, strict=True) if data is not None]
         return [run for _, run in sorted(found)]
 
     def _head(self, run: str) -> tuple[int, float] | None:
-        data = self.fetch(run_path(run), LONGEST, first=_HEAD_BYTES)
+        data = self.fetch(run_path(run), MAX_DOCUMENT_BYTES, first=_HEAD_BYTES)
         return None if data is None else _parse_head(bytes(data))
 
     def _write_run(self, run: str, head: tuple[int, float], record: Mapping[str, object]) -> None:
@@ -236,7 +253,7 @@ class Store(ABC):
 
     def _not_done(self, what: str, error: Damaged) -> None:
         if self.strict:
-            raise StoreError(f"{what} is damaged: {error}; run without --strict to compute it again") from error
+            raise StoreError(f"{what} is damaged: {error}; run without `strict` to compute it again") from error
         self.warn(f"{what} is damaged: {error}; it is computed again")
 
 
@@ -253,6 +270,13 @@ def manifest_path(key: str) -> str:
 def run_path(run: str) -> str:
     """Where the record of a run is."""
     return f"runs/{run}/run.json"
+
+
+def _sha256(chunks: Chunks) -> str:
+    total = hashlib.sha256()
+    for chunk in chunks:
+        total.update(chunk)
+    return total.hexdigest()
 
 
 def _parse_head(data: bytes | bytearray) -> tuple[int, float]:

@@ -16,7 +16,7 @@ from runner.commands.parse import devices
 from runner.job import default_store
 from runner.startup import hush
 from runner.terminal import say
-from runner.text import gib
+from runner.text import gib, table
 from stages import machine
 from stages.card_test import ADVICE, computes, unbuilt
 from stages.errors import ModelError
@@ -71,13 +71,12 @@ def healthy(checks: Sequence[Check]) -> bool:
 
 def lines(checks: Sequence[Check]) -> list[str]:
     """The checks for people, a line each, and a line with the next step under what is not well."""
-    width = max(len(check.name) for check in checks)
-    told = []
+    rows = []
     for check in checks:
-        told.append(f"{'ok ' if check.ok else 'BAD'}  {check.name.ljust(width)}  {check.found}")
+        rows.append(("ok" if check.ok else "BAD", check.name, check.found))
         if check.advice:
-            told.append(f"     {' ' * width}  -> {check.advice}")
-    return told
+            rows.append(("", "", f"-> {check.advice}"))
+    return table(rows)
 
 
 def document(checks: Sequence[Check]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from runner.engine.session import open_job_store, recorded_job
 from runner.events import Emit, json_lines, tee
 from runner.job import Job, default_store
 from runner.media.paths import remove_orphans
-from runner.media.previews import Beside
+from runner.media.previews import PreviewFiles
 from runner.media.writer import PictureWriter, labelled
 from runner.reports.history import find_run
 from runner.reports.progress import Progress
@@ -80,7 +80,7 @@ def produce(job: Job, engine: distributed.Engine, *, said: RunOptions) -> int:
         if job.resumed:
             remove_orphans(job.output.paths)
         with progress:
-            report = engine(job, tee(emit, Beside(tuple(map(Path, job.output.paths)))), results, seconds)
+            report = engine(job, tee(emit, PreviewFiles(tuple(map(Path, job.output.paths)))), results, seconds)
     seconds["total"] = time.perf_counter() - begin
     if not said.quiet:
         say(sys.stderr, lines(report, seconds))
@@ -114,7 +114,7 @@ def in_this_process(said: RunOptions, job: Job, emit: Emit, results: Results, se
     report = run_all(plan, store=store, emit=labelled(plan.job, emit),
                      done=writer.write if plan.job.output.paths else None)
     if job.resumed:
-        tidy(store, older=time.perf_counter() - begin)
+        tidy(store, min_age=time.perf_counter() - begin)
     seconds["pictures"] = writer.seconds
     return replace(report, failures=(*report.failures, *failures))
 

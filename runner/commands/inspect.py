@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 from runner.job import default_store
 from runner.terminal import say, warn
-from runner.text import clean, gib
+from runner.text import clean, gib, table
 
 if TYPE_CHECKING:
-    from runner.artifacts.inspection import Row
+    from runner.artifacts.inspection import TensorSummary
     from runner.artifacts.manifest import Artifact
     from stages.state import State
 
@@ -18,10 +18,10 @@ HEAD = ("name", "shape", "type", "min", "max", "mean", "non-finite")
 def inspect(what: str, folder: str | None) -> None:
     """Print what the artifact `what` holds: a path in a store, a key or the start of one, or RUN:STAGE."""
     from runner.artifacts import open_store
-    from runner.artifacts.inspection import is_place, open_artifact
+    from runner.artifacts.inspection import is_path_or_url, open_artifact
 
     where = folder if folder is not None else str(default_store())
-    store = None if is_place(what) else open_store(where, warn=warn, readonly=True)
+    store = None if is_path_or_url(what) else open_store(where, warn=warn, readonly=True)
     # What is not finite is what people come to see.
     say(sys.stdout, lines(*open_artifact(what, store)))
 
@@ -30,14 +30,12 @@ def lines(artifact: "Artifact", state: "State") -> list[str]:
     """A line for the artifact, a table of its tensors, and its other values."""
     from runner.artifacts.inspection import describe
 
-    rows = [HEAD, *(cells(row) for row in describe(state))]
-    widths = [max(len(line[column]) for line in rows) for column in range(len(HEAD))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+    tensors = table([HEAD, *(cells(row) for row in describe(state))])
     plain = [f"{name} = {value!r:.100}" for name, value in state.values.items() if _is_plain(value)]
-    return [f"{artifact.stage} {artifact.key} ({gib(artifact.bytes)})", *table, *(clean(line) for line in plain)]
+    return [f"{artifact.stage} {artifact.key} ({gib(artifact.bytes)})", *tensors, *(clean(line) for line in plain)]
 
 
-def cells(row: "Row") -> tuple[str, ...]:
+def cells(row: "TensorSummary") -> tuple[str, ...]:
     """One tensor's line of the table."""
     numbers = ("-" if number is None else f"{number:.6g}" for number in (row.min, row.max, row.mean))
     return (clean(row.name), "x".join(map(str, row.shape)) or "-", row.dtype, *numbers, str(row.nonfinite))

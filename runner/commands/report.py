@@ -28,5 +28,5 @@ def write_report(run: str, out: str | None, artifacts: str | None, *, overwrite:
 def checked(out: str) -> Path:
     """Where a page goes to; InvalidInput for what is no name of one."""
     if not out.lower().endswith((".html", ".htm")) or not out.isprintable():
-        raise InvalidInput(f"--out {shown(out)} must end in .html")
+        raise InvalidInput(f"`out` {shown(out)} must end in .html")
     return Path(out)

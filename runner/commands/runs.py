@@ -4,19 +4,21 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from runner.artifacts import open_store
 from runner.artifacts.audit import audit
 from runner.artifacts.garbage import collect
+from runner.artifacts.manifest import is_key
 from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store
+from runner.commands.refusal import as_option
 from runner.job import default_store
-from runner.reports.history import described, find_run, row, stages_of
+from runner.reports.history import HEAD, describe_run, find_run, stages_of, summarize
 from runner.terminal import say, warn
-from runner.text import gib, shown
-from stages.errors import InvalidInput, StoreError
+from runner.text import gib, shown, table
+from stages.errors import InvalidInput, StoreError, worded
 
-HEAD = ("run", "age", "status", "model", "pictures", "stages done")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -25,7 +27,7 @@ def ls(artifacts: str | None, *, as_json: bool, last: int | None) -> None:
     store = opened(artifacts, readonly=True)
     runs = store.runs()
     keys = frozenset(store.keys())
-    rows = [row(store, run, keys) for run in (runs if last is None else runs[-last:])]
+    rows = [summarize(store, run, keys) for run in (runs if last is None else runs[-last:])]
     if as_json:
         say(sys.stdout, [json.dumps({"runs": [each.document() for each in rows]})])
     else:
@@ -35,13 +37,13 @@ def ls(artifacts: str | None, *, as_json: bool, last: int | None) -> None:
 def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
     """Print what one run was asked and did."""
     store = opened(artifacts, readonly=True)
-    found = store.history(find_run(store, run))
+    found = store.stored_run(find_run(store, run))
     sizes = {key: _bytes(store, key) for keys in stages_of(found.record).values() for key in keys}
-    facts = row(store, found.run, {key for key, size in sizes.items() if size is not None}, found)
+    facts = summarize(store, found.run, {key for key, size in sizes.items() if size is not None}, found)
     if as_json:
         say(sys.stdout, [json.dumps({**facts.document(), "sizes": sizes, "record": found.record})])
     else:
-        say(sys.stdout, described(facts, found, sizes))
+        say(sys.stdout, describe_run(facts, found, sizes))
 
 
 def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
@@ -58,7 +60,7 @@ def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
 
 def gc(artifacts: str | None, *, as_json: bool, older: str, dry: bool) -> None:
     """Remove what no run needs, and say how many bytes that freed."""
-    garbage = collect(opened(artifacts), older=seconds(older), dry=dry)
+    garbage = collect(opened(artifacts), min_age=seconds(older), dry_run=dry)
     if as_json:
         told = {"artifacts": garbage.artifacts, "files": len(garbage.files), "bytes": garbage.bytes, "dry": dry}
         say(sys.stdout, [json.dumps(told)])
@@ -72,6 +74,8 @@ def verify(artifacts: str | None, *, as_json: bool) -> None:
     store = opened(artifacts, readonly=True)
     found = []
     for finding in audit(store):
+        if finding.trouble is not None:
+            finding = replace(finding, trouble=worded(finding.trouble, as_option))
         found.append(finding)
         if finding.trouble is not None and not as_json:
             say(sys.stdout, [f"{finding.kind} {finding.name}: {finding.trouble}"])
@@ -105,16 +109,11 @@ def seconds(text: str) -> float:
     return float(int(match[1]) * _UNITS[match[2] or "s"])
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows in columns."""
-    widths = [max(len(cells[column]) for cells in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in rows]
-
-
 def _bytes(store: Store, key: str) -> int | None:
     """The bytes of an artifact; None where it is not there, or damaged; StoreError where it cannot be read."""
     try:
-        artifact = store.manifest(key)
+        # The record may be odd, and name what is no key.
+        artifact = store.manifest(key) if is_key(key) else None
     except Damaged:
         return None
     return None if artifact is None else artifact.bytes

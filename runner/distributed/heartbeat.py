@@ -5,8 +5,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 EVERY = 1.0
 ORPHAN = 7
@@ -79,9 +80,7 @@ class Heartbeat:
 
 def effort() -> tuple[float, int]:
     """Seconds of the processor that this process has used, and the bytes that it moved from and to disks."""
-    counts = Path("/proc/self/io")
-    moved = 0
-    if counts.exists():
-        lines = (line.split(": ") for line in counts.read_text().splitlines())
-        moved = sum(int(value) for name, value in lines if name in ("read_bytes", "write_bytes"))
-    return time.process_time(), moved
+    process = psutil.Process()
+    # macOS does not count the bytes of a process.
+    counts = process.io_counters() if hasattr(process, "io_counters") else None
+    return time.process_time(), 0 if counts is None else counts.read_bytes + counts.write_bytes

@@ -1,13 +1,14 @@
 """A job that all ranks do together: the first one does all of it, and the others denoise with it."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from runner.artifacts import ForwardingStore, Store
+from runner.artifacts.atomic_files import File
 from runner.distributed.channel import Channel
 from runner.distributed.collectives import RankCollectives
 from runner.distributed.env import Rank, machine_from_json, machine_to_json
@@ -23,22 +24,20 @@ from runner.job import Job
 from runner.placement_options import PlaceRequest
 from runner.planning.plan import Plan
 from stages.errors import BadResult, InvalidInput
-from stages.state import State
 
 
 class ReadOnlyStore(ForwardingStore):
-    """A store as the ranks behind the first one use it: they read what it reads, and write nothing."""
+    """A store as the ranks behind the first one use it: they read what it reads, and the first rank writes."""
 
-    @contextmanager
-    def working(self, key: str) -> Iterator[None]:
-        """The first rank holds the lock for all."""
-        yield
+    def publish(self, files: Sequence[File]) -> None:
+        pass
 
-    def put(self, key: str, stage: str, state: State, note: Mapping[str, object]) -> Any:
-        """The first rank puts it there."""
+    def remove(self, paths: Sequence[str]) -> None:
+        pass
 
-    def drop(self, key: str) -> None:
-        """The first rank drops it."""
+    def working(self, key: str) -> AbstractContextManager[None]:
+        """No lock: the first rank holds it for all."""
+        return nullcontext()
 
 
 class TensorParallelWorker(RankWorker):

@@ -86,6 +86,7 @@ def _reset_host_peak() -> None:
 
 
 def _host_peak() -> int:
+    # psutil knows no peak that can be counted anew.
     status = Path("/proc/self/status")
     if not status.exists():
         return 0

@@ -1,13 +1,12 @@
-"""What a run's record keeps of its events: memory by the second, and what took the time."""
+"""What the record of a run keeps of its events: memory by the second, and what took the time."""
 
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from runner.events import Emit
@@ -22,29 +21,38 @@ RATE = 10.0
 
 @dataclass(frozen=True)
 class Sample:
-    """Bytes allocated on each device, and the host's resident set, so many seconds after the run began.
-
-    `what` is the event that it was taken at, or "tick" from the thread that takes ten a second.
-    """
+    """What memory was in use at a moment of a run."""
 
     seconds: float
+    """The moment, from the beginning of the run."""
     stage: str
+    """The stage at work."""
     what: str
+    """The event that it was taken at, or "tick" from the thread that takes ten a second."""
     used: tuple[int, ...]
+    """The bytes allocated on each card."""
     host: int
+    """The bytes that this process holds in the host's memory, its resident set."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a stage at work, by lane: `busy` of the seconds from `begin` to `end`, in `count` pieces."""
+    """A part of a stage at work, in one lane."""
 
     stage: str
+    """The stage."""
     part: str
+    """What was done: "load", "table", "compute", "save" or "flush"."""
     lane: int
+    """The number of the lane that computed; 0 for everything else."""
     begin: float
+    """When it began, in seconds from the beginning of the run."""
     end: float
+    """When it ended, in seconds from the beginning of the run."""
     busy: float
+    """Seconds at work between these two."""
     count: int = 1
+    """How many pieces of work it was."""
 
 
 class Recorder:
@@ -60,6 +68,7 @@ class Recorder:
         self._emit, self._clock = emit, clock
         self._cards = tuple(device for device in devices if device != "cpu")
         self._often = often
+        self._process = psutil.Process()
         self._begin, self.begun = clock(), time.time()
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -122,7 +131,7 @@ class Recorder:
 
     def _sample(self, what: str) -> None:
         used = tuple(torch.accelerator.memory_allocated(card) for card in self._cards)
-        self._samples.append(Sample(self._now(), self._stage, what, used, resident()))
+        self._samples.append(Sample(self._now(), self._stage, what, used, self._process.memory_info().rss))
         if len(self._samples) > MOST_SAMPLES:
             self._samples = thinned(self._samples)
 
@@ -173,11 +182,3 @@ def joined(spans: Sequence[Span]) -> list[Span]:
             first = kept[at]
             kept[at] = replace(first, end=span.end, busy=first.busy + span.busy, count=first.count + span.count)
     return kept
-
-
-def resident() -> int:
-    """The bytes that this process holds in the host's memory; 0 where that cannot be known."""
-    pages = Path("/proc/self/statm")
-    if not pages.exists():
-        return 0
-    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -59,7 +59,7 @@ def run_all(
         store = open_store(plan.job.store or "memory", warn=lambda text: emit("warning", {"text": text}),
                            strict=policy.strict)
     if policy.preview:
-        emit = one_at_a_time(Previewer(recorder, policy.preview, plan.requests, colors_of(plan, store)))
+        emit = one_at_a_time(Previewer(recorder, policy.preview, plan.requests, colors_of(plan.checkpoint, store)))
     return Run(plan, store, emit, recorder, StopRequest(stop), done, collectives).go()
 
 

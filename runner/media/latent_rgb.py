@@ -1,19 +1,19 @@
 """From latents to rough colors, without a VAE: a linear map, learned from pictures that the store already has."""
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from runner.demo import CHECKPOINT, latent_rgb_weights
+from runner.artifacts import Store
+from runner.demo import CHECKPOINT, LATENT_RGB
 from stages.errors import StoreError
-
-if TYPE_CHECKING:
-    from runner.artifacts import Store
-    from runner.planning.plan import Plan
+from stages.models.checkpoint import Checkpoint
 
 CELLS = 4
 RUNS, PICTURES = 40, 8
@@ -26,18 +26,27 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Grid:
-    """Latents token by token: float32 [height * width, features]."""
+    """Latents token by token."""
 
     rows: torch.Tensor
+    """The tokens, float32 [height * width, features]."""
     height: int
+    """How many tokens lie one above the other."""
     width: int
+    """How many tokens lie side by side."""
 
 
 @dataclass(frozen=True)
 class Colors:
-    """Features of a token, and a one, times `weights` are the colors of 4x4 cells: [features + 1, 48], 0 to 1."""
+    """A linear map from latents to the colors of 4x4 cells of each token."""
 
     weights: torch.Tensor
+    """The map, float32 [features + 1, 48]: a token's features, and a one, times it are colors from 0 to 1."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Colors":
+        """The colors in a JSON file, a list of rows."""
+        return cls(torch.tensor(json.loads(path.read_text())))
 
     @property
     def features(self) -> int:
@@ -103,23 +112,23 @@ def cells_of(pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
     return tiles.reshape(-1, CELLS * CELLS * 3)
 
 
-def colors_of(plan: "Plan", store: "Store") -> Callable[[int], Colors | None]:
-    """What finds the colors of the plan's model: those that come with the demo, or what the store teaches."""
+def colors_of(checkpoint: Checkpoint, store: Store) -> Callable[[int], Colors | None]:
+    """What finds the colors of a model: those that come with the demo, or what the store teaches."""
 
     def find(features: int) -> Colors | None:
-        if plan.family.repo == "demo" and plan.checkpoint.path == CHECKPOINT:
-            return Colors(torch.tensor(latent_rgb_weights()))
-        return learned(store, plan.checkpoint.identity, features)
+        if checkpoint.path == CHECKPOINT:
+            return Colors.read(LATENT_RGB)
+        return learned(store, checkpoint.identity, features)
 
     return find
 
 
-def learned(store: "Store", model: str, features: int) -> Colors | None:
+def learned(store: Store, model: str, features: int) -> Colors | None:
     """What the last pictures of the model with the identity `model` teach; None where the store has none."""
     return fitted(islice(_pairs(store, model), PICTURES), features)
 
 
-def _pairs(store: "Store", model: str) -> Iterator[Pair]:
+def _pairs(store: Store, model: str) -> Iterator[Pair]:
     for run in reversed(store.runs()[-RUNS:]):
         try:
             record: dict[str, Any] = dict(store.load_run(run))

@@ -1,15 +1,13 @@
 """Where pictures go: file names from `out`, and files that are there whole or not at all."""
 
-import errno
 import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
-from runner.artifacts.temp_files import hold, part_name, sweep
+from runner.artifacts import atomic_files, temp_files
 from runner.request import Request
 from runner.text import shown
 from stages.errors import InvalidInput, StoreError
@@ -18,7 +16,6 @@ ONE, MANY = "{prompt}-{seed}.png", "{index}-{prompt}-{seed}.png"
 FIELDS = ("id", "index", "prompt", "run", "seed")
 SLUG = 60
 NAME = 255
-_WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Unnamed(InvalidInput):
@@ -89,35 +86,24 @@ def slug(text: str) -> str:
 
 
 def write(path: Path, data: bytes, *, overwrite: bool = False) -> None:
-    """Put a file at `path`: written beside it, fsynced, renamed; a symlink at `path` is replaced, never followed.
+    """Put a file at `path`, on the disk when it returns; a symlink at `path` is replaced, never followed.
 
     Raises InvalidInput where `path` is taken meanwhile, StoreError where it cannot be written.
     """
-    part = path.with_name(f".{part_name()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        while not hold(handle := os.open(part, _WRITE, 0o666)):
-            os.close(handle)
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        _publish(part, path, overwrite)
-        _sync(path.parent)
+        atomic_files.put(path, data, overwrite=overwrite)
     except FileExistsError:
         raise InvalidInput(taken(path)) from None
     except OSError as error:
         text = f"cannot write {path} ({len(data):,} bytes): {error.strerror}"
         raise StoreError(f"{text} -> make room or choose another `out`; what the store keeps is not lost") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def remove_orphans(paths: Sequence[str]) -> None:
     """Remove what killed processes left beside these paths while they wrote them."""
     for folder in dict.fromkeys(path.parent for path in map(Path, paths)):
-        sweep(folder, ".")
+        temp_files.remove_orphans(folder, ".")
 
 
 def _pattern(out: str | None, default: str) -> tuple[Path, tuple[str, ...]]:
@@ -165,24 +151,3 @@ def taken(path: Path) -> str:
     if path.is_dir():
         return f"{path} is a folder -> write {path}/ to put pictures inside"
     return f"{path} is there already -> `overwrite`, or another `out`"
-
-
-def _publish(part: Path, path: Path, overwrite: bool) -> None:
-    if overwrite:
-        os.replace(part, path)
-        return
-    try:
-        os.link(part, path)
-    except OSError as error:
-        # exFAT and many network mounts have no hard links, the one rename that never replaces.
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        os.rename(part, path)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

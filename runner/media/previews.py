@@ -5,14 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.artifacts import Store, key_of
 from runner.events import Emit
 from runner.media import paths
 from runner.media.image import png
+from runner.request import Request
 
 if TYPE_CHECKING:
-    from runner.artifacts import Store
+    # It needs torch, and the command line imports this module before it knows what to do.
     from runner.media.latent_rgb import Colors
-    from runner.request import Request
 
 SIDE = 256
 MOST_STRIPS, MOST_SHOTS = 6, 12
@@ -20,14 +21,14 @@ Strip = list[tuple[int, Any]]
 
 
 class Previewer:
-    """An emit that adds a `preview` event after every `every` steps of a request, and after its last.
+    """An emit that passes every event on, and adds a `preview` after every `every` steps of a request and its last.
 
-    Its "pixels" are a function that gives uint8 [height, width, 3]. `colors` is asked, once, for the colors of
-    latents with so many features a token.
+    The "pixels" of a preview are a function that gives uint8 [height, width, 3]. `colors` is asked, once, for the
+    colors of latents with so many features a token.
     """
 
     def __init__(
-        self, emit: Emit, every: int, requests: Sequence["Request"], colors: "Callable[[int], Colors | None]"
+        self, emit: Emit, every: int, requests: Sequence[Request], colors: "Callable[[int], Colors | None]"
     ) -> None:
         self._emit, self._every, self._requests, self._find = emit, every, requests, colors
         self._colors: Colors | None = None
@@ -59,27 +60,31 @@ NOTHING_YET = ("no preview yet: what latents look like is learned from pictures 
                "there is none; the next run will have previews")
 
 
-class Beside:
-    """A listener that keeps the last preview of each picture in a file beside it, until the picture is there."""
+class PreviewFiles:
+    """An emit that keeps the last preview of each picture in a file beside it, until the picture is there.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+    `pictures` are the paths of the pictures.
+    """
+
+    def __init__(self, pictures: Sequence[Path]) -> None:
+        self._pictures = pictures
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
-        if kind == "preview" and data["request"] < len(self._paths):
-            paths.write(beside(self._paths[data["request"]]), png(enlarged(data["pixels"]()), None), overwrite=True)
+        if kind == "preview" and data["request"] < len(self._pictures):
+            path = preview_path(self._pictures[data["request"]])
+            paths.write(path, png(enlarged(data["pixels"]()), None), overwrite=True)
         elif kind == "picture":
             with suppress(FileNotFoundError):
-                beside(Path(data["path"])).unlink()
+                preview_path(Path(data["path"])).unlink()
 
 
-def beside(path: Path) -> Path:
+def preview_path(path: Path) -> Path:
     """Where the preview of the picture at `path` lies: `fox.preview.png` for `fox.png`."""
     return path.with_name(f"{path.stem[:200]}.preview.png")
 
 
 def enlarged(pixels: Any) -> Any:
-    """The pixels, smoothly enlarged to at least 256 along the longer side."""
+    """Pixels, uint8 [height, width, 3], smoothly enlarged to at least 256 along the longer side."""
     import numpy as np
     from PIL import Image
 
@@ -89,7 +94,7 @@ def enlarged(pixels: Any) -> Any:
 
 
 class Strips:
-    """A listener that keeps the previews of the first pictures of a run, evenly thinned where there are many."""
+    """An emit that keeps the previews of the first pictures of a run, evenly thinned where there are many."""
 
     def __init__(self) -> None:
         self._strips: dict[int, Strip] = {}
@@ -103,11 +108,10 @@ class Strips:
             # Every second one, counted from the last.
             strip[:] = strip[::-1][::2][::-1]
 
-    def keep(self, store: "Store", run: str) -> dict[str, str]:
+    def keep(self, store: Store, run: str) -> dict[str, str]:
         """Put the strips into the store; their keys by the number of the request, for the run's record."""
         import torch
 
-        from runner.artifacts import key_of
         from stages.state import State
 
         kept = {}
@@ -117,8 +121,8 @@ class Strips:
         return kept
 
 
-def strips(record: Mapping[str, Any], store: "Store") -> dict[int, Strip]:
-    """The previews that the store still has: by the number of the request, steps and pixels [h, w, 3]."""
+def strips(record: Mapping[str, Any], store: Store) -> dict[int, Strip]:
+    """The previews that the store still has: steps and pixels, uint8 [height, width, 3], by the request's number."""
     found: dict[int, Strip] = {}
     for index, key in (record.get("previews") or {}).items():
         state = store.get(key)

@@ -1,6 +1,6 @@
 """The plan as people and programs read it, and as the record of a run keeps it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from runner.planning import disk
 from runner.planning.placer import concurrency
 from runner.planning.plan import Plan
-from runner.text import gib
+from runner.text import gib, table
 from stages.loading.load import passing
 
 Layout = dict[str, dict[str, dict[str, dict[str, int]]]]
@@ -19,7 +19,7 @@ REST = "outside blocks"
 
 def lines(plan: Plan) -> list[str]:
     """The plan as a table: per stage and device weights, activations and what stays free; then what was decided."""
-    return [*aligned([*needs(plan)]), *choices(plan), *costs(plan, disk.look(plan)), *refusals(plan)]
+    return [*table([*needs(plan)], right=True), *choices(plan), *costs(plan, disk.look(plan)), *refusals(plan)]
 
 
 def document(plan: Plan) -> dict[str, Any]:
@@ -61,12 +61,6 @@ def document(plan: Plan) -> dict[str, Any]:
 def loras(plan: Plan) -> list[dict[str, Any]]:
     """The LoRAs of a plan as JSON: where each is, its sha256 and its scale."""
     return [{"source": lora.source, "sha256": lora.digest, "scale": lora.scale} for lora in plan.checkpoint.loras]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, each column as wide as its widest cell, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def needs(plan: Plan) -> Iterator[tuple[str, ...]]:

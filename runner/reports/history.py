@@ -1,4 +1,4 @@
-"""What the record of a run tells: in a row, in whole, and which run a word names. No torch."""
+"""What the record of a run tells: in short, in whole, and which run a word names. No torch."""
 
 import json
 import time
@@ -8,32 +8,39 @@ from typing import Any
 
 from runner.artifacts.manifest import checked_run, is_run
 from runner.artifacts.signed_json import Damaged
-from runner.artifacts.store import History, Store
+from runner.artifacts.store import Store, StoredRun
 from runner.text import clean, gib, shown
 from stages.errors import StoreError
 
 SHOWN = 10
 MODEL = 40
+HEAD = ("run", "age", "status", "model", "pictures", "stages done")
 
 
 @dataclass(frozen=True)
-class Row:
-    """A run in a few words; `stages` are pairs of finished and all artifacts."""
+class RunSummary:
+    """A run in a few words."""
 
     run: str
+    """Its name."""
     begun: float
+    """When it began by the clock of then, in seconds since 1970; 0 where that is not known."""
     status: str
+    """Whether it is "running", "done", "interrupted" or "failed", or its record "damaged" or "unreadable"."""
     model: str
+    """The model that it was asked of."""
     pictures: int
+    """How many pictures it was asked for."""
     stages: Mapping[str, tuple[int, int]]
+    """Finished artifacts and all, by stage."""
 
     def document(self) -> dict[str, Any]:
-        """The row as JSON."""
+        """The summary as JSON."""
         stages = {name: {"done": done, "of": of} for name, (done, of) in self.stages.items()}
         return {**vars(self), "stages": stages}
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text, one cell per word of `HEAD`."""
+        """The summary as text, one cell per word of `HEAD`."""
         done = [name if done == of else f"{name} {done}/{of}" for name, (done, of) in self.stages.items() if done]
         model = clean(self.model)[:MODEL]
         return self.run, age(self.begun), self.status, model, str(self.pictures), ", ".join(done) or "-"
@@ -44,7 +51,7 @@ def find_run(store: Store, text: str) -> str:
     if text == "last":
         runs = store.runs()
         if not runs:
-            raise StoreError("there is no run in the store yet -> make a picture first, or name another --artifacts")
+            raise StoreError("there is no run in the store yet -> make a picture first, or name another `store`")
         return runs[-1]
     names = [name for name in store.names("runs") if is_run(name)]
     found = [checked_run(text)] if text in names else [name for name in names if name.startswith(checked_run(text))]
@@ -56,21 +63,21 @@ def find_run(store: Store, text: str) -> str:
     return found[0]
 
 
-def row(store: Store, run: str, done: Collection[str], history: History | None = None) -> Row:
+def summarize(store: Store, run: str, done: Collection[str], stored: StoredRun | None = None) -> RunSummary:
     """A run in a few words; `done` are the keys that are there."""
     try:
-        found = history or store.history(run)
+        found = stored or store.stored_run(run)
     except StoreError as error:
-        return Row(run, 0.0, "damaged" if isinstance(error.__cause__, Damaged) else "unreadable", "-", 0, {})
+        return RunSummary(run, 0.0, "damaged" if isinstance(error.__cause__, Damaged) else "unreadable", "-", 0, {})
     record = found.record
     plan, requests = record.get("plan"), record.get("requests")
     model = plan.get("model") if isinstance(plan, dict) else None
     stages = {name: (sum(key in done for key in keys), len(keys)) for name, keys in stages_of(record).items()}
-    return Row(run, found.begun, status(store, found), str(model or record.get("model", "-")),
-               len(requests) if isinstance(requests, list) else 0, stages)
+    return RunSummary(run, found.begun, status(store, found), str(model or record.get("model", "-")),
+                      len(requests) if isinstance(requests, list) else 0, stages)
 
 
-def status(store: Store, found: History) -> str:
+def status(store: Store, found: StoredRun) -> str:
     """How a run stands: running, done, interrupted or failed; one whose process was killed was interrupted."""
     said = clean(str(found.record.get("status", "unknown")))[:20]
     return "interrupted" if said == "running" and store.is_running(found.run) is False else said
@@ -83,7 +90,7 @@ def stages_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
     return {clean(str(name)): [str(key) for key in keys] for name, keys in stages.items() if isinstance(keys, list)}
 
 
-def described(facts: Row, found: History, sizes: Mapping[str, int | None]) -> list[str]:
+def describe_run(facts: RunSummary, found: StoredRun, sizes: Mapping[str, int | None]) -> list[str]:
     """What `show` prints."""
     record = found.record
     begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.begun)) if facts.begun else "at an unknown time"

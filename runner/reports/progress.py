@@ -1,15 +1,22 @@
-"""A run told to people: one live line on a terminal, a few plain lines in a log."""
+"""A run told to people: one live line on a terminal, with a rough preview under it; a few plain lines in a log."""
 
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from runner.reports.terminal_image import can_show, mosaic
 from runner.terminal import TolerantStream
 from runner.text import clean, gib, pictures
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.segment import Segments
+
 HEARTBEAT = 10.0
+COLUMNS, ROWS = 32, 12
+# The upper half of a letter's place in its own color, and the lower half in that of the background.
+HALF = "\u2580"
 
 
 class Status:
@@ -105,7 +112,7 @@ class Progress:
         self._summary = Summary()
         self._told = time.monotonic()
         self._over = threading.Event()
-        self._live: Any = None
+        self._live: Live | None = None
         self._preview: Any = None
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
@@ -218,3 +225,30 @@ def _live(stream: TolerantStream, line: Callable[[], str], preview: Callable[[],
     return Live(
         get_renderable=shown, console=console, transient=True, refresh_per_second=4, redirect_stdout=False,
     )
+
+
+def can_show(console: "Console") -> bool:
+    """Whether a terminal has the letter, colors enough, and room for the picture and some lines."""
+    has_letter = HALF.encode(console.encoding, "ignore").decode(console.encoding) == HALF
+    return has_letter and console.color_system in ("truecolor", "256") and console.height > ROWS + 8
+
+
+def mosaic(pixels: Any) -> "Segments":
+    """Pixels, uint8 [height, width, 3], as at most 32 columns and 12 lines of letters."""
+    from PIL import Image
+    from rich.color import Color
+    from rich.segment import Segment, Segments
+    from rich.style import Style
+
+    picture = Image.fromarray(pixels)
+    scale = min(COLUMNS / picture.width, 2 * ROWS / picture.height)
+    width, lines = max(1, round(picture.width * scale)), max(1, round(picture.height * scale / 2))
+    colors = picture.resize((width, 2 * lines), Image.Resampling.BOX).load()
+    assert colors is not None
+    found = []
+    for line in range(lines):
+        for column in range(width):
+            upper, lower = (Color.from_rgb(*colors[column, 2 * line + half]) for half in (0, 1))  # type: ignore[misc]
+            found.append(Segment(HALF, Style(color=upper, bgcolor=lower)))
+        found.append(Segment.line())
+    return Segments(found)

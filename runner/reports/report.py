@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runner.text import gib
+from runner.text import gib, table
 
 if TYPE_CHECKING:
-    from runner.engine.report import Report
+    from runner.engine.report import Report, StageReport
 
 PARTS = ("load", "compute", "save", "flush")
 
@@ -16,15 +16,21 @@ def lines(report: "Report", seconds: Mapping[str, float]) -> list[str]:
 
     `seconds` are the parts outside of the stages, such as imports, and the `total`.
     """
-    devices = list(dict.fromkeys(device for stage in report.stages for device in stage.peak))
-    rows = [["stage", "made", "re-used", *(f"{part} s" for part in PARTS), *(f"peak {d}" for d in devices)]]
-    for stage in report.stages:
+    return [*table(stages_table(report.stages), right=True), spent(report, seconds)]
+
+
+def stages_table(stages: "Sequence[StageReport]", *, flushes: bool = False) -> list[list[str]]:
+    """A head and a row per stage: seconds by part, peaks and, on request, what the flush of a card gave back."""
+    devices = list(dict.fromkeys(device for stage in stages for device in stage.peak))
+    # Only cards are asked what a flush gave back.
+    flushed = ("freed", "left") if flushes and not all(device.endswith("cpu") for device in devices) else ()
+    rows = [["stage", "made", "re-used", *(f"{part} s" for part in PARTS), *(f"peak {d}" for d in devices), *flushed]]
+    for stage in stages:
         times = [f"{stage.seconds[part]:.2f}" for part in PARTS]
         peaks = [gib(stage.peak[device]) if device in stage.peak else "" for device in devices]
-        rows.append([stage.stage, str(stage.ran), str(stage.reused), *times, *peaks])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    table = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return [*table, spent(report, seconds)]
+        given = [gib(getattr(stage.flushed, name)) for name in flushed]
+        rows.append([stage.stage, str(stage.ran), str(stage.reused), *times, *peaks, *given])
+    return rows
 
 
 def spent(report: "Report", seconds: Mapping[str, float]) -> str:

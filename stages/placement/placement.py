@@ -4,7 +4,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -79,9 +78,6 @@ class Resident:
     def __repr__(self) -> str:
         return f"Resident({self})"
 
-    def _repr_html_(self) -> str:
-        return f"<code>{escape(str(self))}</code>"
-
     def __str__(self) -> str:
         return self.device if self.tile is None else f"{self.device} in tiles of {self.tile} pixels"
 
@@ -147,11 +143,6 @@ class Sharded:
 
     def __repr__(self) -> str:
         return f"Sharded({self})"
-
-    def _repr_html_(self) -> str:
-        cards = Counter(self.storage_devices[block] for block in self.devices)
-        rows = "".join(f"<tr><td>{escape(card)}</td><td>{count} blocks</td></tr>" for card, count in cards.items())
-        return f"<code>{escape(str(self))}</code><table>{rows}</table>"
 
     def __str__(self) -> str:
         dealt = ",".join(f"{device}:{len(list(run))}" for device, run in groupby(self.devices.values()))

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any
 
 import diffusers
@@ -36,9 +35,6 @@ class TensorParallel:
 
     def __repr__(self) -> str:
         return f"TensorParallel({', '.join(self.devices)})"
-
-    def _repr_html_(self) -> str:
-        return f"<code>{escape(str(self))}</code>"
 
     def __str__(self) -> str:
         return f"cut over {', '.join(self.devices)}"

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.planning.describe import REST
-from runner.reports.charts.axis import Axis
-from runner.reports.charts.drawing import Drawing, wide
-from runner.reports.charts.legend import legend
+from runner.reports.charts.drawing import Axis, Drawing, legend, width_of
 from runner.text import gib
 
 PLOT = 270
@@ -22,14 +20,20 @@ PLAIN = ("block", "blocks", "layer", "layers")
 
 @dataclass(frozen=True)
 class Column:
-    """A device in a stage: bytes by component and block, what is kept for activations, and the peak if it is known."""
+    """A device in a stage, in bytes."""
 
     device: str
+    """Its name."""
     parts: Mapping[str, Mapping[str, int]]
+    """What lies on it, by component and block."""
     weights: int
+    """All that lies on it."""
     reserve: int
+    """What is kept for activations."""
     limit: int | None
+    """What there is room for; None where nothing limits it."""
     peak: int | None
+    """The most that was measured; None where it was not."""
 
 
 def blocks(record: Mapping[str, Any], width: float) -> Drawing | None:
@@ -45,7 +49,7 @@ def blocks(record: Mapping[str, Any], width: float) -> Drawing | None:
     top = max([most * 1.06, *(limit * 1.04 for limit in limits if limit < 3 * most)])
     kinds = colors(record["layout"])
     drawing = Drawing(width, 0, "Where every block lay: bytes on each card in each stage.")
-    y = legend(drawing, keys(kinds, every), 0, 0) + 8
+    y = legend(drawing, legend_of(kinds, every)) + 8
     for row in rows:
         _row(drawing, {stage: groups[stage] for stage in row}, Axis(top, y + HEAD + PLOT, y + HEAD), kinds)
         y += HEAD + PLOT + FOOT
@@ -81,7 +85,7 @@ def colors(layout: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"c{number % COLORS}" for number, name in enumerate(names)}
 
 
-def keys(kinds: Mapping[str, str], every: Sequence[Column]) -> list[tuple[str, str, str]]:
+def legend_of(kinds: Mapping[str, str], every: Sequence[Column]) -> list[tuple[str, str, str]]:
     """What the colors and lines mean."""
     found = [("rect", kind, name) for name, kind in kinds.items()]
     found.append(("hatched", "", "reserve for activations"))
@@ -155,7 +159,7 @@ def _foot(drawing: Drawing, column: Column, bottom: float, x: float, width: floa
     if not column.parts:
         drawing.text(x + width / 2, bottom - 8, "nothing", "faint", "middle")
     for number, (word, size) in enumerate(lines):
-        words = f"{word} {size}" if wide(f"{word} {size}") <= width + COLUMN else size
+        words = f"{word} {size}" if width_of(f"{word} {size}") <= width + COLUMN else size
         drawing.text(x, bottom + 30 + 13 * number, words, "faint")
 
 
@@ -164,10 +168,10 @@ def _label(
 ) -> bool:
     """Write the first of the choices that has room between `top` and `bottom`; whether one has."""
     (x, width), middle = across, (top + bottom) / 2
-    fitting = next((words for words in choices if wide(words) <= width - 6 and bottom - top >= 14), None)
+    fitting = next((words for words in choices if width_of(words) <= width - 6 and bottom - top >= 14), None)
     if fitting is None:
         return False
-    drawing.rect(x + (width - wide(fitting)) / 2 - 2, middle - 6.5, wide(fitting) + 4, 13, kind)
+    drawing.rect(x + (width - width_of(fitting)) / 2 - 2, middle - 6.5, width_of(fitting) + 4, 13, kind)
     drawing.text(x + width / 2, middle + 4, fitting, "in", "middle")
     return True
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from runner.reports.charts.axis import Axis
-from runner.reports.charts.drawing import Drawing, wide
+from runner.reports.charts.drawing import Axis, Drawing, width_of
 from runner.reports.charts.timeline import LEFT
 
 ROW, GAP, AXIS = 18, 10, 24
@@ -75,7 +74,7 @@ def _row(drawing: Drawing, row: Row, across: Axis, y: float) -> None:
         drawing.rect(x, y + 3, max(2.0, across.at(span["end"]) - x), ROW - 6, name.split()[0],
                      f"{stage}, {name}: {took(span['busy'])}{pieces}")
     words, end = took(busy(spans)), max(across.at(span["end"]) for span in spans)
-    if end + 6 + wide(words) <= drawing.width:
+    if end + 6 + width_of(words) <= drawing.width:
         drawing.text(end + 6, y + 13, words)
     else:
         drawing.text(min(across.at(span["begin"]) for span in spans) - 6, y + 13, words, anchor="end")

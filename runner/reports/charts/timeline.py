@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.reports.charts.axis import Axis
-from runner.reports.charts.drawing import Drawing, wide
-from runner.reports.charts.legend import legend
+from runner.reports.charts.drawing import Axis, Drawing, legend, width_of
 from runner.text import gib
 
 LEFT = 72
@@ -16,14 +14,20 @@ POINTS = 300
 
 @dataclass(frozen=True)
 class Panel:
-    """One device: bytes by the second, and what it had to stay below; `planned` and `peaks` are by stage."""
+    """The memory of one device, in bytes."""
 
     name: str
+    """Its name."""
     points: Sequence[tuple[float, int]]
+    """What was in use, with the second at which it was."""
     limit: int | None
+    """What there is room for; None where nothing limits it."""
     planned: Mapping[str, int]
+    """What each stage was to take at most."""
     peaks: Mapping[str, int]
+    """What each stage took at most."""
     flushes: Sequence[tuple[float, str]]
+    """The second of every flush, and what it did."""
 
 
 def memory(record: Mapping[str, Any], width: float) -> Drawing | None:
@@ -33,7 +37,7 @@ def memory(record: Mapping[str, Any], width: float) -> Drawing | None:
         return None
     shown = panels(record)
     drawing = Drawing(width, 0, "Memory over the run, on each card and on the host.")
-    y = legend(drawing, keys(shown), 0, 0) + 4
+    y = legend(drawing, legend_of(shown)) + 4
     across = Axis(timeline["seconds"], LEFT, width - 8)
     spans = bands(timeline)
     y += _names(drawing, spans, across, y)
@@ -79,7 +83,7 @@ def highest_of(panel: Panel) -> int:
     return max([*(used for _, used in panel.points), *panel.peaks.values(), *panel.planned.values()])
 
 
-def keys(shown: Sequence[Panel]) -> list[tuple[str, str, str]]:
+def legend_of(shown: Sequence[Panel]) -> list[tuple[str, str, str]]:
     """What the colors and lines mean."""
     found = [("line", "used", "bytes in use")]
     if any(panel.peaks for panel in shown):
@@ -104,9 +108,9 @@ def _names(drawing: Drawing, spans: Sequence[tuple[str, float, float]], across: 
     ends: list[float] = []
     for stage, begin, _ in spans:
         # A name begins at its band, or further left where it would run out of the drawing.
-        x = min(across.at(begin), drawing.width - wide(stage, 12))
+        x = min(across.at(begin), drawing.width - width_of(stage, 12))
         line = next((number for number, end in enumerate(ends) if end <= x), len(ends))
-        ends[line:line + 1] = [x + wide(stage, 12) + 10]
+        ends[line:line + 1] = [x + width_of(stage, 12) + 10]
         drawing.text(x, y + 14 + 15 * line, stage, "strong")
     return 15.0 * len(ends) + 4
 
