@@ -233,7 +233,10 @@ class Job:
             return _adapter().validate_json(text, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            raise InvalidInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            ours = first.get("ctx", {}).get("error")
+            where = ".".join(map(str, first["loc"]))
+            why = ours.text if isinstance(ours, InvalidInput) else first["msg"]
+            raise InvalidInput(f"{where}: {why}" if where else why) from error
 
 
 def new_run() -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from operator import attrgetter
@@ -33,9 +33,11 @@ def reference(model: Path, dtype: torch.dtype = torch.float32) -> np.ndarray:
     return run_all(make_plan(Job("flux", [ASKED], model=model, dtype={"": dtype}, devices=["cpu"]))).pictures[0].pixels
 
 
-def over(model: Path, devices: list[str], places: dict[str, Placement]) -> Plan:
+def over(
+    model: Path, devices: list[str], places: dict[str, Placement], requests: Sequence[Request] = (ASKED,)
+) -> Plan:
     """A plan with its components placed by hand."""
-    job = make_plan(Job("flux", [ASKED], model=model, dtype={"": torch.float32}, devices=["cpu"]))
+    job = make_plan(Job("flux", requests, model=model, dtype={"": torch.float32}, devices=["cpu"]))
     there = {(stage, name): Place(places[name], torch.float32) for stage, name in job.places}
     return dataclasses.replace(job, places=there, machine=probe(devices))
 

@@ -1,5 +1,6 @@
 """Ray: the pictures of one process, also when a worker is killed; and which worker has which cards."""
 
+import json
 import os
 import signal
 import threading
@@ -7,22 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from runner import Job, make_plan, run_all
+from runner import Job, RunPolicy, make_plan, run_all, run_on_ray
 from runner.artifacts import Store, open_store
 from runner.commands.cli import answer
-from runner.commands.order import check_engine
-from runner.distributed.ray.actor import Denoise, alone, cards_of, errands
+from runner.commands.options import RunOptions
+from runner.commands.parse import check_engine
+from runner.distributed.ray.actor import Denoise, cards_of, on_own_cards
+from runner.distributed.ray.cluster import group_rows
 from runner.distributed.ray.pools import Pool, groups, pools
 from runner.engine.keys import artifact_keys
 from runner.request import Request, requests_for
-from stages.errors import DoesNotFit
+from stages.errors import DoesNotFit, Fix, InvalidInput, StageOutOfMemory, from_json
 from stages.families import FAMILIES
 from stages.placement.placement import Sharded
 from tests import sparse
@@ -134,8 +136,8 @@ def test_groups_are_all_requests_once_and_enough_for_all_workers(requests: int, 
     found = groups(requests, size)
     assert [at for group in found for at in group] == list(range(requests))
     assert min(size, requests) <= len(found) and max(map(len, found)) <= 4
-    rows = errands(found, {"encode": [0], "denoise": [], "decode": []})
-    assert len(rows) == 1 and '"encode": [0]' in rows[0]["errand"]
+    rows = group_rows(found, {"encode": [0], "denoise": [], "decode": []})
+    assert len(rows) == 1 and '"encode": [0]' in rows[0]["group"]
 
 
 def test_a_worker_numbers_its_own_cards_and_decides_as_the_plan_does(tmp_path: Path) -> None:
@@ -144,35 +146,55 @@ def test_a_worker_numbers_its_own_cards_and_decides_as_the_plan_does(tmp_path: P
     plan = make_plan(Job("flux", [Request("a fox", 256, 256, 2, 3.5, 1, 32)], model=model,
                          place=place), machine="3x12GB")
     for stage in plan.stages:
-        cards = cards_of(plan, stage)
-        mine = alone(plan, stage.name)
+        cards = cards_of(plan, stage.name)
+        mine = on_own_cards(plan, stage.name)
         names = [f"cuda:{at}" for at in range(len(cards))]
-        assert list(mine.devices) == sorted(names) and cards_of(mine, stage) == names
-        for part in stage.components:
-            ours, theirs = mine.places[part.name].placement, plan.places[part.name].placement
-            assert sorted(ours.share(plan.weights[part.name]).values()) == sorted(
-                theirs.share(plan.weights[part.name]).values())
+        assert list(mine.devices) == sorted(names) and cards_of(mine, stage.name) == names
+        for component in stage.components:
+            part = stage.name, component.name
+            weights = plan.weights[part]
+            ours, theirs = mine.places[part].placement, plan.places[part].placement
+            assert sorted(ours.share(weights).values()) == sorted(theirs.share(weights).values())
     assert isinstance(mine.places["denoise", "transformer"].placement, Sharded)
     assert artifact_keys(mine) == artifact_keys(plan)
 
 
 def test_what_goes_wrong_in_a_worker_is_told_by_kind(tmp_path: Path) -> None:
+    """An error of a stage arrives whole: with its kind, its fixes and the stage."""
+    said = StageOutOfMemory("denoise ran out of memory", (Fix("lanes", 1),), ((Fix("size", "32x32"),),),
+                            stage="denoise")
     worker = Denoise.__new__(Denoise)
-    worker.trouble = {"kind": "ModelError", "text": "no such model"}
-    (row,) = errands([range(1)], {"denoise": [0]})
-    assert '"trouble": {"kind": "ModelError", "text": "no such model"}' in worker(row)["errand"]
+    worker._error = said.to_json()
+    (row,) = group_rows([range(1)], {"denoise": [0]})
+    error = from_json(json.loads(worker(row)["group"])["error"])
+    assert isinstance(error, StageOutOfMemory) and str(error) == "denoise ran out of memory"
+    assert (error.stage, error.fixes, error.alternatives) == ("denoise", said.fixes, said.alternatives)
 
 
 def test_options_that_contradict_ray_are_refused() -> None:
-    plain: dict[str, Any] = {"engine": "ray", "ranks": None, "preview": None, "gpus": None, "place": None,
-                             "artifacts": None}
-    check_engine(SimpleNamespace(**plain))
-    for wrong, says in (({"ranks": "2"}, "--ranks has no meaning"), ({"gpus": "0"}, "--gpus has no meaning"),
-                        ({"preview": "5"}, "--preview has"), ({"artifacts": "memory"}, "a store that all"),
-                        ({"place": ["denoise=tensor_parallel"]}, "contradict each other")):
-        with pytest.raises(ValueError, match=says):
-            check_engine(SimpleNamespace(**{**plain, **wrong}))
-        check_engine(SimpleNamespace(**{**plain, **wrong, "engine": "local"}))
+    check_engine(RunOptions(engine="ray"), launched=False)
+    with pytest.raises(InvalidInput, match="a launcher started this one"):
+        check_engine(RunOptions(engine="ray"), launched=True)
+    wrongs: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"ranks": "2"}, "--ranks has no meaning"), ({"gpus": "0"}, "--gpus has no meaning"),
+        ({"preview": "5"}, "--preview has no meaning"), ({"sample_memory": True}, "--sample-memory has no meaning"),
+        ({"artifacts": "memory"}, "a store that all"),
+        ({"place": ["denoise=tensor_parallel"]}, "contradict each other"),
+    )
+    for wrong, says in wrongs:
+        with pytest.raises(InvalidInput, match=says):
+            check_engine(RunOptions(engine="ray", **wrong), launched=False)
+        check_engine(RunOptions(**wrong), launched=False)
+
+
+def test_what_ray_does_not_do_is_refused_in_python_too() -> None:
+    asked = requests_for("a fox", FAMILIES["demo"])
+    for more, says in (({"policy": RunPolicy(preview=2)}, "preview has no meaning with Ray"),
+                       ({"policy": RunPolicy(sample_memory=True)}, "sample_memory=True has no meaning with Ray"),
+                       ({"store": "memory"}, "a store that all"),
+                       ({"place": ["denoise=tensor_parallel"]}, "contradict")):
+        with pytest.raises(InvalidInput, match=says):
+            run_on_ray(Job("demo", asked, **more))
 
 
 def test_batch_is_the_command_of_the_family_that_it_names(capsys: pytest.CaptureFixture[str]) -> None:

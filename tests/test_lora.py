@@ -20,8 +20,7 @@ from runner.artifacts import FolderStore, MemoryStore
 from runner.commands.cli import answer
 from runner.engine.keys import artifact_keys
 from runner.media.image import card_of, png, read_card
-from runner.planning.plan import adapted
-from runner.planning.suggestions import plan_or_remedy
+from runner.planning.planner import with_loras
 from stages.errors import DoesNotFit, Fix, ModelError
 from stages.loading.load import load
 from stages.loading.lora_merge import LowRankUpdate, add, read
@@ -179,7 +178,8 @@ def test_every_family_takes_one(build: Callable[[Path], Path], tmp_path: Path) -
     theirs.load_lora_adapter(load_file(path), prefix="transformer")
     theirs.fuse_lora(lora_scale=0.5)
     theirs.unload_lora()
-    ours = load(adapted(find(model), [f"{path}=0.5"]).components["transformer"], Place(Resident("cpu"), torch.float32))
+    checkpoint = with_loras(find(model), read_loras([f"{path}=0.5"]))
+    ours = load(checkpoint.components["transformer"], Place(Resident("cpu"), torch.float32))
     expected = theirs.state_dict()
     assert expected.keys() == ours.state_dict().keys()
     assert all(torch.equal(expected[name], weight) for name, weight in ours.state_dict().items())
@@ -200,8 +200,8 @@ def test_it_is_merged_wherever_the_weights_are(flux: Path, style: Path, cards: C
         for table in (True, False):
             job = plan(flux, f"{style}=0.8", devices=devices, modulation_table=table)
             precomputed = job.places["denoise", "transformer"].precomputed
-            places = {part: Place(place, torch.float32) for part, place in others.items()}
-            places["transformer"] = Place(placement, torch.float32, precomputed)
+            places = {part: Place(others.get(part[1], placement), torch.float32) for part in job.places}
+            places["denoise", "transformer"] = Place(placement, torch.float32, precomputed)
             found[name, table] = latents(dataclasses.replace(job, places=places))[0]
     plain = found.pop(("one card", False))
     assert {key: (made - plain).abs().max().item() for key, made in found.items()} == dict.fromkeys(found, 0.0)
@@ -299,8 +299,8 @@ def test_a_run_is_resumed_with_it(flux: Path, style: Path, capsys: pytest.Captur
     assert answer(command(flux, "--lora", str(style), "--stop-after", "encode")) == 0
     record = FolderStore(Path("store"), readonly=True)
     name = record.runs()[-1]
-    ((source, scale, digest),) = record.load_run(name)["order"]["loras"]
-    assert (source, scale, len(digest)) == (str(style), 1.0, 64)
+    (lora,) = Job.from_json(record.load_run(name)["job"]).loras
+    assert (lora.source, lora.scale, len(lora.digest or "")) == (str(style), 1.0, 64)
     assert answer(command(flux, "--lora", str(style), "--out", "styled.png")) == 0
     before = pixels("styled.png")
     Path("styled.png").unlink()
@@ -428,13 +428,13 @@ def test_a_file_that_changes_after_it_was_planned_with_is_refused(flux: Path, tm
 
 
 def test_one_that_is_named_twice_is_refused(flux: Path, style: Path) -> None:
-    with pytest.raises(ValueError, match="is named twice -> name it once, with the sum of its scales"):
+    with pytest.raises(ValueError, match="twice -> name it once, with the sum of its scales"):
         plan(flux, str(style), str(style))
 
 
 def test_a_denoiser_cut_over_cards_takes_none(flux: Path, style: Path, cards: Cards) -> None:
     """And what is proposed instead was planned, and fits."""
     with pytest.raises(DoesNotFit, match=r"into whole ones -> leave place='denoise' or loras out$") as refused:
-        plan_or_remedy("flux", REQUEST, model=flux, loras=[str(style)], devices=cards(40 * MIB, 40 * MIB),
-                       place=["denoise=tensor_parallel"])
+        make_plan(Job("flux", REQUEST, model=flux, loras=[str(style)], devices=cards(40 * MIB, 40 * MIB),
+                      place=["denoise=tensor_parallel"]))
     assert refused.value.fixes == (Fix("place", None, "denoise"),)

@@ -13,7 +13,7 @@ from diffusers import HunyuanVideoTransformer3DModel, ModularPipeline, WanTransf
 
 from runner import Job, Plan, Request, RunPolicy, make_plan, run_all
 from runner.artifacts import MemoryStore
-from runner.planning.precompute import Saving
+from runner.planning.precompute import TableSaving
 from stages.families import FAMILIES
 from stages.loading.load import load
 from stages.models.checkpoint import Component, find
@@ -115,8 +115,8 @@ def test_a_denoiser_over_two_cards_comes_out_the_same(flux: Path, cards: Cards, 
         "text_encoder": Resident(first), "text_encoder_2": Resident(second), "transformer": halved(first, second),
         "vae": Resident(second),
     }
-    job = dataclasses.replace(over(flux, devices, places), requests=tuple(REQUESTS))
-    job = dataclasses.replace(job, places={n: Place(p.placement, dtype) for n, p in job.places.items()})
+    job = over(flux, devices, places, REQUESTS)
+    job = dataclasses.replace(job, places={part: Place(p.placement, dtype) for part, p in job.places.items()})
     assert_same(latents(with_table(job)), latents(job))
 
 
@@ -126,7 +126,7 @@ def test_blocks_that_wait_in_host_memory_come_out_the_same(flux: Path, cards: Ca
     cpu_blocks = Sharded(card, split_up.devices, split_up.rest, frozenset(["transformer_blocks.1"]))
     places: dict[str, Placement] = {"transformer": cpu_blocks}
     places |= {name: Resident(card) for name in ("text_encoder", "text_encoder_2", "vae")}
-    job = dataclasses.replace(over(flux, devices, places), requests=tuple(REQUESTS[:2]))
+    job = over(flux, devices, places, REQUESTS[:2])
     assert_same(latents(with_table(job)), latents(job))
 
 
@@ -170,7 +170,7 @@ def test_every_family_comes_out_the_same(tmp_path: Path, name: str) -> None:
             assert torch.equal(found.tensors()["latents"], plain["denoise"][index].tensors()["latents"])
 
 
-def shares(folder: Path, build: Callable[[Path], Path], name: str) -> Saving:
+def shares(folder: Path, build: Callable[[Path], Path], name: str) -> TableSaving:
     family = FAMILIES[name]
     request = Request("a red circle", *family.size, 1, family.guidance, 7, family.text_tokens)
     job = make_plan(Job(name, [request], model=build(folder / name), dtype={"": torch.bfloat16}), machine="4x80GB")
@@ -265,8 +265,9 @@ def test_a_table_for_other_conditioning_is_noticed(flux: Path) -> None:
     keys = run_all(job, RunPolicy(stop_after="encode"), store=store).keys["encode"]
     states = [state for key in keys if (state := store.get(key)) is not None]
     inputs = [request.inputs for request in job.requests]
-    table = ModulationTable(job.stages[1], job.places, job.places["denoise", "transformer"].precomputed, [0, 1],
-                       lambda index: (states[index], inputs[index]))
+    places = job.places_of("denoise")
+    table = ModulationTable(job.stages[1], places, places["transformer"].precomputed, [0, 1],
+                            lambda index: (states[index], inputs[index]))
     with job.stages[1].loaded(job.places_of("denoise")) as loaded, table.attached(loaded):
         with table.request(0):
             loaded.run(states[0], inputs[0])

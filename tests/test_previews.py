@@ -1,6 +1,7 @@
 """Rough pictures: learned from the store, made every N steps, written beside the picture, kept for the report."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +146,11 @@ def test_a_preview_lies_beside_its_picture_until_that_is_there(tmp_path: Path) -
 
 
 def test_strips_are_bounded_and_end_with_the_last_step() -> None:
-    heard = Strips()
+    heard, requests = Strips(), [replace(ASKED, index=index) for index in range(20)]
     for request in range(20):
-        steps(Previewer(heard, 1, [ASKED] * 20, lambda features: flat()), 100, request)
+        steps(Previewer(heard, 1, requests, lambda features: flat()), 100, request)
     store = MemoryStore(warn=print)
-    found = strips({"previews": heard.keep(store, "r1")}, store)
+    found = strips({"previews": heard.keep(store, "r1", requests)}, store)
     assert sorted(found) == list(range(6)) and all(3 <= len(strip) <= 12 for strip in found.values())
     assert all(strip[-1][0] == 100 and strip[0][0] < 50 for strip in found.values())
     assert strips({"previews": {"0": 64 * "f"}}, store) == strips({}, store) == {}

@@ -20,7 +20,7 @@ from runner import Job, RankLost, RankProcesses, Report, Request, make_plan, run
 from runner.artifacts import open_store
 from runner.distributed.env import Rank, launched, part, share
 from runner.distributed.heartbeat import Heartbeat
-from runner.distributed.results import differing
+from runner.distributed.results import RankResult, differing
 from runner.distributed.watchdog import SILENCE, TIMEOUT, Watchdog
 from runner.engine.keys import artifact_keys
 from stages.errors import ModelError
@@ -72,7 +72,7 @@ def test_one_two_three_and_five_prompts_on_two_ranks_are_the_pictures_of_one_pro
     assert capfd.readouterr().out == ""
     (run,) = store.runs()
     assert len(store.load_run(run)["requests"]) == 5
-    finished = run_all(replace(plan, requests=tuple(ASKED[:4])), store=store)
+    finished = run_all(plan.only(range(4)), store=store)
     assert same(finished, alone) == [True] * 4 and finished.stages[1].reused >= 1
 
 
@@ -147,7 +147,7 @@ def test_a_stopped_rank_ends_the_job(flux: Path, tmp_path: Path) -> None:
 def test_a_rank_that_never_works_is_named(code: str, says: str) -> None:
     command = sys.executable, "-c", code
     with pytest.raises(RankLost, match=says), RankProcesses(1, timeout=1.0, command=command) as crew:
-        crew.work({}, print)
+        crew.run({}, print)
     assert gone(crew)
 
 
@@ -157,7 +157,7 @@ def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
               "with Heartbeat(Pipe.inherited().beat): time.sleep(60)")
     parent = ("import sys, time; from runner import RankProcesses\n"
               f"crew = RankProcesses(2, command=(sys.executable, '-c', {worker!r})).__enter__()\n"
-              "while not all('beat' in m.told for m in crew.members): crew._listen(Watchdog(range(2)), print)\n"
+              "while not all('beat' in m.told for m in crew.members): crew.listen(Watchdog(range(2)), print)\n"
               "print(*(m.process.pid for m in crew.members), flush=True); time.sleep(60)")
     code = f"from runner.distributed.watchdog import Watchdog\n{parent}"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as process:
@@ -252,10 +252,10 @@ def test_a_rank_is_what_a_launcher_says() -> None:
 
 
 def test_ranks_whose_cards_differ_are_named() -> None:
-    def one(rank: int, dtype: str) -> dict[str, Any]:
-        return {"rank": rank, "facts": {"dtype": {"transformer": dtype}}}
+    def one(rank: int, dtype: str) -> RankResult:
+        return RankResult(rank, (rank,), facts={"dtype": {"transformer": dtype}})
 
-    idle = {"rank": 1, "facts": {}}
+    idle = RankResult(1, ())
     assert differing([one(0, "bfloat16"), idle, one(2, "bfloat16")]) is None
     told = differing([one(0, "bfloat16"), idle, one(2, "float16")])
     assert told is not None and "rank 2 with {'transformer': 'float16'}" in told

@@ -14,8 +14,9 @@ from PIL import Image
 from runner.artifacts import FolderStore
 from runner.artifacts.store import run_path
 from runner.commands.cli import answer
-from runner.commands.results import Writer
-from runner.commands.resumption import KEPT
+from runner.commands.results import Results
+from runner.job import Job
+from runner.request import Request
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 SMALL = ("--size", "32x32", "--steps", "3", "--device", "cpu", "--artifacts", "store", "-q")
@@ -25,16 +26,16 @@ SMALL = ("--size", "32x32", "--steps", "3", "--device", "cpu", "--artifacts", "s
 def stopping(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A run gets the signal `number` once, after that many steps of all; `steps` are those told of since."""
     said: dict[str, Any] = {"after": 0, "number": signal.SIGINT, "steps": []}
-    hear = Writer.hear
+    hear = Results.__call__
 
-    def heard(self: Writer, kind: str, data: Mapping[str, Any]) -> None:
+    def heard(self: Results, kind: str, data: Mapping[str, Any]) -> None:
         hear(self, kind, data)
         if kind == "step":
             said["steps"].append((data["request"], data["step"]))
             if len(said["steps"]) == said["after"]:
                 os.kill(os.getpid(), said["number"])
 
-    monkeypatch.setattr(Writer, "hear", heard)
+    monkeypatch.setattr(Results, "__call__", heard)
     return said
 
 
@@ -119,38 +120,38 @@ def test_what_cannot_be_gone_on_with_is_one_line(
     assert says in err and err.count("\n") == 1
 
 
-ORDER: dict[str, Any] = {
-    "version": 1, "family": "flux", "identity": "sha256:0", "model": None, "dtype": {}, "items": [[0, None]],
-    "paths": [], "refused": [], "options": dict.fromkeys(KEPT),
-}
-REQUEST: dict[str, Any] = {"prompt": "x", "width": 32, "height": 32, "steps": 1, "guidance": 3.5, "seed": 1,
-                           "text_tokens": 32, "index": 0}
+JOB = Job("flux", (Request("x", 32, 32, 1, 3.5, 1, 32),), store="store", run="odd").to_json()
 
 
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ({"requests": [REQUEST]}, "not started by the command line"),
-        ({"requests": [REQUEST], "order": {**ORDER, "version": 2}}, "recorded by a newer version"),
-        ({"requests": [REQUEST], "order": {**ORDER, "family": "os"}}, "cannot be read"),
-        ({"requests": [REQUEST], "order": {**ORDER, "items": [[-1, None]]}}, "cannot be read"),
-        ({"requests": [REQUEST], "order": {**ORDER, "paths": [1]}}, "cannot be read"),
-        ({"requests": [REQUEST], "order": {**ORDER, "dtype": {"vae": "complex64"}}}, "cannot be read"),
-        ({"requests": [REQUEST], "order": {**ORDER, "options": {**ORDER["options"], "out": "/"}}}, "cannot be read"),
-        ({"requests": [{**REQUEST, "steps": 0}], "order": ORDER}, "cannot be read"),
-        ({"requests": [], "order": ORDER}, "cannot be read"), ({"requests": 1, "order": ORDER}, "cannot be read"),
+        ({}, "of an older version, which kept no job"), ({"job": []}, "of an older version"),
+        ({"order": {"version": 1}}, "of an older version"), ({"job": {}}, "version None, where this program reads 2"),
+        ({"job": {**JOB, "version": 3}}, "version 3, where this program reads 2"),
+        ({"job": {**JOB, "family": "os"}}, "there is no family 'os'"),
+        ({"job": {**JOB, "family": 1}}, "family: Input should be a valid string"),
+        ({"job": {**JOB, "output": {**JOB["output"], "paths": [1]}}}, "output.paths.0: "),
+        ({"job": {**JOB, "output": {**JOB["output"], "paths": ["x", "y"]}}}, "(1 requests and 2 --out paths -> "),
+        ({"job": {**JOB, "dtype": {"vae": "complex64"}}}, "complex64"),
+        ({"job": {**JOB, "out": "/"}}, "out: no field of a job"),
+        ({"job": {**JOB, "policy": {**JOB["policy"], "stop_after": "lunch"}}}, "policy.stop_after: "),
+        ({"job": {**JOB, "place": [{"stage": "denoise", "where": 1}]}}, "place.0."),
+        ({"job": {**JOB, "requests": [{**JOB["requests"][0], "steps": 0}]}}, "steps must be a whole number"),
+        ({"job": {**JOB, "requests": []}}, "requests"), ({"job": {**JOB, "requests": 1}}, "requests: "),
     ],
 )
 def test_an_odd_record_is_refused_by_name(
     record: dict[str, Any], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    FolderStore(Path("store")).save_run("odd", {**record, "status": "interrupted"})
+    FolderStore(Path("store")).save_run("odd", {"requests": [], **record, "status": "interrupted"})
     assert answer(["resume", "odd", "--artifacts", "store"]) == 5
-    assert says in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "the record of run odd " in err and says in err and err.count("\n") == 1 and "its artifacts are kept" in err
 
 
 def test_a_damaged_record_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    FolderStore(Path("store")).save_run("odd", {"order": ORDER, "requests": [REQUEST]})
+    FolderStore(Path("store")).save_run("odd", {"job": JOB, "requests": []})
     path = Path("store") / run_path("odd")
     path.write_bytes(path.read_bytes().replace(b'"x"', b'"y"'))
     assert answer(["resume", "odd", "--artifacts", "store"]) == 5

@@ -4,7 +4,6 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,12 @@ import torch
 
 from runner import Job, Plan, RankLost, RankProcesses, Report, Request, make_plan, run_all, run_stage, spawn
 from runner.artifacts import Store, open_store
+from runner.distributed.api import process_count
 from runner.engine.keys import artifact_keys
-from runner.engine.step_checkpoint import midway_of
+from runner.engine.step_checkpoint import load_checkpoint
+from runner.planning.describe import layout
 from runner.planning.ladder import NoStrategyFits
-from runner.planning.layout import layout
-from runner.planning.parallel import team, without
-from stages.errors import DoesNotFit
+from stages.errors import DoesNotFit, InvalidInput
 from stages.families import FAMILIES
 from stages.state import State
 from tests import sparse, tiny_families
@@ -90,8 +89,8 @@ def test_two_processes_make_the_pictures_of_one_and_agree_on_what_to_do(
             spawn(Job("flux", LONG, **common), ranks=crew)
     assert gone(crew)
     (key,) = artifact_keys(make_plan(Job("flux", LONG, model=flux, devices=["cpu"])))["denoise"]
-    midway = midway_of(store, key)
-    assert midway is not None and 1 <= midway.steps < 1000
+    checkpoint = load_checkpoint(store, key)
+    assert checkpoint is not None and 1 <= checkpoint.steps < 1000
 
 
 @pytest.mark.slow
@@ -124,7 +123,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(flux: Path, tmp_path: Pat
         (ValueError, "needs 2 cards, and there is cuda:0 ->", {"machine": "1x16GB"}),
         (ValueError, r"needs 3 cards, and there is 2 cards \(cuda:0, cuda:1\)",
          {"machine": "2x16GB", "place": ["denoise=tensor_parallel:3"]}),
-        (ValueError, "needs 2 cards, and there is no card -> .* --ranks 2", {}),
+        (ValueError, "needs 2 cards, and there is no card -> .* ranks", {}),
         (ValueError, "2 lanes and denoise=tensor_parallel contradict", {"machine": "2x16GB", "lanes": 2}),
         (ValueError, "write denoise=tensor_parallel", {"place": ["decode=tensor_parallel"]}),
     ]
@@ -140,14 +139,14 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(flux: Path, tmp_path: Pat
             call()
 
 
-def test_the_command_line_says_how_many_processes() -> None:
-    def count(**said: Any) -> int:
-        return team(SimpleNamespace(**({"place": PLACE, "ranks": None, "gpus": None, "device": None} | said)))
+def test_how_many_processes_a_job_takes() -> None:
+    def count(ranks: int | None = None, **fields: Any) -> int:
+        return process_count(Job("flux", ASKED, **{"place": PLACE} | fields), ranks)
 
     assert count(place=["encode=0", "denoise=tensor_parallel:4"]) == 4
-    assert count(ranks="3") == 3 and count(gpus="1,3") == 2 and count(device=["cuda:0", "cuda:2"]) == 2
-    with pytest.raises(ValueError, match=r"tensor_parallel:4 and --ranks 2 contradict"):
-        count(place=["denoise=tensor_parallel:4"], ranks="2")
-    with pytest.raises(ValueError, match=r"there is one device -> .* --ranks 2"):
-        count(device=["cpu"])
-    assert without(["encode=0", *PLACE, "denoise=tensor_parallel:2"]) == ["encode=0"]
+    assert count(3) == 3 and count(devices=["cuda:0", "cuda:2"]) == 2
+    assert count(place=[]) == 2 and count(1, place=[]) == 1
+    with pytest.raises(InvalidInput, match=r"place='denoise=tensor_parallel:4' and ranks='2' contradict"):
+        count(2, place=["denoise=tensor_parallel:4"])
+    with pytest.raises(InvalidInput, match=r"there is one device -> .* ranks='2'"):
+        count(devices=["cpu"])

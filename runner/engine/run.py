@@ -212,8 +212,8 @@ class Run:
     def _record(self) -> dict[str, Any]:
         """What the run's record says by now."""
         return {**self._planned, **self.recorder.document(),
-                "previews": self.recorder.strips.keep(self.store, self.name), "changes": list(self.changes),
-                "failures": [asdict(failure) for failure in self.failures]}
+                "previews": self.recorder.strips.keep(self.store, self.name, self.plan.requests),
+                "changes": list(self.changes), "failures": [asdict(failure) for failure in self.failures]}
 
 
 def advised(error: StageOutOfMemory, plan: Plan) -> StageOutOfMemory:

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runner.inputs import INPUTS
+from runner.inputs import INPUTS, PIXELS
 from runner.request import Request
 from runner.text import shown
 from stages.errors import InvalidInput
@@ -148,13 +148,15 @@ def _read(path: Path) -> dict[str, Any]:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise InvalidInput("it is not a plain file")
         try:
-            # The texts in front of the pixels, which are not decoded.
             with Image.open(file, formats=("PNG",)) as image:
+                if "runner" not in image.info and image.width * image.height <= PIXELS:
+                    # Texts behind the pixels are read with them.
+                    image.load()
                 text = image.info.get("runner")
-        except (UnidentifiedImageError, SyntaxError) as error:
+        except (UnidentifiedImageError, SyntaxError, OSError) as error:
             raise InvalidInput("it is not a PNG, or a damaged one") from error
     if not isinstance(text, str):
-        raise InvalidInput("it has no runner metadata: made by another program, or with --no-metadata")
+        raise InvalidInput("it has no runner metadata: made by another program, or without them")
     if len(text) > TEXT_BYTES:
         raise InvalidInput(f"its metadata have {len(text):,} letters; the limit is {TEXT_BYTES:,}")
     card = json.loads(text, parse_constant=_no_constant)

@@ -108,15 +108,17 @@ class Strips:
             # Every second one, counted from the last.
             strip[:] = strip[::-1][::2][::-1]
 
-    def keep(self, store: Store, run: str) -> dict[str, str]:
-        """Put the strips into the store; their keys by the number of the request, for the run's record."""
+    def keep(self, store: Store, run: str, requests: Sequence[Request]) -> dict[str, str]:
+        """Put the strips of these requests into the store; their keys by the request's position, for the run's record.
+        """
         import torch
 
         from stages.state import State
 
         kept = {}
-        for request, strip in self._strips.items():
-            key = kept[str(request)] = key_of({"previews": run, "request": request})
+        for position, strip in self._strips.items():
+            # By its index in the whole run: ranks that share a run have positions of their own.
+            key = kept[str(position)] = key_of({"previews": run, "request": requests[position].index})
             store.put(key, "preview", State({f"step_{step}": torch.from_numpy(shot) for step, shot in strip}), {})
         return kept
 
