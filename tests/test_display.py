@@ -118,7 +118,8 @@ def test_a_picture_shows_a_thumbnail_over_its_prompt(plan: Plan) -> None:
 
 def test_a_run_shows_its_stages_and_not_all_of_its_pictures(plan: Plan) -> None:
     store = kept()
-    report = Report("r1", tuple(picture(plan, store, index) for index in range(100)), (stage("encode"),), {})
+    job = Job("flux", plan.requests)
+    report = Report(job, "r1", tuple(picture(plan, store, index) for index in range(100)), (stage("encode"),), {})
     assert one_line(repr(report)) == "Report(r1, 100 pictures, encode 2.0 s)"
     text = html(report)
     tags = checked(text)

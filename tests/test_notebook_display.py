@@ -47,9 +47,9 @@ def test_a_cell_shows_one_thing_that_is_replaced(shell: InteractiveShell) -> Non
 
 CELL = """
 from operator import attrgetter
-from runner import Request, make_plan, run_all
+from runner import Job, Request, make_plan, run_all
 
-plan = make_plan("flux", [Request("a red circle", 64, 48, 3, 3.5, 7, 32)], model=model, devices=["cpu"])
+plan = make_plan(Job("flux", [Request("a red circle", 64, 48, 3, 3.5, 7, 32)], model=model, devices=["cpu"]))
 for stage in plan.stages:
     if stage.name == "{stage}":
         stage.prepare = lambda pipe: attrgetter("{part}")(pipe).register_forward_hook(fail)

@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from runner.artifacts import Artifact, Store
 from runner.media.previews import enlarged
-from runner.planning import describe
 from runner.reports import templates
-from runner.reports.charts.blocks import blocks
-from runner.reports.charts.gantt import gantt
-from runner.reports.charts.timeline import memory
 from runner.reports.progress import Status, Summary
 from runner.reports.report import stages_table
 from runner.reports.templates import Thumbnail, thumbnail
 from runner.text import gib, pictures
 
 if TYPE_CHECKING:
-    # Types that need torch: this module is imported by every notebook, before anything else.
+    # What needs torch is imported when it is asked for: every notebook imports this module before anything else.
     from torch import Tensor
 
     from runner.engine.report import Picture, Report, StageReport
@@ -111,6 +107,10 @@ class Charts:
     """The charts of the report of a run of `store`: where every block lay, memory over time, where the time went."""
 
     def __init__(self, store: Store, run: str) -> None:
+        from runner.reports.charts.blocks import blocks
+        from runner.reports.charts.gantt import gantt
+        from runner.reports.charts.timeline import memory
+
         self.run = run
         record = store.load_run(run)
         self._drawings = [drawing for draw in (blocks, memory, gantt) if (drawing := draw(record, WIDTH)) is not None]
@@ -138,6 +138,8 @@ def stage_memory(record: Mapping[str, Any]) -> list[StageMemory]:
 
 def plan_html(plan: "Plan") -> str:
     """The table of what goes where, and under it what was decided and refused."""
+    from runner.planning import describe
+
     head, *rows = describe.needs(plan)
     return html("plan", plan.checkpoint.source, pictures(len(plan.requests)), head, rows, [*describe.choices(plan)],
                 [*describe.refusals(plan)])

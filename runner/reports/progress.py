@@ -211,7 +211,7 @@ def verbose(kind: str, data: Mapping[str, Any], line: Callable[[], str]) -> Iter
                f"{gib(int(data['bytes']))}")
 
 
-def _live(stream: TolerantStream, line: Callable[[], str], preview: Callable[[], Any]) -> Any:
+def _live(stream: TolerantStream, line: Callable[[], str], preview: Callable[[], Any]) -> "Live":
     from rich.console import Console, Group, RenderableType
     from rich.live import Live
     from rich.text import Text
