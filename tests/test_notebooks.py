@@ -37,16 +37,16 @@ CHECKS = {
             each.values["latents"] for each in (mixed[1], heart)))
     """,
     "03_where_memory_goes": """
-        assert same == [True, True] and job.savings["transformer"].layers
-        assert sum(need.weights for need in job.needs["denoise"].values()) < 0.8 * sum(
+        assert same == [True, True] and plan.savings["transformer"].layers
+        assert sum(need.weights for need in plan.needs["denoise"].values()) < 0.8 * sum(
             need.weights for need in whole.needs["denoise"].values())
-        assert [row.stage for row in without_table.rows][:: len(job.devices)] == ["encode", "denoise", "decode"]
+        assert [row.stage for row in without_table.rows][:: len(plan.devices)] == ["encode", "denoise", "decode"]
     """,
     "04_many_prompts": """
         assert finished < 4 and store.load_run(run)["status"] == "interrupted"
-        assert rejoined and all(0 < step < STEPS for step in rejoined.values())
+        assert resumed and all(0 < step < STEPS for step in resumed.values())
         assert report.stages[0].reused == 4 and report.stages[1].reused == finished and differences == [0, 0, 0, 0]
-        assert job.lanes == 2 and report.stages[1].lanes == 2
+        assert plan.lanes == 2 and report.stages[1].lanes == 2
     """,
     "05_distributed": """
         assert differences == 6 * [0] and again.stages[1].reused == 1 and not any(map(lives, pids))

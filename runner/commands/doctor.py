@@ -144,7 +144,7 @@ def _copies(here: Machine) -> Check:
     if not bad:
         return Check("copies between cards", True, f"{len(here.cards) * (len(here.cards) - 1)} pairs arrive as sent")
     pairs = ", ".join(f"{source} to {target}" for source, target in bad)
-    return Check("copies between cards", False, f"corrupted_pairs from {pairs}",
+    return Check("copies between cards", False, f"garbled from {pairs}",
                  "runs go through host memory by themselves, or with --no-p2p; turn the IOMMU off to mend it")
 
 
