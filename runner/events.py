@@ -3,13 +3,11 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TextIO
 
-Emit = Callable[[str, Mapping[str, object]], None]
-
-def silent(kind: str, data: Mapping[str, object]) -> None:
-    """The emit that tells nobody."""
+from stages.events import Emit as Emit
+from stages.events import silent as silent
 
 
 def tee(*emits: Emit) -> Emit:

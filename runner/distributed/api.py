@@ -22,8 +22,8 @@ from runner.distributed.watchdog import TIMEOUT
 from runner.distributed.worker import REFUSALS
 from runner.engine.run import Report
 from runner.request import Request
+from stages.events import Emit, silent
 from stages.models.lora import LoraRequest, read_loras
-from stages.pipeline.stage import Emit, silent
 
 
 def spawn(

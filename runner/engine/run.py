@@ -27,7 +27,8 @@ from runner.reports import notebook_html
 from runner.reports.record import described
 from runner.request import Request
 from stages.errors import BadResult, StageOutOfMemory
-from stages.pipeline.stage import Emit, Stage, silent
+from stages.events import Emit, silent
+from stages.pipeline.stage import Stage
 from stages.state import State
 
 

@@ -20,8 +20,9 @@ from runner.engine.step_checkpoint import StepCheckpointer, StopAtStep, midway_o
 from runner.planning.plan import Plan, inputs_of
 from runner.reports import notebook_html
 from stages.errors import BadResult, StageOutOfMemory, StoreError
+from stages.events import Emit
 from stages.loading.readahead import reading_ahead
-from stages.pipeline.stage import Emit, Inputs, Loaded, Stage
+from stages.pipeline.stage import Inputs, Loaded, Stage
 from stages.pipeline.step_hook import StepCheckpoint
 from stages.placement.copy_test import verified
 from stages.placement.placement import Places

@@ -9,7 +9,7 @@ import torch
 
 from runner.artifacts import ArtifactStore
 from runner.engine.keys import midway_key
-from stages.pipeline.stage import Emit
+from stages.events import Emit
 from stages.pipeline.step_hook import StepCheckpoint
 from stages.state import State
 

@@ -16,8 +16,9 @@ from stages.estimate.block_memo import BlockMemo, Costs
 from stages.estimate.copy_skeleton import copy_skeleton
 from stages.estimate.fake_tokenizer import FakeTokenizer
 from stages.estimate.memory_tracker import FusedAttention, MemoryTracker
+from stages.events import silent
 from stages.models.weights import Weights, float32, skeleton
-from stages.pipeline.stage import Inputs, Loaded, Stage, silent
+from stages.pipeline.stage import Inputs, Loaded, Stage
 from stages.placement.placement import Places, device_of
 from stages.state import State
 

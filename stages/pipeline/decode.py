@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from stages.errors import BadResult
-from stages.pipeline.stage import Emit, Inputs, Stage
+from stages.events import Emit
+from stages.pipeline.stage import Inputs, Stage
 
 
 class Decode(Stage):

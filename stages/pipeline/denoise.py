@@ -9,9 +9,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks, ModularPipeline
 
 from stages.errors import BadResult
+from stages.events import Emit
 from stages.models.checkpoint import Checkpoint
 from stages.models.weights import skeleton
-from stages.pipeline.stage import Emit, Inputs, Stage
+from stages.pipeline.stage import Inputs, Stage
 from stages.pipeline.step_hook import StepCheckpoint, StepHook, ignore, install
 
 

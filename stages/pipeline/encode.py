@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from stages.pipeline.stage import Emit, Inputs, Stage
+from stages.events import Emit
+from stages.pipeline.stage import Inputs, Stage
 
 
 class Encode(Stage):

@@ -4,7 +4,7 @@ import copy
 import logging
 import traceback
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, Pipeli
 from torch import nn
 
 from stages.errors import BadResult, ModelError
+from stages.events import Emit, silent
 from stages.loading.disk_weights import DiskWeights
 from stages.loading.load import load
 from stages.models.checkpoint import Checkpoint, Component
@@ -19,15 +20,10 @@ from stages.pipeline.step_hook import StepCheckpoint
 from stages.placement.placement import DISK, Places, waiting
 from stages.state import State, Value
 
-Emit = Callable[[str, Mapping[str, object]], None]
 Inputs = Mapping[str, Value]
 
 # Every nesting level of blocks logs the whole traceback of an error that is raised all the same.
 logging.getLogger(ModularPipeline.__module__).addFilter(lambda record: "Error in block" not in record.getMessage())
-
-
-def silent(kind: str, data: Mapping[str, object]) -> None:
-    """An `Emit` for those who do not listen."""
 
 
 class Stage:

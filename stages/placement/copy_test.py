@@ -10,7 +10,7 @@ from itertools import permutations
 
 import torch
 
-from stages.pipeline.stage import Emit
+from stages.events import Emit
 from stages.placement.placement import Place, Places, Resident, Sharded
 from stages.placement.transfers import direct
 

@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_map
 
 from stages.errors import NotPrecomputable
 from stages.estimate.copy_skeleton import copy_skeleton
+from stages.events import silent
 from stages.models.weights import skeleton
-from stages.pipeline.stage import Inputs, Loaded, Stage, silent
+from stages.pipeline.stage import Inputs, Loaded, Stage
 from stages.placement.placement import Place, Places, Resident
 from stages.precompute.conditioning import program_of
 from stages.precompute.program import Call, Program

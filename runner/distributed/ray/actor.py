@@ -68,7 +68,7 @@ class StageActor:
         from runner.distributed.task import read_task
         from runner.distributed.tensor_parallel import machine_of
         from runner.engine.keys import STAGES, chain
-        from stages.pipeline.stage import silent
+        from stages.events import silent
         from stages.placement.copy_test import verified
 
         hush(verbose=False)
@@ -92,7 +92,7 @@ class StageActor:
         from runner.engine.keys import starts
         from runner.engine.stage_runner import StageRunner
         from stages.errors import BadResult
-        from stages.pipeline.stage import silent
+        from stages.events import silent
 
         lost = {failure["index"] for failure in errand["failures"]}
         todo = [at for at in errand["todo"].get(self.name, ()) if at not in lost]

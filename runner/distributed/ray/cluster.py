@@ -29,8 +29,8 @@ from runner.engine.stage_runner import Failure, StageReport
 from runner.planning.plan import Plan
 from runner.reports.record import described
 from stages.errors import BadResult
+from stages.events import Emit, silent
 from stages.machine import Device, Machine, probe
-from stages.pipeline.stage import Emit, silent
 
 if TYPE_CHECKING:
     from stages.pipeline.stage import Stage
