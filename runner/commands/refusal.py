@@ -91,6 +91,8 @@ _OPTIONS = {"loras": "--lora", "devices": "--device", "store": "--artifacts", "m
 
 def as_option(name: str, value: str | None) -> str:
     """A name of the job as the command line has it."""
+    if name == "devices" and value is not None and value[0].isdigit():
+        return f"--gpus {value}"
     whole = _OPTIONS.get(f"{name}={value}")
     option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
     return whole or (option if value is None else f"{option} {value}")

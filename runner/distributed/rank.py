@@ -162,10 +162,9 @@ class RankWorker:
 
 def probed(task: Task) -> "Machine":
     """This host, as far as the task may use it; ValueError for a card that cannot compute."""
-    from stages.card_test import able
-    from stages.machine import probe
+    from stages.machine import check_cards, probe
 
-    return able(probe(task.order.devices))
+    return check_cards(probe(task.order.devices))
 
 
 def whole_of(task: Task, job: "Plan") -> dict[str, Any]:

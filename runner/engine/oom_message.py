@@ -19,7 +19,7 @@ def shortage(plan: Plan, stage: str, doing: str, peak: Mapping[str, int], error:
     parts = []
     for device in probe(list(peak)).devices:
         planned = f", at most {gib(needs[device.name].total)} planned" if device.name in needs else ""
-        others = machine.users(device.name)
+        others = machine.memory_users(device.name)
         users = f", others there: {'; '.join(others)}" if others else ""
         before = plan.machine[device.name].free
         parts.append(f"{device.name} peaked at {peak[device.name] / 2**30:.2f} GiB{planned}, {gib(_free(device))} "

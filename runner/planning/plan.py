@@ -15,10 +15,9 @@ from runner.planning.placer import Need, Placer
 from runner.planning.precompute import Saving
 from runner.reports import notebook_html
 from runner.request import Request, check_tokens, nearest
-from stages.card_test import able
 from stages.families import FAMILIES, Family
 from stages.loading import lora_merge
-from stages.machine import Machine, probe
+from stages.machine import Machine, check_cards, probe
 from stages.models.checkpoint import Checkpoint, check, find
 from stages.models.lora import LoraRequest, found, read_loras
 from stages.models.weights import Weights
@@ -120,7 +119,7 @@ def make_plan(
     chosen = family_of(family, model)
     for request in requests:
         check_tokens(chosen, request.text_tokens)
-    there = read_machine(machine) if isinstance(machine, str) else machine or able(probe(devices))
+    there = read_machine(machine) if isinstance(machine, str) else machine or check_cards(probe(devices))
     if max_memory is not None:
         there = limited(there, max_memory)
     if there.here:
