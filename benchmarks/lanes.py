@@ -24,7 +24,7 @@ def accelerated(job: "Plan") -> "Plan":
     """The plan with the transformer split by accelerate, half of it on each card."""
     from accelerate import dispatch_model, infer_auto_device_map
 
-    from stages.models.weights import new_skeleton
+    from stages.models.skeleton import new_skeleton
     from stages.placement.placement import Sharded
 
     class Accelerated(Sharded):

@@ -16,7 +16,8 @@ from runner.engine.memory import Meter
 from runner.planning.describe import hosts
 from stages.loading.load import load, passing
 from stages.loading.pinned_copy import STAGED
-from stages.models.weights import new_skeleton, sources
+from stages.models.skeleton import new_skeleton
+from stages.models.weights import sources
 from tests import tiny
 
 Cards = Callable[..., list[str]]

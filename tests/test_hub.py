@@ -326,9 +326,9 @@ def test_a_run_plans_first_and_downloads_then(hub: Hub, home: Path, tmp_path: Pa
 LORA = """
 import sys
 from stages.errors import ModelError
-from stages.models.lora import LoraRequest, found
+from stages.models.lora import LoraRequest, find_lora
 try:
-    print(found(LoraRequest(sys.argv[1]), "FluxPipeline").path.name)
+    print(find_lora(LoraRequest(sys.argv[1]), "FluxPipeline").path.name)
 except ModelError as error:
     print(error)
 """

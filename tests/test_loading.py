@@ -15,8 +15,9 @@ from stages.loading import pinned_copy
 from stages.loading.load import load
 from stages.loading.pinned_copy import PendingTensor, copy_to_devices
 from stages.models.checkpoint import Component, find
-from stages.models.safetensors_header import Entry
-from stages.models.weights import Stored, new_skeleton, weigh
+from stages.models.safetensors_header import TensorEntry
+from stages.models.skeleton import new_skeleton
+from stages.models.weights import StoredTensor, weigh
 from stages.placement.placement import DISK, Place, Resident, Sharded, remainder
 from tests.test_weights import loaded, save, tiny_sd3
 
@@ -79,7 +80,7 @@ def test_a_file_that_ends_too_early_is_told(tmp_path: Path, cards: Cards) -> Non
     (card,) = cards(2**30)
     (tmp_path / "short.safetensors").write_bytes(bytes(100))
     target = torch.empty(64, device=card)
-    source = Stored(tmp_path / "short.safetensors", "part.weight", Entry("F32", (64,), 20, 256))
+    source = StoredTensor(tmp_path / "short.safetensors", "part.weight", TensorEntry("F32", (64,), 20, 256))
     with pytest.raises(ModelError, match=r"short\.safetensors ends within part\.weight; fetch it again"):
         copy_to_devices([PendingTensor(source, torch.float32, target)])
 

@@ -26,8 +26,8 @@ from stages.errors import DoesNotFit, Fix, ModelError
 from stages.loading.load import load
 from stages.loading.lora_merge import LowRankUpdate, add, read
 from stages.models.checkpoint import Component, find
-from stages.models.lora import Lora, LoraRequest, found, read_loras
-from stages.models.weights import model_class, skeleton
+from stages.models.lora import Lora, LoraRequest, find_lora, read_loras
+from stages.models.skeleton import model_class, skeleton
 from stages.placement.placement import Place, Placement, Resident, Sharded
 from tests import tiny, tiny_families
 from tests.test_cards import MIB, halved
@@ -93,7 +93,7 @@ def test_alphas_beside_the_matrices_count(flux: Path, tmp_path: Path) -> None:
 
 
 def lora(path: Path, scale: float = 1.0) -> Lora:
-    return found(LoraRequest(str(path), scale), "FluxPipeline")
+    return find_lora(LoraRequest(str(path), scale), "FluxPipeline")
 
 
 def transformer(model: Path) -> Component:
@@ -251,7 +251,7 @@ def test_embeddings_are_kept_and_latents_are_not(flux: Path, style: Path, tmp_pa
 def test_a_picture_says_which(flux: Path, style: Path, tmp_path: Path) -> None:
     job = make_plan("flux", REQUEST, model=flux, devices=["cpu"], loras=[LoraRequest(str(style), 1)])
     (picture,) = run_all(job, store=MemoryStore(warn=print)).pictures
-    digest = found(LoraRequest(str(style)), "FluxPipeline").digest
+    digest = find_lora(LoraRequest(str(style)), "FluxPipeline").digest
     assert picture.facts["loras"] == [{"source": str(style), "sha256": digest, "scale": 1.0}]
     (tmp_path / "styled.png").write_bytes(png(picture.pixels, card_of(picture.request, picture.facts)))
     assert like(tmp_path / "styled.png").loras == (LoraRequest(str(style), 1.0, digest),)
@@ -398,7 +398,7 @@ def test_a_damaged_one_of_the_hub_is_fetched_again_from_there(tmp_path: Path) ->
     folder.mkdir(parents=True)
     (folder / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     with pytest.raises(ModelError, match=r"again: hf download user/style cut\.safetensors --revision abc --force"):
-        found(LoraRequest(str(folder)), "FluxPipeline")
+        find_lora(LoraRequest(str(folder)), "FluxPipeline")
 
 
 def test_a_folder_with_one_file_is_enough(flux: Path, style: Path, tmp_path: Path) -> None:

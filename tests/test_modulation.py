@@ -18,7 +18,8 @@ from runner.planning.precompute import Saving
 from stages.families import FAMILIES
 from stages.loading.load import load
 from stages.models.checkpoint import Component, find
-from stages.models.weights import new_skeleton, skeleton, weigh
+from stages.models.skeleton import new_skeleton, skeleton
+from stages.models.weights import weigh
 from stages.pipeline.split import split
 from stages.placement.placement import Place, Placement, Resident, Sharded
 from stages.precompute.conditioning import program_of

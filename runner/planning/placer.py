@@ -19,7 +19,8 @@ from stages.estimate.memory_tracker import MixedDevices
 from stages.loading.disk_weights import reading
 from stages.machine import Machine
 from stages.models.format import choose_dtype
-from stages.models.weights import Weights, skeleton, weigh
+from stages.models.skeleton import skeleton
+from stages.models.weights import Weights, weigh
 from stages.pipeline.stage import Inputs, Stage
 from stages.placement.placement import DISK, Place, Placement, Resident, Sharded, remainder
 from stages.state import State
@@ -126,7 +127,7 @@ class Placer:
     def _types(self, stage: Stage, done: Placed) -> Iterator[tuple[str, torch.dtype]]:
         for component in stage.components:
             asked = self.dtypes.get(component.name) or self.dtypes.get("")
-            choice = choose_dtype(component, self.machine.devices)
+            choice = choose_dtype(component.class_name, self.machine.devices)
             done.reasons[component.name] = "asked for" if asked else choice.reason
             yield component.name, asked or choice.dtype
 

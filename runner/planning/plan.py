@@ -18,8 +18,8 @@ from runner.request import Request, check_tokens, nearest
 from stages.families import FAMILIES, Family
 from stages.loading import lora_merge
 from stages.machine import Machine, check_cards, probe
-from stages.models.checkpoint import Checkpoint, check, find
-from stages.models.lora import LoraRequest, found, read_loras
+from stages.models.checkpoint import Checkpoint, check_family, find
+from stages.models.lora import LoraRequest, find_lora, read_loras
 from stages.models.weights import Weights
 from stages.pipeline.split import require, split
 from stages.pipeline.stage import Stage
@@ -126,7 +126,7 @@ def make_plan(
         require(chosen.requires)
     source = CHECKPOINT if chosen.repo == "demo" and model in (None, "demo") else model or chosen.repo
     named = find(source, revision=revision, components=())
-    check(replace(named, source="demo") if source == CHECKPOINT else named, family=FAMILIES[family])
+    check_family(replace(named, source="demo") if source == CHECKPOINT else named, family=FAMILIES[family])
     checkpoint = find(source, revision=revision, weights=False)
     if loras:
         checkpoint = adapted(checkpoint, loras)
@@ -158,7 +158,7 @@ def fetched(plan: Plan) -> Plan:
 
 def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Path | LoraRequest]) -> Checkpoint:
     """The checkpoint with these LoRAs; ModelError for one that is not there, or not made for it."""
-    loras = [found(each, checkpoint.pipeline) for each in read_loras(wanted)]
+    loras = [find_lora(each, checkpoint.pipeline) for each in read_loras(wanted)]
     if twice := [lora.source for lora in loras if loras.count(lora) > 1]:
         raise ValueError(f"--lora {twice[0]} is named twice -> name it once, with the sum of its scales")
     with_them = checkpoint.adapted({lora: lora_merge.reaches(lora, checkpoint) for lora in loras})

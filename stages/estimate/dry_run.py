@@ -13,11 +13,11 @@ from torch import nn
 
 from stages.errors import ModelError
 from stages.estimate.block_memo import BlockMemo, Costs
-from stages.estimate.copy_skeleton import copy_skeleton
 from stages.estimate.fake_tokenizer import FakeTokenizer
 from stages.estimate.memory_tracker import FusedAttention, MemoryTracker
 from stages.events import silent
-from stages.models.weights import Weights, float32, skeleton
+from stages.models.skeleton import copy_skeleton, skeleton
+from stages.models.weights import Weights
 from stages.pipeline.stage import Inputs, Loaded, Stage
 from stages.placement.placement import Places, device_of
 from stages.state import State
@@ -81,12 +81,9 @@ class DryRunStage(Loaded):
         self.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
         for component in self.stage.components:
             place = self.places[component.name]
-            model = on_host(copy_skeleton(skeleton(component, place.dtype)))
+            model = on_host(copy_skeleton(skeleton(component, place.dtype), lambda: "cpu"))
             for layer in place.precomputed:
                 drop_weights(model.get_submodule(layer))
-            kept = float32(component, model, place.dtype)
-            for name, buffer in model.named_buffers():
-                buffer.data = buffer.data.float() if kept(name) else buffer.data
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 self.ledger.hold(tensor, device_of(name, place.placement.storage_devices), 0)
             place.placement.attach(model, self.ledger.home, self.ledger.move)

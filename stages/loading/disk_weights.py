@@ -10,7 +10,8 @@ from stages.errors import DoesNotFit
 from stages.loading.load import put
 from stages.loading.lora_merge import LoraMerger
 from stages.models.checkpoint import Component
-from stages.models.weights import Stored, skeleton, sources
+from stages.models.skeleton import skeleton
+from stages.models.weights import StoredTensor, sources
 from stages.placement.placement import DISK, Place
 
 
@@ -45,7 +46,7 @@ def reading(component: Component, place: Place) -> int:
     return sum(source.entry.bytes for source in _shelved(component, blocks, place.precomputed)) if blocks else 0
 
 
-def _shelved(component: Component, blocks: Collection[str], precomputed: Collection[str]) -> Iterator[Stored]:
+def _shelved(component: Component, blocks: Collection[str], precomputed: Collection[str]) -> Iterator[StoredTensor]:
     model = skeleton(component)
     found = sources(component, model)
     for block in blocks:

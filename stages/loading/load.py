@@ -16,8 +16,10 @@ from stages.loading.lora_merge import LoraMerger
 from stages.loading.pinned_copy import STAGED, PendingTensor, copy_to_devices
 from stages.loading.readahead import reading_ahead
 from stages.models.checkpoint import Component
+from stages.models.format import loaded_dtype
 from stages.models.safetensors_header import file_bytes
-from stages.models.weights import compare, empty_model, float32, model_class, sources
+from stages.models.skeleton import empty_model, model_class
+from stages.models.weights import compare, sources
 from stages.placement.placement import DISK, Place, Placement, device_of
 from stages.placement.tensor_parallel import TensorParallel, divided
 from stages.precompute.replay import precomputed
@@ -67,7 +69,7 @@ def _read(component: Component, cls: Any, place: Place) -> nn.Module:
     found, stored = sources(component, model), model.state_dict()
     compare(component, model, found)
     there = {name: source for name, source in found.items() if name in stored and source is not None}
-    storage_devices, kept = place.placement.storage_devices, float32(component, model, place.dtype)
+    storage_devices, dtype_of = place.placement.storage_devices, loaded_dtype("diffusers", model, place.dtype)
     for name, buffer in list(model.named_buffers()):
         if name not in there and device_of(name, storage_devices) != DISK:
             put(model, name, buffer.to(device_of(name, storage_devices)))
@@ -77,7 +79,7 @@ def _read(component: Component, cls: Any, place: Place) -> nn.Module:
             for name, source in there.items():
                 if source.path == path:
                     window, device = file.get_tensor(source.name), device_of(name, storage_devices)
-                    data = _room(window, device, _type(window, kept(name), place.dtype))
+                    data = _room(window, device, dtype_of(name, window.dtype))
                     put(model, name, data)
                     if device not in ("cpu", DISK):
                         wanted.append(PendingTensor(source, window.dtype, data))
@@ -120,13 +122,6 @@ def put(model: nn.Module, name: str, data: torch.Tensor) -> None:
     module = model.get_submodule(parent)
     is_weight = isinstance(getattr(module, leaf), nn.Parameter)
     setattr(module, leaf, nn.Parameter(data, requires_grad=False) if is_weight else data)
-
-
-def _type(stored: torch.Tensor, is_kept: bool, dtype: torch.dtype) -> torch.dtype:
-    """The type that the library gives a tensor: whole numbers and flags keep theirs."""
-    if not stored.is_floating_point():
-        return stored.dtype
-    return torch.float32 if is_kept else dtype
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch import nn
 from stages.errors import ModelError
 from stages.models.checkpoint import Checkpoint, Component
 from stages.models.lora import Lora, check_same
-from stages.models.weights import skeleton
+from stages.models.skeleton import skeleton
 
 # Elements of a weight that are added to at once: merging takes three times their bytes in float32 on its device.
 PART = 2**20

@@ -8,8 +8,8 @@ from queue import SimpleQueue
 import torch
 
 from stages.errors import ModelError
-from stages.models.files import refetch
-from stages.models.weights import Stored
+from stages.models.files import refetch_line
+from stages.models.weights import StoredTensor
 
 READERS = 2
 # Large enough for a link to be busy, small enough to stay in a processor's cache until it is copied.
@@ -22,7 +22,7 @@ STAGED = READERS * 2 * PIECE
 class PendingTensor:
     """An empty tensor on a card, and where its values are: `stored` is their type in the file."""
 
-    source: Stored
+    source: StoredTensor
     stored: torch.dtype
     target: torch.Tensor
 
@@ -46,7 +46,7 @@ class PinnedBuffer:
                     count = file.readinto(left)
                     if not count:
                         raise ModelError(f"{wanted.source.path} ends within {wanted.source.name}; "
-                                        f"fetch it again: {refetch(wanted.source.path)}")
+                                        f"fetch it again: {refetch_line(wanted.source.path)}")
                     left = left[count:]
                 part.copy_(piece.view(wanted.stored), non_blocking=True)
                 self._copies[0] = torch.accelerator.current_stream(part.device).record_event()

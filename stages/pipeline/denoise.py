@@ -11,7 +11,7 @@ from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineB
 from stages.errors import BadResult
 from stages.events import Emit
 from stages.models.checkpoint import Checkpoint
-from stages.models.weights import skeleton
+from stages.models.skeleton import skeleton
 from stages.pipeline.stage import Inputs, Stage
 from stages.pipeline.step_hook import StepCheckpoint, StepHook, ignore, install
 

@@ -19,7 +19,7 @@ from stages.errors import ModelError
 from stages.models.checkpoint import Checkpoint
 from stages.models.files import read_json
 from stages.models.index import INDEX, MODULAR
-from stages.models.weights import class_of
+from stages.models.skeleton import class_of
 from stages.pipeline.decode import Decode
 from stages.pipeline.denoise import Denoise
 from stages.pipeline.encode import Encode

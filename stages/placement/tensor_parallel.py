@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from stages.errors import DoesNotFit
 from stages.models.checkpoint import Component
-from stages.models.weights import Weights, sizes, skeleton
+from stages.models.skeleton import skeleton
+from stages.models.weights import Weights, sizes
 from stages.placement.placement import Fetch, waiting
 from stages.placement.transfers import Transfer, direct
 
@@ -93,7 +94,7 @@ def part_of(component: Component, dtype: torch.dtype, precomputed: Collection[st
         raise DoesNotFit(f"{component.name} cannot be cut over {count} cards: {error}") from error
     among = {name for name, spec in specs.items() if spec.dim is not None}
     assert not any(name.rpartition(".")[0] in precomputed for name in among), "a layer is both cut and precomputed"
-    return sum(size // count if name in among else size for name, size in sizes(component, model, dtype)
+    return sum(size // count if name in among else size for name, size in sizes(model)
                if name.rpartition(".")[0] not in precomputed)
 
 

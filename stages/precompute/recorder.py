@@ -10,9 +10,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from stages.errors import NotPrecomputable
-from stages.estimate.copy_skeleton import copy_skeleton
 from stages.events import silent
-from stages.models.weights import skeleton
+from stages.models.skeleton import copy_skeleton, skeleton
 from stages.pipeline.stage import Inputs, Loaded, Stage
 from stages.placement.placement import Place, Places, Resident
 from stages.precompute.conditioning import program_of
@@ -59,8 +58,7 @@ class Recorder(Loaded):
     def __enter__(self) -> "Recorder":
         (component,) = self.stage.components
         self.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
-        model = copy_skeleton(skeleton(component, self.places[component.name].dtype))
-        _claim(model, self.home)
+        model = copy_skeleton(skeleton(component, self.places[component.name].dtype), lambda: self.home)
         model.forward = self._recording(model, model.forward)
         self.pipe.update_components(**{component.name: model})
         self.complete()
@@ -118,9 +116,3 @@ def conditional(stage: Stage, dtype: torch.dtype, state: State, inputs: Inputs) 
 def _programs(class_name: str, config: str, dtype: torch.dtype) -> list[Program]:
     """The programs found so far in such a model: to find one takes the better part of a second, and plans repeat."""
     return []
-
-
-def _claim(model: nn.Module, device: str) -> None:
-    """Make a skeleton say that it is on `device`: pipelines put their tensors there."""
-    kind = type(model)
-    model.__class__ = type(kind.__name__, (kind,), {"device": property(lambda self: torch.device(device))})

@@ -19,7 +19,7 @@ from stages.errors import NotPrecomputable
 from stages.loading.lora_merge import LoraMerger
 from stages.models.checkpoint import Component
 from stages.models.safetensors_header import read_header
-from stages.models.weights import skeleton
+from stages.models.skeleton import skeleton
 from stages.pipeline.stage import Inputs, Loaded, Stage
 from stages.placement.placement import Place, Places, device_of
 from stages.precompute.program import Call, Layer, Program, Step
