@@ -25,7 +25,7 @@ def accelerated(job: "Plan") -> "Plan":
     from accelerate import dispatch_model, infer_auto_device_map
 
     from stages.models.skeleton import new_skeleton
-    from stages.placement.placement import Sharded
+    from stages.placement.sharded import Sharded
 
     class Accelerated(Sharded):
         def attach(self, model: Any, *given: Any, **more: Any) -> None:

@@ -20,7 +20,8 @@ from runner.artifacts import MemoryStore
 from runner.planning.plan import inputs_of
 from stages.errors import StageOutOfMemory
 from stages.machine import probe
-from stages.placement.placement import Place, Placement, Resident, Sharded
+from stages.placement.placement import Place, Placement, Resident
+from stages.placement.sharded import Sharded
 from stages.state import State
 from tests import tiny
 

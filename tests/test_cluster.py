@@ -24,7 +24,7 @@ from runner.engine.keys import chain
 from runner.request import Request, ask
 from stages.errors import DoesNotFit
 from stages.families import FAMILIES
-from stages.placement.placement import Sharded
+from stages.placement.sharded import Sharded
 from tests import sparse
 from tests.test_readme import BY_RAY, answered
 

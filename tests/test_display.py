@@ -16,7 +16,8 @@ from runner.engine.stage_runner import StageReport
 from runner.notebook import Charts, Memory
 from runner.reports.markup import image, said, table
 from runner.reports.memory_table import Measured, measured
-from stages.placement.placement import Resident, Sharded
+from stages.placement.placement import Resident
+from stages.placement.streaming import Streamed
 from stages.state import State
 from tests.records import HOSTILE, record
 
@@ -172,8 +173,8 @@ def test_an_artifact_shows_its_tensors() -> None:
 
 
 def test_a_placement_shows_who_holds_what() -> None:
-    dealt = Sharded("cuda:0", {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}, cpu_blocks=frozenset(["a.2"]))
-    assert repr(dealt) == "Sharded(cuda:0:1,cuda:1:1,cuda:0:1 (1 of them streamed))"
+    dealt = Streamed("cuda:0", {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}, cpu_blocks=frozenset(["a.2"]))
+    assert repr(dealt) == "Streamed(cuda:0:1,cuda:1:1,cuda:0:1 (1 of them streamed))"
     assert checked(dealt._repr_html_()).text.endswith("cuda:01 blockscuda:11 blockscpu1 blocks")
     assert repr(Resident("cuda:0", 512)) == "Resident(cuda:0 in tiles of 512 pixels)"
     assert checked(Resident("<b>")._repr_html_()).text == "<b>"

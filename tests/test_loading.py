@@ -18,7 +18,9 @@ from stages.models.checkpoint import Component, find
 from stages.models.safetensors_header import TensorEntry
 from stages.models.skeleton import new_skeleton
 from stages.models.weights import StoredTensor, weigh
-from stages.placement.placement import DISK, Place, Resident, Sharded, remainder
+from stages.placement.placement import DISK, Place, Resident
+from stages.placement.sharded import remainder
+from stages.placement.streaming import Streamed
 from tests.test_weights import loaded, save, tiny_sd3
 
 Cards = Callable[..., list[str]]
@@ -65,8 +67,8 @@ def test_every_tensor_is_copied_once_to_its_card(flux: Path, cards: Cards, sim: 
     weights = weigh(component, torch.bfloat16)
     first, second, third, *others = weights.blocks
     dealt = {first: devices[0], **dict.fromkeys((second, third, *others), devices[1])}
-    placement = Sharded(devices[0], dealt, remainder(new_skeleton(component), dealt), frozenset({third}),
-                        disk_blocks=frozenset(others))
+    placement = Streamed(devices[0], dealt, remainder(new_skeleton(component), dealt), cpu_blocks=frozenset({third}),
+                         disk_blocks=frozenset(others))
     sim.reset_copied()
     model = load(component, Place(placement, torch.bfloat16))
     share = placement.share(weights)

@@ -28,7 +28,8 @@ from stages.loading.lora_merge import LowRankUpdate, add, read
 from stages.models.checkpoint import Component, find
 from stages.models.lora import Lora, LoraRequest, find_lora, read_loras
 from stages.models.skeleton import model_class, skeleton
-from stages.placement.placement import Place, Placement, Resident, Sharded
+from stages.placement.placement import Place, Placement, Resident
+from stages.placement.streaming import Streamed
 from tests import tiny, tiny_families
 from tests.test_cards import MIB, halved
 from tests.test_modulation import asked, latents
@@ -191,8 +192,8 @@ def test_it_is_merged_wherever_the_weights_are(flux: Path, style: Path, cards: C
     """On two cards, with a block that waits on the host and one on the disk, with the table and without."""
     first, second = devices = cards(40 * MIB, 40 * MIB)
     whole = halved(first, second)
-    waiting = Sharded(first, whole.devices, whole.rest, cpu_blocks=frozenset(["transformer_blocks.0"]),
-                      disk_blocks=frozenset(["transformer_blocks.1", "single_transformer_blocks.0"]))
+    waiting = Streamed(first, whole.devices, whole.rest, cpu_blocks=frozenset(["transformer_blocks.0"]),
+                       disk_blocks=frozenset(["transformer_blocks.1", "single_transformer_blocks.0"]))
     others: dict[str, Placement] = {name: Resident(first) for name in ("text_encoder", "text_encoder_2", "vae")}
     found = {}
     placements: dict[str, Placement] = {"one card": Resident(first), "two cards": whole, "waiting": waiting}

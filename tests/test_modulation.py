@@ -21,7 +21,8 @@ from stages.models.checkpoint import Component, find
 from stages.models.skeleton import new_skeleton, skeleton
 from stages.models.weights import weigh
 from stages.pipeline.split import split
-from stages.placement.placement import Place, Placement, Resident, Sharded
+from stages.placement.placement import Place, Placement, Resident
+from stages.placement.streaming import Streamed
 from stages.precompute.conditioning import program_of
 from stages.precompute.program import Call, Program
 from stages.precompute.recorder import RecordedCall, Recorder, conditional
@@ -125,8 +126,8 @@ def test_a_denoiser_over_two_cards_comes_out_the_same(flux: Path, cards: Cards, 
 def test_blocks_that_wait_in_host_memory_come_out_the_same(flux: Path, cards: Cards) -> None:
     (card,) = devices = cards(40 * MIB)
     split_up = halved(card, card)
-    cpu_blocks = Sharded(card, split_up.devices, split_up.rest, frozenset(["transformer_blocks.1"]))
-    places: dict[str, Placement] = {"transformer": cpu_blocks}
+    streamed = Streamed(card, split_up.devices, split_up.rest, cpu_blocks=frozenset(["transformer_blocks.1"]))
+    places: dict[str, Placement] = {"transformer": streamed}
     places |= {name: Resident(card) for name in ("text_encoder", "text_encoder_2", "vae")}
     job = dataclasses.replace(over(flux, devices, places), requests=tuple(REQUESTS[:2]))
     assert_same(latents(with_table(job)), latents(job))

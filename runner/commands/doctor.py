@@ -14,7 +14,7 @@ from runner.commands.order import default_store
 from runner.text import gib
 from stages import machine
 from stages.machine import OTHER_TORCH, Device, Machine, computes, missing_kernels, probe
-from stages.placement.copy_test import corrupted_pairs
+from stages.placement.transfers import corrupted_pairs
 
 PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors")
 LEAST_DISK = 40 * 10**9

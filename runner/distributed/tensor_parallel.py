@@ -21,7 +21,6 @@ from runner.planning.parallel import WISH, without
 from runner.planning.plan import Plan
 from stages.errors import BadResult
 from stages.machine import Device, Machine
-from stages.placement.tensor_parallel import TensorParallel
 from stages.state import State
 
 
@@ -105,16 +104,14 @@ def follow(member: RankWorker, task: Task, store: ArtifactStore, company: Mappin
 
 def rank_device(job: Plan, rank: int) -> str:
     """The device of a rank."""
-    return next(place.placement.devices[rank] for place in job.places.values()
-                if isinstance(place.placement, TensorParallel))
+    return next(place.placement.for_rank(rank).entry for place in job.places.values() if place.placement.processes > 1)
 
 
 def on_card(job: Plan, rank: int) -> Plan:
     """The plan as another rank than the first has it: nothing but its own card."""
     mine = rank_device(job, rank)
     machine = replace(job.machine, devices=tuple(device for device in job.machine.devices if device.name == mine))
-    places = {name: replace(place, placement=replace(place.placement, rank=rank))
-              if isinstance(place.placement, TensorParallel) else place for name, place in job.places.items()}
+    places = {name: replace(place, placement=place.placement.for_rank(rank)) for name, place in job.places.items()}
     return replace(job, machine=machine, places=places)
 
 

@@ -8,7 +8,6 @@ from runner.planning.placer import TILES
 from runner.planning.plan import Plan
 from runner.text import gib
 from stages.machine import probe
-from stages.placement.placement import Resident
 
 MORE = 10
 
@@ -37,9 +36,9 @@ def _tiled(plan: Plan) -> tuple[Plan, str] | None:
     tile = next((tile for tile in TILES if tile < side), None)
     vae = plan.stages[-1].components[0].name
     placement = plan.places[vae].placement
-    if tile is None or not isinstance(placement, Resident):
+    if tile is None or placement.tiled(tile) == placement:
         return None
-    place = replace(plan.places[vae], placement=replace(placement, tile=tile))
+    place = replace(plan.places[vae], placement=placement.tiled(tile))
     return replace(plan, places={**plan.places, vae: place}), f"decoding in tiles of {tile} pixels"
 
 

@@ -24,8 +24,7 @@ from stages.events import Emit
 from stages.loading.readahead import reading_ahead
 from stages.pipeline.stage import Inputs, Loaded, Stage
 from stages.pipeline.step_hook import StepCheckpoint
-from stages.placement.copy_test import verified
-from stages.placement.placement import Places
+from stages.placement.placement import Places, verified
 from stages.precompute.table import ModulationTable
 from stages.state import State
 

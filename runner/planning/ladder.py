@@ -15,7 +15,9 @@ from stages.errors import DoesNotFit, Fix, Fixes
 from stages.machine import Device, Machine
 from stages.models.weights import Weights
 from stages.placement.balance import Blocks, partition
-from stages.placement.placement import DISK, Placement, Resident, Sharded
+from stages.placement.placement import DISK, Placement, Resident
+from stages.placement.sharded import Sharded
+from stages.placement.streaming import Streamed
 
 Rooms = dict[str, int]
 Placements = dict[str, Placement]
@@ -203,17 +205,17 @@ def _streamed(ask: Ask, machine: Machine, rooms: Rooms) -> Placements | str:
     host = machine.host_room if machine.cards else 0
     for weights in ask.open:
         best = max(rooms, key=lambda name: rooms[name])
-        whole = weights.total <= rooms[best]
-        placement = Resident(best) if whole else _with_hosted(ask, weights, rooms)
-        if placement is None:
-            return f"not even one block of {weights.component} at a time; {_room(machine, rooms, best, ask)}"
-        if isinstance(placement, Sharded):
-            waiting = sum(weights.blocks[name] for name in placement.cpu_blocks)
+        placement: Placement = Resident(best)
+        if weights.total > rooms[best]:
+            streamed = _with_hosted(ask, weights, rooms)
+            if streamed is None:
+                return f"not even one block of {weights.component} at a time; {_room(machine, rooms, best, ask)}"
+            waiting = sum(weights.blocks[name] for name in streamed.cpu_blocks)
             if waiting > host and ask.offload != "disk":
                 return (f"{gib(waiting)} of {weights.component} would wait in host memory, which has "
                         f"{gib(host)} for it")
-            placement = _shelved(placement, weights, host)
-            host -= sum(weights.blocks[name] for name in placement.cpu_blocks)
+            placement = streamed = _shelved(streamed, weights, host)
+            host -= sum(weights.blocks[name] for name in streamed.cpu_blocks)
         found[weights.component] = placement
         for device, size in placement.share(weights).items():
             if device in rooms:
@@ -243,21 +245,22 @@ def _dealt(ask: Ask, weights: Weights, rooms: Rooms, cpu_blocks: frozenset[str] 
         if cards is not None:
             at = {name: order[card] for name, card in zip(loose, cards, strict=True)}
             devices = {name: at.get(name, order[0]) for name in weights.blocks}
-            return Sharded(order[0], devices, ask.rest(weights.component), cpu_blocks)
+            return Sharded(order[0], devices, ask.rest(weights.component))
     return None
 
 
-def _with_hosted(ask: Ask, weights: Weights, rooms: Rooms) -> Sharded | None:
+def _with_hosted(ask: Ask, weights: Weights, rooms: Rooms) -> Streamed | None:
     """With as few blocks in host memory as fit, spread evenly between the others."""
     names = [name for name in weights.blocks if name not in ask.pinned]
     for count in range(1, len(names) + 1):
-        placement = _dealt(ask, weights, rooms, _spread(names, count))
-        if placement is not None:
-            return placement
+        cpu_blocks = _spread(names, count)
+        dealt = _dealt(ask, weights, rooms, cpu_blocks)
+        if dealt is not None:
+            return Streamed(dealt.device, dealt.devices, dealt.rest, cpu_blocks=cpu_blocks)
     return None
 
 
-def _shelved(placement: Sharded, weights: Weights, room: int) -> Sharded:
+def _shelved(placement: Streamed, weights: Weights, room: int) -> Streamed:
     """With as few of the blocks that wait on the disk as leave the others `room` bytes of host memory."""
     names = [name for name in weights.blocks if name in placement.cpu_blocks]
     for count in range(len(names) + 1):

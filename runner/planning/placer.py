@@ -22,7 +22,8 @@ from stages.models.format import choose_dtype
 from stages.models.skeleton import skeleton
 from stages.models.weights import Weights, weigh
 from stages.pipeline.stage import Inputs, Stage
-from stages.placement.placement import DISK, Place, Placement, Resident, Sharded, remainder
+from stages.placement.placement import DISK, Place, Placement, Resident
+from stages.placement.sharded import remainder
 from stages.state import State
 
 TILES = (1024, 512, 256)
@@ -143,7 +144,7 @@ class Placer:
         pinned = frozenset[str]()
         for _ in range(TRIES):
             placements, rungs = self._climbed(task, found, reserve, pinned)
-            places = task.places({name: tiled(placement, tile) for name, placement in placements.items()})
+            places = task.places({name: placement.tiled(tile) for name, placement in placements.items()})
             try:
                 found = found if places == at_best else self.rehearsed(task, places)
             except MixedDevices:
@@ -215,9 +216,7 @@ class Placer:
 def busy(places: Mapping[str, Place]) -> int:
     """How many cards take turns: those that blocks are dealt over. One where blocks are streamed to them."""
     (placement, *others) = (place.placement for place in places.values())
-    if others or not isinstance(placement, Sharded) or placement.cpu_blocks or placement.disk_blocks:
-        return 1
-    return len(set(placement.devices.values()))
+    return 1 if others else placement.concurrency
 
 
 @dataclass(frozen=True)
@@ -260,8 +259,3 @@ def branches(weights: Weights) -> list[str]:
         rows[name.rpartition(".")[0]] += size
     heaviest = rows.most_common(1)[0][0]
     return [name for name in weights.blocks if name.rpartition(".")[0] != heaviest]
-
-
-def tiled(placement: Placement, tile: int | None) -> Placement:
-    """The same placement, decoding in tiles."""
-    return replace(placement, tile=tile) if isinstance(placement, Resident) else placement

@@ -23,9 +23,7 @@ from stages.models.lora import LoraRequest, find_lora, read_loras
 from stages.models.weights import Weights
 from stages.pipeline.split import require, split
 from stages.pipeline.stage import Stage
-from stages.placement.copy_test import all_via_host
-from stages.placement.placement import Place, Resident
-from stages.placement.tensor_parallel import TensorParallel
+from stages.placement.placement import Place, through_host
 from stages.state import Value
 
 
@@ -75,12 +73,12 @@ class Plan:
     @property
     def cut(self) -> bool:
         """Whether the denoise is cut over cards, which takes a process for each."""
-        return any(isinstance(place.placement, TensorParallel) for place in self.places.values())
+        return any(place.placement.processes > 1 for place in self.places.values())
 
     @property
     def tile(self) -> int | None:
         """The pixels along a side of the tiles that pictures are decoded in; None where they are decoded whole."""
-        sides = (place.placement.tile for place in self.places.values() if isinstance(place.placement, Resident))
+        sides = (place.placement.tile for place in self.places.values())
         return next((side for side in sides if side is not None), None)
 
 
@@ -139,7 +137,7 @@ def make_plan(
     placer = Placer(there, inputs_of(most), dtype or {}, read_wishes(place, stages), allow_offload, lanes,
                     smaller(most, multiple), modulation_table, len(requests))
     placed = placer.place(stages, known)
-    places = placed.places if peer_copies else all_via_host(placed.places)
+    places = placed.places if peer_copies else through_host(placed.places)
     plan = Plan(chosen, checkpoint, tuple(requests), there, stages, places, placed.weights, placed.needs,
                 placed.rungs, placed.reasons, placed.lanes, placed.savings, placed.reads, placer)
     return fetched(plan) if weights and there.here else plan

@@ -21,7 +21,6 @@ from stages.models.safetensors_header import file_bytes
 from stages.models.skeleton import empty_model, model_class
 from stages.models.weights import compare, sources
 from stages.placement.placement import DISK, Place, Placement, device_of
-from stages.placement.tensor_parallel import TensorParallel, divided
 from stages.precompute.replay import precomputed
 
 
@@ -60,7 +59,7 @@ def passing(component: Component, placement: Placement) -> int:
 
 def _straight(component: Component, placement: Placement) -> bool:
     """Whether weights are read without the library, whose way to a card is through mapped files."""
-    return component.library == "diffusers" and not isinstance(placement, TensorParallel)
+    return component.library == "diffusers" and placement.loads_directly
 
 
 def _read(component: Component, cls: Any, place: Place) -> nn.Module:
@@ -104,9 +103,8 @@ def merge(component: Component, model: nn.Module) -> None:
 
 def _by_library(component: Component, cls: Any, place: Place) -> tuple[nn.Module, list[str]]:
     """The model as `from_pretrained` loads it, and the parameters that it did not find."""
-    cls = divided(cls, place.placement) if isinstance(place.placement, TensorParallel) else cls
     with without_bars():
-        model, info = cls.from_pretrained(
+        model, info = place.placement.model_class(cls).from_pretrained(
             component.folder, dtype=place.dtype, device_map=place.placement.device_map, use_safetensors=True,
             output_loading_info=True,
         )

@@ -17,7 +17,7 @@ from stages.loading.disk_weights import DiskWeights
 from stages.loading.load import load
 from stages.models.checkpoint import Checkpoint, Component
 from stages.pipeline.step_hook import StepCheckpoint
-from stages.placement.placement import DISK, Places, waiting
+from stages.placement.placement import DISK, Places, from_host
 from stages.state import State, Value
 
 Inputs = Mapping[str, Value]
@@ -142,7 +142,7 @@ class Loaded:
         """Take the one reference to a loaded model."""
         placement = self.places[component.name].placement
         on_disk = DISK in placement.storage_devices.values()
-        placement.attach(model, self.home, fetch=DiskWeights(component, model).fetch if on_disk else waiting)
+        placement.attach(model, self.home, fetch=DiskWeights(component, model).fetch if on_disk else from_host)
         self.pipe.update_components(**{component.name: model})
         self._models.append(weakref.ref(model))
 

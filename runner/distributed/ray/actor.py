@@ -69,7 +69,7 @@ class StageActor:
         from runner.distributed.tensor_parallel import machine_of
         from runner.engine.keys import STAGES, chain
         from stages.events import silent
-        from stages.placement.copy_test import verified
+        from stages.placement.placement import verified
 
         hush(verbose=False)
         torch.set_num_threads(document["threads"])
@@ -169,15 +169,7 @@ def alone(plan: "Plan", name: str) -> "Plan":
 
 def moved(place: "Place", names: Mapping[str, str]) -> "Place":
     """The place with its cards renamed."""
-    from stages.placement.placement import Resident, Sharded
-
-    placement = place.placement
-    if isinstance(placement, Resident):
-        return replace(place, placement=replace(placement, device=names.get(placement.device, placement.device)))
-    assert isinstance(placement, Sharded), "the only other kind that one process has"
-    devices = {block: names.get(device, device) for block, device in placement.devices.items()}
-    entry = names.get(placement.entry, placement.entry)
-    return replace(place, placement=replace(placement, entry=entry, devices=devices))
+    return replace(place, placement=place.placement.renamed(names))
 
 
 def errands(groups: Sequence[range], todo: Mapping[str, Sequence[int]]) -> list[dict[str, str]]:
