@@ -35,7 +35,7 @@ def test_a_model_on_disk_knows_nothing_of_where_it_will_be() -> None:
 
 
 def test_modular_diffusers_stands_behind_one_seam() -> None:
-    seam = {"split.py", "stage.py", "step_hook.py", "denoise.py"}
+    seam = {"split.py", "build.py", "stage.py", "step_hook.py", "denoise.py"}
     assert {path.name for path in SOURCES if any("modular_pipelines" in name for name in imported(path))} <= seam
 
 

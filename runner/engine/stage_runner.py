@@ -152,7 +152,7 @@ class StageRunner:
             self.seconds["load"] = time.perf_counter() - start
             self.emit("loaded", {"stage": self.stage.name, "seconds": self.seconds["load"]})
             cards = [name for name in self.plan.devices if name != "cpu"]
-            with self._reading_ahead(), self.halt.patiently() if loaded.divisible else nullcontext():
+            with self._reading_ahead(), self.halt.patiently() if loaded.resumable else nullcontext():
                 lanes.work(loaded, self.lanes, cards, errands, lambda lane, errand: self._run(
                     lane, errand, len(errands)), self._broken)
         for part in ("compute", "save"):
@@ -191,9 +191,9 @@ class StageRunner:
         state, inputs = self._state(errand), inputs_of(self.plan.requests[errand.index])
         keeper = StepCheckpointer(
             self.emit, errand.key, {"index": errand.position, "of": of, "request": errand.index}, self._stopping,
-            self.store if lane.divisible else None, self.step_every,
+            self.store if lane.resumable else None, self.step_every,
         )
-        midway = midway_of(self.store, errand.key) if lane.divisible else None
+        midway = midway_of(self.store, errand.key) if lane.resumable else None
         if midway is not None:
             self.emit("rejoin", {"stage": self.stage.name, "request": errand.index, "step": midway.steps})
         done = 0 if midway is None else midway.steps
@@ -201,7 +201,7 @@ class StageRunner:
             result = self._kept(lane, state, inputs, keeper, midway)
         with self._timed("save"):
             self.store.put(errand.key, self.stage.name, result, self._note())
-            if lane.divisible:
+            if lane.resumable:
                 self.store.drop(midway_key(errand.key))
 
     def _kept(
@@ -230,7 +230,7 @@ class StageRunner:
             self._state(known[index]), inputs_of(self.plan.requests[index])))
         self.seconds["table"] = 0.0
         with self._timed("table"):
-            table.open(errands[0].index)
+            table.chunk_for(errands[0].index)
         self.emit("table", {"stage": self.stage.name, "layers": len(layers), "bytes": table.bytes,
                             "seconds": self.seconds["table"]})
         return table

@@ -26,8 +26,7 @@ from stages.precompute.replay import precomputed
 
 def load(component: Component, place: Place) -> nn.Module:
     """The component's model at its place; raises ModelError unless every parameter came from the files."""
-    cls = model_class(component)
-    cls = precomputed(cls, place.precomputed) if place.precomputed else cls
+    cls = precomputed(model_class(component), place.precomputed)
     with reading_ahead(component.files):
         if _straight(component, place.placement):
             model, missing = _read(component, cls, place), list[str]()
