@@ -24,7 +24,7 @@ from runner.planning.plan import adapted
 from runner.planning.suggestions import plan_or_remedy
 from stages.errors import DoesNotFit, Fix, ModelError
 from stages.loading.load import load
-from stages.loading.lora_merge import LowRankUpdate, add, read
+from stages.loading.lora_merge import LowRankUpdate, add_updates, read_updates
 from stages.models.checkpoint import Component, find
 from stages.models.lora import Lora, LoraRequest, find_lora, read_loras
 from stages.models.skeleton import model_class, skeleton
@@ -90,7 +90,7 @@ def test_two_at_once_are_added_one_after_the_other(flux: Path, style: Path, tmp_
 def test_alphas_beside_the_matrices_count(flux: Path, tmp_path: Path) -> None:
     path = tiny.lora(tmp_path / "alphas.safetensors", flux, rank=4, alpha=2.0)
     assert gap(plan(flux, str(path)), fused(flux, {path: 1.0})) == 0
-    assert {addition.scale for addition in read(lora(path), transformer(flux)).values()} == {0.5}
+    assert {addition.scale for addition in read_updates(lora(path), transformer(flux)).values()} == {0.5}
 
 
 def lora(path: Path, scale: float = 1.0) -> Lora:
@@ -110,7 +110,7 @@ def test_a_trainers_config_counts(flux: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.safetensors"
     save_file(load_file(plain), path, metadata={"lora_adapter_metadata": json.dumps(told), "format": "pt"})
     assert gap(plan(flux, str(path)), fused(flux, {path: 1.0})) == 0
-    scales = {name: addition.scale for name, addition in read(lora(path), transformer(flux)).items()}
+    scales = {name: addition.scale for name, addition in read_updates(lora(path), transformer(flux)).items()}
     assert scales.pop("transformer_blocks.0.attn.to_q.weight") == 0.5 and set(scales.values()) == {2.0}
 
 
@@ -138,10 +138,10 @@ def test_the_names_of_other_trainers_are_known(flux: Path, tmp_path: Path) -> No
     name = "lora_unet_double_blocks_0_img_attn_proj"
     save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(2.0)},
               path)
-    ((named, addition),) = read(lora(path), transformer(flux)).items()
+    ((named, addition),) = read_updates(lora(path), transformer(flux)).items()
     assert named == f"{layer}.weight"
     merged = weight.clone()
-    add(merged, [addition])
+    add_updates(merged, [addition])
     torch.testing.assert_close(merged, weight + up @ down * (2.0 / rank))
     assert gap(plan(flux, str(path)), fused(flux, {path: 1.0})) == 0
 
@@ -224,7 +224,7 @@ def test_a_weight_is_rounded_once() -> None:
     torch.manual_seed(0)
     weight, up, down = (torch.randn(*shape).bfloat16() for shape in ((3000, 700), (3000, 8), (8, 700)))
     merged = weight.clone()
-    add(merged, [LowRankUpdate(down, up, 0.3), LowRankUpdate(down, up, -0.1)])
+    add_updates(merged, [LowRankUpdate(down, up, 0.3), LowRankUpdate(down, up, -0.1)])
     exact = weight.double() + up.double() @ down.double() * (0.3 - 0.1)
     assert merged.dtype == torch.bfloat16
     # Half of the last of its 8 bits: rounding twice would be more.

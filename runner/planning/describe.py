@@ -134,7 +134,7 @@ class Host:
 
 def hosts(plan: "Plan") -> dict[str, Host]:
     """What each stage takes of the host's memory besides its devices; nothing is besides where the host is one."""
-    from stages.loading.load import passing
+    from stages.loading.load import host_bytes_while_loading
 
     found: dict[str, Host] = {}
     if not plan.machine.cards:
@@ -144,7 +144,7 @@ def hosts(plan: "Plan") -> dict[str, Host]:
         for component in stage.components:
             placement = plan.places[component.name].placement
             held += placement.share(plan.weights[component.name]).get("cpu", 0)
-            loading = max(loading, held + passing(component, placement))
+            loading = max(loading, held + host_bytes_while_loading(component, placement))
         found[stage.name] = Host(held, loading)
     return found
 

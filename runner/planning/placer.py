@@ -16,7 +16,7 @@ from runner.planning.precompute import Saving, saving
 from stages.errors import Fix
 from stages.estimate.dry_run import Estimate, dry_run, one_thread
 from stages.estimate.memory_tracker import MixedDevices
-from stages.loading.disk_weights import reading
+from stages.loading.disk_weights import bytes_read_per_pass
 from stages.machine import Machine
 from stages.models.format import choose_dtype
 from stages.models.skeleton import skeleton
@@ -103,7 +103,8 @@ class Placer:
             raise last
         done.places |= places
         done.weights |= weights
-        done.reads[stage.name] = sum(reading(component, places[component.name]) for component in stage.components)
+        done.reads[stage.name] = sum(
+            bytes_read_per_pass(component, places[component.name]) for component in stage.components)
         done.needs[stage.name] = task.needs(places, found)
         tiles = rungs if tile is None else (Strategy(f"tiles of {tile} pixels"),)
         done.rungs[stage.name] = (*refused, *tiles)

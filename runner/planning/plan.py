@@ -159,10 +159,10 @@ def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Path | LoraRequest]) 
     loras = [find_lora(each, checkpoint.pipeline) for each in read_loras(wanted)]
     if twice := [lora.source for lora in loras if loras.count(lora) > 1]:
         raise ValueError(f"--lora {twice[0]} is named twice -> name it once, with the sum of its scales")
-    with_them = checkpoint.adapted({lora: lora_merge.reaches(lora, checkpoint) for lora in loras})
+    with_them = checkpoint.adapted({lora: lora_merge.components_reached(lora, checkpoint) for lora in loras})
     for component in with_them.components.values():
         if component.loras:
-            lora_merge.check(component)
+            lora_merge.check_loras(component)
     return with_them
 
 

@@ -183,14 +183,14 @@ def _refuse_code(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix == ".py" or path.name == "adapter_config.json":
             raise ModelError(f"{path} is refused: custom code and adapters are not run; use a model of the libraries' "
-                            f"own classes")
+                             f"own classes")
         if path.suffix not in SMALL:
             continue
         size_of(path)
         table = read_json(path) if path.name.endswith("config.json") else {}
         if key := next((key for key in ("auto_map", "transformers_weights") if table.get(key)), None):
             raise ModelError(f"{path} is refused for its {key}: custom code and foreign files are not read; use a "
-                            f"model of the libraries' own classes")
+                             f"model of the libraries' own classes")
 
 
 def _check_small(folder: Path, class_name: str) -> None:

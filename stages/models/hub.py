@@ -168,7 +168,7 @@ def refuse_offline(model: str, revision: str | None, missing: Incomplete) -> Non
     """Raises ModelError about a half cached model when HF_HUB_OFFLINE forbids to fetch the rest."""
     if settings.HF_HUB_OFFLINE:
         raise ModelError(f"{model} is in the cache only in part ({missing}), and HF_HUB_OFFLINE is set; "
-                        f"{_download_advice(model, revision)}") from missing
+                         f"{_download_advice(model, revision)}") from missing
 
 
 @contextmanager
@@ -182,10 +182,10 @@ def _explained(model: str, revision: str | None, file: str | None = None) -> Ite
         raise ModelError(_gated(model)) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{model} has no revision {revision}; choose one of "
-                        f"https://huggingface.co/{model}/commits/main, or leave `revision` out") from error
+                         f"https://huggingface.co/{model}/commits/main, or leave `revision` out") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(f"the hub knows no model {model}{_nearest(model)}, or it is private: check the spelling at "
-                        f"https://huggingface.co/{model}, and for a private model: {_token()}") from error
+                         f"https://huggingface.co/{model}, and for a private model: {_token()}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         why = "HF_HUB_OFFLINE is set" if settings.HF_HUB_OFFLINE else f"{settings.ENDPOINT} cannot be reached"
         if isinstance(error.__cause__, errors.HfHubHTTPError):
@@ -197,7 +197,7 @@ def _explained(model: str, revision: str | None, file: str | None = None) -> Ite
         raise ModelError(_answered(model, error.response.status_code)) from error
     except errors.HTTPError as error:  # the HTTP library's own, which differs between versions of the hub's
         raise ModelError(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
-                        f"again: what has arrived is kept") from error
+                         f"again: what has arrived is kept") from error
 
 
 def _answered(model: str, status: int) -> str:

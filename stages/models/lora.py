@@ -87,7 +87,7 @@ def check_same(lora: Lora) -> None:
     """Raise ModelError where the file is another than when it was found: what is made goes by the hash of that one."""
     if not lora.path.exists() or _digest_of(lora.path) != lora.digest:
         raise ModelError(f"{lora.source} was changed or taken away since the run was planned -> run the same command "
-                        f"again once it stays as it is")
+                         f"again once it stays as it is")
 
 
 def _digest_of(path: Path) -> str:
@@ -114,7 +114,7 @@ def _path(source: str) -> Path:
     repo, name = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
     if not hub.is_id(repo) or source.startswith((".", "~")) or (source.endswith(SUFFIX) and not name):
         raise ModelError(f"no LoRA at {source} -> give a {SUFFIX} file, a folder with one, or one of the hub such as "
-                        f"user/repo or user/repo/file{SUFFIX}")
+                         f"user/repo or user/repo/file{SUFFIX}")
     if name:
         _check_suffix(source)
     return hub.fetch_file(repo, name or _only(source, hub.list_files(repo)))
@@ -145,5 +145,5 @@ def _only(source: str, names: Iterable[str]) -> str:
     if len(there) != 1:
         what = f"{len(there)} safetensors files: {', '.join(there[:5])}" if there else "no safetensors file"
         raise ModelError(f"{source} has {what} -> name the one to use, such as {source}/"
-                        f"{there[0] if there else 'file.safetensors'}")
+                         f"{there[0] if there else 'file.safetensors'}")
     return there[0]

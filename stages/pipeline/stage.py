@@ -13,7 +13,7 @@ from torch import nn
 
 from stages.errors import BadResult
 from stages.events import Emit, silent
-from stages.loading.disk_weights import DiskWeights
+from stages.loading.disk_weights import from_disk
 from stages.loading.load import load
 from stages.models.checkpoint import Checkpoint, Component
 from stages.pipeline.build import build_pipeline
@@ -135,7 +135,7 @@ class Loading:
                             "bytes": sum(file.stat().st_size for file in component.files)})
         model = load(component, place)
         on_disk = DISK in place.placement.storage_devices.values()
-        place.placement.attach(model, self._home, fetch=DiskWeights(component, model).fetch if on_disk else from_host)
+        place.placement.attach(model, self._home, fetch=from_disk(component, model) if on_disk else from_host)
         return model
 
 

@@ -90,12 +90,12 @@ def part_of(component: Component, dtype: torch.dtype, precomputed: Collection[st
     plan = getattr(model, "_tp_plan", None)
     if not plan:
         raise DoesNotFit(f"{component.name} cannot be cut over cards: diffusers {diffusers.__version__} has no tensor "
-                        f"parallel plan for {component.class_name} -> `place=denoise=sharded`")
+                         f"parallel plan for {component.class_name} -> `place=denoise=sharded`")
     heads = int(model.config.num_attention_heads)
     if heads % count:
         fitting = ", ".join(str(part) for part in range(2, heads + 1) if heads % part == 0)
         raise DoesNotFit(f"{component.name} has {heads} attention heads, which {count} cards cannot share evenly "
-                        f"-> `place=denoise=tensor_parallel:N` with N of {fitting or 'none'}")
+                         f"-> `place=denoise=tensor_parallel:N` with N of {fitting or 'none'}")
     try:
         specs = tensor_parallel.resolve_tp_shard_specs(model, plan, count)
     except ValueError as error:

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from stages.errors import NotPrecomputable
-from stages.loading.lora_merge import LoraMerger
+from stages.loading.disk_weights import DiskWeights
 from stages.models.checkpoint import Component
-from stages.models.safetensors_header import read_header
 from stages.models.skeleton import skeleton
 from stages.pipeline.stage import Inputs, Loaded, Stage
 from stages.placement.placement import Place, Places, device_of
@@ -215,7 +213,7 @@ def compute_rows(
     entry, transfer = place.placement.entry, place.placement.transfer
     values = [{number: tensor.to(entry) for (_, number), tensor in zip(program.reads, call.given, strict=True)}
               for call in calls.values()]
-    reader = WeightReader(component, place)
+    reader = _StepReader(component, place)
     with torch.no_grad():
         for step, done in zip(program.steps, program.last_uses(), strict=True):
             weights, device = reader.read(step)
@@ -229,25 +227,21 @@ def compute_rows(
     return rows
 
 
-class WeightReader:
-    """Reads single weights of a component from its files, as loading it would."""
+class _StepReader:
+    """Reads the weights of single steps from a component's files."""
 
     def __init__(self, component: Component, place: Place) -> None:
-        self._files = {name: path for path in component.files for name in read_header(path)}
-        self._types = {name: weight.dtype for name, weight in skeleton(component, place.dtype).named_parameters()}
-        self._place, self._merger = place, LoraMerger(component)
+        model = skeleton(component, place.dtype)
+        self._disk = DiskWeights(component, model)
+        self._types = {name: weight.dtype for name, weight in model.named_parameters()}
+        self._devices = place.placement.compute_devices
 
     def read(self, step: Step) -> tuple[dict[str, torch.Tensor], str | None]:
         """The weights that a step needs, and the device that it computes on if it is a layer."""
-        placement = self._place.placement
-        device = None if step.layer is None else device_of(step.layer, placement.compute_devices)
-        weights = {}
+        device = None if step.layer is None else device_of(step.layer, self._devices)
         for name in step.weights():
-            if name not in self._files:
+            if name not in self._disk:
                 raise NotPrecomputable(f"{name} is not in the files under this name: run with "
                                        f"`modulation_table=False`")
-            with safe_open(self._files[name], "pt") as file:
-                stored = file.get_tensor(name)
-            weight = stored.to(self._types[name]).to(device or device_of(name, placement.compute_devices))
-            weights[name] = self._merger.merged(name, weight)
-        return weights, device
+        return {name: self._disk.read(name, self._types[name], device or device_of(name, self._devices))
+                for name in step.weights()}, device
