@@ -85,7 +85,7 @@ def produce(asked: Order, said: Any) -> int:
         complain(f"{line}" for line in asked.refused)
         if not said.quiet and (said.verbose or job.machine.cards):
             say(sys.stderr, describe.lines(job))
-        if job.checkpoint.absent:
+        if job.checkpoint.bytes_to_download:
             with timed(seconds, "download"):
                 job = fetched(job)
         results = Results(asked, said, sys.stdout)

@@ -116,8 +116,9 @@ def run_all(
     """
     if not plan.machine.here:
         raise ValueError("this is a plan for cards that are not here: plan without machine= to run")
-    if plan.checkpoint.absent:
-        raise ValueError(f"{plan.checkpoint.absent} bytes of weights are not here: plan with weights=True to run")
+    if plan.checkpoint.bytes_to_download:
+        raise ValueError(f"{plan.checkpoint.bytes_to_download} bytes of weights are not here: plan with weights=True "
+                         f"to run")
     if company is None:
         check_whole(plan)
     seen = Recorder(emit, plan.devices, often=sample_memory)

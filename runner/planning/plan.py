@@ -145,12 +145,12 @@ def make_plan(
 
 def fetched(plan: Plan) -> Plan:
     """The same plan with the model's weights on this machine: downloaded, where they are not; ModelError if not."""
-    if not plan.checkpoint.absent:
+    if not plan.checkpoint.bytes_to_download:
         return plan
     # Of the commit that was planned for, whatever has become of its branch.
     checkpoint = find(plan.checkpoint.source, revision=plan.checkpoint.path.name)
     if plan.checkpoint.loras:
-        checkpoint = checkpoint.adapted(plan.checkpoint.loras)
+        checkpoint = checkpoint.with_loras(plan.checkpoint.loras)
     return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, inputs_of(largest(plan.requests))))
 
 
@@ -159,7 +159,7 @@ def adapted(checkpoint: Checkpoint, wanted: Sequence[str | Path | LoraRequest]) 
     loras = [find_lora(each, checkpoint.pipeline) for each in read_loras(wanted)]
     if twice := [lora.source for lora in loras if loras.count(lora) > 1]:
         raise ValueError(f"--lora {twice[0]} is named twice -> name it once, with the sum of its scales")
-    with_them = checkpoint.adapted({lora: lora_merge.components_reached(lora, checkpoint) for lora in loras})
+    with_them = checkpoint.with_loras({lora: lora_merge.components_reached(lora, checkpoint) for lora in loras})
     for component in with_them.components.values():
         if component.loras:
             lora_merge.check_loras(component)

@@ -26,7 +26,7 @@ from torch import nn
 
 from stages.errors import ModelError
 from stages.models.checkpoint import Checkpoint, Component
-from stages.models.lora import Lora, check_same
+from stages.models.lora import Lora, check_unchanged
 from stages.models.skeleton import skeleton
 
 # Elements of a weight that are added to at once: merging takes three times their bytes in float32 on its device.
@@ -230,7 +230,7 @@ def _pipeline(lora: Lora) -> Any:
 
 def _converted(lora: Lora) -> _Converted:
     """The file as diffusers reads it; ModelError for one that it cannot read, or reads in part."""
-    check_same(lora)
+    check_unchanged(lora)
     reader = _pipeline(lora).lora_state_dict
     wants = {"return_alphas": True} if "return_alphas" in inspect.signature(reader).parameters else {}
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from stages.errors import InvalidInput, ModelError
 from stages.families import FAMILIES, Family
 from stages.models import hub, remote_headers
-from stages.models.files import HEADER_ONLY, SMALL, Incomplete, head, read_json, size_of, weight_files
+from stages.models.files import HEADER_ONLY, SMALL_FILES, Incomplete, head, read_json, size_of, weight_files
 from stages.models.format import refuse_quantized
 from stages.models.index import INDEX, MODULAR, Index, read_index
 from stages.models.lora import Lora
@@ -44,7 +44,7 @@ class Component:
         return sum(map(file_bytes, self.files))
 
     @property
-    def absent(self) -> int:
+    def bytes_to_download(self) -> int:
         """Bytes of the safetensors files that are not here."""
         return sum(file_bytes(path) for path in self.files if path.suffix == HEADER_ONLY)
 
@@ -67,11 +67,11 @@ class Checkpoint:
     """What is merged into it, with the names of the components that each LoRA adds to."""
 
     @property
-    def absent(self) -> int:
+    def bytes_to_download(self) -> int:
         """Bytes of the weights that are not here: to be downloaded before anything is loaded."""
-        return sum(component.absent for component in self.components.values())
+        return sum(component.bytes_to_download for component in self.components.values())
 
-    def adapted(self, loras: Mapping[Lora, Collection[str]]) -> "Checkpoint":
+    def with_loras(self, loras: Mapping[Lora, Collection[str]]) -> "Checkpoint":
         """The same checkpoint with LoRAs, each for the components that it adds to."""
         components = {
             name: replace(component, loras=tuple(lora for lora, names in loras.items() if name in names))
@@ -97,7 +97,7 @@ def find(
         raise InvalidInput(f"`revision={revision}` is for models of the hub, but {model} is a folder; leave it out")
     if not folder.is_dir():
         raise hub.no_folder_error(str(model), folder)
-    return _survey(folder.resolve(), str(model), None, components)
+    return _checked(folder.resolve(), str(model), None, components)
 
 
 def check_family(checkpoint: Checkpoint, *, family: Family) -> None:
@@ -112,7 +112,7 @@ def check_family(checkpoint: Checkpoint, *, family: Family) -> None:
     )
 
 
-def weightless(class_name: str) -> bool:
+def _weightless(class_name: str) -> bool:
     """Whether a class of the index is a tokenizer, a processor or a scheduler: something without weights."""
     return _WEIGHTLESS.search(class_name) is not None
 
@@ -124,14 +124,14 @@ def _find_on_hub(
     if cached is not None:
         headers = None if weights else remote_headers.header_folder(model, cached.name)
         try:
-            return _survey(cached, model, f"{model}@{cached.name}", components, headers)
+            return _checked(cached, model, f"{model}@{cached.name}", components, headers)
         except Incomplete as missing:
             hub.refuse_offline(model, revision, missing)
     root = hub.fetch_index(model, revision)
     index = read_index(root, model)
     names = _chosen(index, model, components)
     classes = {name: index.part(name) for name in names}
-    libraries = {name: library for name, (library, class_name) in classes.items() if not weightless(class_name)}
+    libraries = {name: library for name, (library, class_name) in classes.items() if not _weightless(class_name)}
     sizes = hub.fetch_small(model, root, names, libraries)
     for name in names:
         _refuse_code(root / name)
@@ -140,10 +140,10 @@ def _find_on_hub(
     else:
         hub.fetch_headers(model, root, libraries, sizes)
     headers = None if weights else remote_headers.header_folder(model, root.name)
-    return _survey(root, model, f"{model}@{root.name}", components, headers)
+    return _checked(root, model, f"{model}@{root.name}", components, headers)
 
 
-def _survey(
+def _checked(
     root: Path, source: str, identity: str | None, names: Collection[str] | None, headers: Path | None = None
 ) -> Checkpoint:
     """The checked folder; weights that are not there are represented by what is in the folder `headers`."""
@@ -168,7 +168,7 @@ def _component(root: Path, name: str, index: Index, headers: Path | None) -> Com
         raise Incomplete(f"{folder} is missing: the index names component {name}, the folder has {there or 'none'}; "
                          f"fetch it: {hub.download_line(root, (name,))}")
     _refuse_code(folder)
-    if weightless(class_name):
+    if _weightless(class_name):
         _check_small(folder, class_name)
         return Component(name, library, class_name, folder, ())
     refuse_quantized(read_json(folder / "config.json"), folder)
@@ -184,7 +184,7 @@ def _refuse_code(folder: Path) -> None:
         if path.suffix == ".py" or path.name == "adapter_config.json":
             raise ModelError(f"{path} is refused: custom code and adapters are not run; use a model of the libraries' "
                              f"own classes")
-        if path.suffix not in SMALL:
+        if path.suffix not in SMALL_FILES:
             continue
         size_of(path)
         table = read_json(path) if path.name.endswith("config.json") else {}
@@ -227,5 +227,5 @@ def _files(root: Path, index: Index) -> Iterator[Path]:
     yield from (path for path in (root / INDEX, root / MODULAR) if path.is_file())
     for name in sorted(index.parts):
         for path in sorted((root / name).glob("*")):
-            if path.is_file() and path.suffix in (*SMALL, ".safetensors"):
+            if path.is_file() and path.suffix in (*SMALL_FILES, ".safetensors"):
                 yield path

@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 from stages.errors import ModelError
 from stages.strict_json import strict_json
 
-SMALL = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken")
+# The suffixes of all but weights.
+SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken")
 LARGEST_JSON = 100 * 2**20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Behind the name of a file that holds the header alone, in place of weights that are not here.

@@ -12,7 +12,7 @@ import huggingface_hub.constants as settings
 
 from stages.errors import ModelError
 from stages.models import remote_headers
-from stages.models.files import SMALL, Incomplete, hub_id, opened_first, weight_files
+from stages.models.files import SMALL_FILES, Incomplete, hub_id, opened_first, weight_files
 from stages.models.index import INDEX, MODULAR
 
 # Bytes of the files that a run needs, to tell what a download takes where the hub cannot be asked.
@@ -46,7 +46,7 @@ def cached(model: str, revision: str | None) -> Path | None:
 
 
 def fetch_index(model: str, revision: str | None) -> Path:
-    """Downloads the index alone, which shows that the model is there and open to us; its snapshot folder."""
+    """The model's snapshot folder, with its index downloaded: so the model is there, and open to us."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -75,7 +75,7 @@ def fetch_small(model: str, root: Path, names: Collection[str], libraries: Mappi
         files = _inside(model, name, sizes)
         if name in libraries:
             opened_first(Path(model, name), libraries[name], files)
-        small += [f"{name}/{file}" for file in files if file.endswith(SMALL)]
+        small += [f"{name}/{file}" for file in files if file.endswith(SMALL_FILES)]
     _fetch(model, root, small)
     return sizes
 

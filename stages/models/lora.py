@@ -83,7 +83,7 @@ def find_lora(request: LoraRequest, pipeline: str) -> Lora:
     return Lora(path, digest, float(request.scale), request.source, pipeline)
 
 
-def check_same(lora: Lora) -> None:
+def check_unchanged(lora: Lora) -> None:
     """Raise ModelError where the file is another than when it was found: what is made goes by the hash of that one."""
     if not lora.path.exists() or _digest_of(lora.path) != lora.digest:
         raise ModelError(f"{lora.source} was changed or taken away since the run was planned -> run the same command "

@@ -6,7 +6,7 @@ Other ways have a file each: over several devices (`sharded`), with blocks that 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -28,8 +28,12 @@ def from_host(name: str, data: torch.Tensor) -> torch.Tensor:
     return data
 
 
+@dataclass(frozen=True, repr=False)
 class Placement(ABC):
-    """A way to place a component. What is not abstract is right for a component of one process on one device."""
+    """A way to place a component. What is not abstract is right for one process with one device."""
+
+    via_host: bool = field(default=False, kw_only=True)
+    """Whether what crosses from card to card goes through host memory."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
@@ -85,11 +89,11 @@ class Placement(ABC):
     @property
     def transfer(self) -> Transfer:
         """How tensors get from device to device."""
-        return direct
+        return via_host if self.via_host else direct
 
     def through_host(self) -> "Placement":
         """The same placement, with what crosses between cards going through host memory."""
-        return self
+        return replace(self, via_host=True)
 
     @property
     def tile(self) -> int | None:
@@ -123,8 +127,6 @@ class Resident(Placement):
     """The device."""
     tile: int | None = None
     """The pixels along a side of the tiles that a VAE works in; None where it takes pictures whole."""
-    via_host: bool = False
-    """Whether what crosses from card to card goes through host memory."""
 
     def __str__(self) -> str:
         return self.device if self.tile is None else f"{self.device} in tiles of {self.tile} pixels"
@@ -148,13 +150,6 @@ class Resident(Placement):
 
     def renamed(self, names: Mapping[str, str]) -> "Resident":
         return replace(self, device=names.get(self.device, self.device))
-
-    @property
-    def transfer(self) -> Transfer:
-        return via_host if self.via_host else direct
-
-    def through_host(self) -> "Resident":
-        return replace(self, via_host=True)
 
     def tiled(self, side: int | None) -> "Resident":
         return replace(self, tile=side)

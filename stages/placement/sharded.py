@@ -10,7 +10,7 @@ from torch import nn
 
 from stages.models.weights import Weights
 from stages.placement.placement import DISK, Fetch, Placement, device_of, from_host
-from stages.placement.transfers import Crossing, Transfer, direct, via_host
+from stages.placement.transfers import Crossing, Transfer
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,8 +23,6 @@ class Sharded(Placement):
     """The device of every block, by module name in execution order."""
     rest: tuple[str, ...] = ()
     """The names that cover all that is in no block, as `remainder` gives them."""
-    via_host: bool = False
-    """Whether what crosses from card to card goes through host memory."""
 
     def __str__(self) -> str:
         return ",".join(f"{device}:{len(list(run))}" for device, run in groupby(self.devices.values()))
@@ -65,13 +63,6 @@ class Sharded(Placement):
     def renamed(self, names: Mapping[str, str]) -> "Sharded":
         devices = {block: names.get(device, device) for block, device in self.devices.items()}
         return replace(self, device=names.get(self.device, self.device), devices=devices)
-
-    @property
-    def transfer(self) -> Transfer:
-        return via_host if self.via_host else direct
-
-    def through_host(self) -> "Sharded":
-        return replace(self, via_host=True)
 
     @property
     def concurrency(self) -> int:
