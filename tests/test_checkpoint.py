@@ -15,7 +15,7 @@ from stages.errors import ModelError
 from stages.families import FAMILIES
 from stages.models.checkpoint import Checkpoint, check_family, find
 from stages.models.files import Incomplete
-from stages.models.safetensors_header import read_header
+from stages.models.safetensors_header import parse_header, read_header
 from tests.sparse import hollow
 from tests.tiny import flux as make_flux
 
@@ -193,6 +193,18 @@ def test_header_with_gaps_or_overlaps(tmp_path: Path, offsets: tuple[tuple[int, 
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(offsets[-1][1]))
     with pytest.raises(ModelError, match="overlap or leave a gap"):
         read_header(path)
+
+
+@pytest.mark.parametrize(("text", "wrong"), [
+    (b' {"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}', "does not start with a brace"),
+    (b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2], "more": 1}}', "describes tensor 'a' wrongly"),
+    (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, '
+     b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [1, 5]}}', "describes tensor 'b' wrongly"),
+])
+def test_an_exact_header_has_nothing_that_the_format_merely_allows(text: bytes, wrong: str) -> None:
+    assert parse_header(text).tensors["a"].start == 8 + len(text)
+    with pytest.raises(ValueError, match=wrong):
+        parse_header(text, exact=True)
 
 
 def test_header_with_a_key_twice(tmp_path: Path) -> None:

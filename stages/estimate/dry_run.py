@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply
 from torch import nn
+from transformers import BatchEncoding
 
 from stages.estimate.block_memo import BlockMemo, Costs
-from stages.estimate.fake_tokenizer import FakeTokenizer
 from stages.estimate.memory_tracker import FusedAttention, MemoryTracker
 from stages.models.checkpoint import Component
 from stages.models.skeleton import copy_skeleton, skeleton
@@ -63,7 +63,6 @@ def dry_run(
         tracker.hold(received, home, received.untyped_storage().nbytes())
         return received
 
-    # A tokenizer that cannot be loaded here is stood in for: only the number of tokens matters.
     loaded = Loaded(stage, stage.pipeline(models, FakeTokenizer), receive)
     with tracker, FusedAttention(tracker), torch.no_grad():
         after = loaded.run(state, inputs)
@@ -156,3 +155,33 @@ class _Entrances:
         # For this moment both stand for one tensor.
         self._tracker.hold(numbers, self._tracker.device_of(tensor), tensor.nbytes, peak=False)
         return numbers
+
+
+class FakeTokenizer:
+    """In place of a tokenizer that cannot be loaded here, as only the number of tokens matters.
+
+    It answers as tokenizers and processors do, with as many tokens as there is room for, none of them padding.
+    """
+
+    model_max_length = 77
+
+    def __call__(self, text: Any = None, max_length: int | None = None, **options: Any) -> BatchEncoding:
+        rows, length = 1 if isinstance(text, str) else len(text), max_length or self.model_max_length
+        ones = torch.ones((rows, length), dtype=torch.int64)
+        return BatchEncoding({"input_ids": ones, "attention_mask": ones.clone()})
+
+    def apply_chat_template(self, messages: Any, tokenize: bool = True, **options: Any) -> Any:
+        """The messages as tokens, or as they are."""
+        return self(messages, **options) if tokenize else str(messages)
+
+    def num_special_tokens_to_add(self) -> int:
+        """None."""
+        return 0
+
+    def decode(self, tokens: torch.Tensor) -> str:
+        """No text."""
+        return ""
+
+    def batch_decode(self, tokens: torch.Tensor, **options: Any) -> list[str]:
+        """No text for each row."""
+        return [""] * len(tokens)

@@ -63,7 +63,7 @@ def read_loras(loras: Iterable[str | Path | LoraRequest]) -> tuple[LoraRequest, 
     What follows the last `=` is the scale if it is a number, and part of the name if not.
     """
     if isinstance(loras, str | Path):
-        raise InvalidInput(f"loras is {str(loras)!r}, which is one -> loras=[{str(loras)!r}]")
+        raise InvalidInput(f"`loras` is {str(loras)!r}, which is one -> loras=[{str(loras)!r}]")
     return tuple(lora if isinstance(lora, LoraRequest) else _request(str(lora)) for lora in loras)
 
 

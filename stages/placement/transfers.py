@@ -19,6 +19,8 @@ from torch import nn
 
 from stages.placement import device_turns
 
+# Bytes of the pattern that shows whether copies arrive.
+PATTERN_BYTES = 2**20
 # Gives the tensor on a device.
 Transfer = Callable[[torch.Tensor, str], torch.Tensor]
 
@@ -75,10 +77,6 @@ class Crossing:
         return copy
 
 
-# Bytes of the pattern that shows whether copies arrive.
-SIZE = 2**20
-
-
 def corrupted_pairs(devices: Collection[str]) -> list[tuple[str, str]]:
     """The pairs of cards, as (from, to), between which a patterned mebibyte does not arrive as it was sent."""
     return [pair for pair in permutations(devices, 2) if not _arrives(*pair)]
@@ -90,6 +88,6 @@ def _arrives(source: str, target: str) -> bool:
 
 
 def _patterns() -> Iterator[torch.Tensor]:
-    counted = torch.arange(SIZE, dtype=torch.int64)
+    counted = torch.arange(PATTERN_BYTES, dtype=torch.int64)
     for odd in (2654435761, 40503):
         yield (counted * odd >> 7).remainder(251).to(torch.uint8)
