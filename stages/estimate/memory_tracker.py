@@ -32,15 +32,23 @@ class MixedDevices(DoesNotFit):
 
 
 class MemoryTracker(TorchDispatchMode):
-    """While entered: bytes `now` and at the `peak` by device, and floating point operations, of what runs."""
+    """While entered: the bytes and the operations of what runs."""
+
+    home: str
+    """The device of what is made of nothing."""
+    scratch: Mapping[str, float]
+    """What a convolution takes on a device besides its operands, as a factor of their bytes."""
+    now: Counter[str]
+    """Bytes on each device."""
+    peak: Counter[str]
+    """The most bytes so far on each device."""
+    flops: int
+    """Floating point operations so far."""
 
     def __init__(self, home: str, scratch: Mapping[str, float]) -> None:
-        """What is made of nothing is on the device `home`; `scratch` is what a convolution takes on a device besides
-        its operands, as a factor of their bytes."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.home, self.flops = home, 0
-        self.now, self.peak = Counter[str](), Counter[str]()
-        self.scratch = scratch
+        self.home, self.scratch = home, scratch
+        self.now, self.peak, self.flops = Counter(), Counter(), 0
         self._held: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
         # Drawn apart, so that nobody else's random numbers change.
         self._numbers = torch.rand(2**16, generator=torch.Generator().manual_seed(0))

@@ -58,13 +58,11 @@ def require(modules: Iterable[str]) -> None:
 
 
 def _blocks(checkpoint: Checkpoint) -> ModularPipelineBlocks:
+    blocks, cause = None, None
     try:
         blocks = _pipeline(checkpoint).blocks
     except (ValueError, AttributeError, KeyError) as error:
-        blocks = None
-        cause: Exception | None = error
-    else:
-        cause = None
+        cause = error
     if blocks is None or "denoise" not in blocks.sub_blocks:
         raise ModelError(
             f"diffusers {diffusers.__version__} has no modular blocks for {checkpoint.pipeline}, so it cannot be "
