@@ -24,8 +24,8 @@ def accelerated(job: "Plan") -> "Plan":
     """The plan with the transformer split by accelerate, half of it on each card."""
     from accelerate import dispatch_model, infer_auto_device_map
 
-    from stages.models.weights import new_skeleton
-    from stages.placement.placement import Sharded
+    from stages.models.skeleton import new_skeleton
+    from stages.placement.sharded import Sharded
 
     class Accelerated(Sharded):
         def attach(self, model: Any, *given: Any, **more: Any) -> None:

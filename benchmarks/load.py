@@ -27,7 +27,7 @@ from runner.engine.memory import Meter
 from stages.loading.pinned_copy import READERS, PendingTensor, copy_to_devices
 from stages.loading.readahead import reading_ahead
 from stages.models.safetensors_header import read_header
-from stages.models.weights import Stored
+from stages.models.weights import StoredTensor
 
 PIECE = 8 * 2**20
 HEAD = ["", "cold s", "cold / dd", "hot s", "hot / into memory", "prefetched s", "prefetched / into memory"]
@@ -74,7 +74,7 @@ def filled(file: Path, start: int, memory: torch.Tensor) -> None:
 @contextmanager
 def to_card(files: Sequence[Path], device: str) -> Iterator[list[PendingTensor]]:
     """The bytes of every tensor sent to a card as ours sends them, with no model made."""
-    sent = [PendingTensor(Stored(file, name, entry), torch.uint8,
+    sent = [PendingTensor(StoredTensor(file, name, entry), torch.uint8,
                           torch.empty(entry.bytes, dtype=torch.uint8, device=device))
             for file in files for name, entry in read_header(file).items()]
     copy_to_devices(sent)

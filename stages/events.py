@@ -1,4 +1,4 @@
-"""What happens, told through one callable."""
+"""How a run tells what happens in it: one callable, which is handed a kind of event and its data."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,4 +6,4 @@ Emit = Callable[[str, Mapping[str, object]], None]
 
 
 def silent(kind: str, data: Mapping[str, object]) -> None:
-    """An `Emit` for those who do not listen."""
+    """An `Emit` that tells nobody."""

@@ -5,26 +5,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """What a family is run with unless the user says otherwise.
-
-    `guidance` is None where the model takes no guidance; `text_tokens` is the longest prompt in tokens, and
-    `most_tokens` the most that may be asked for; `size` is (width, height) in pixels; `patch` is what the transformer
-    packs of the latents along an edge; `negative` says whether the model reads a negative prompt. `requires` names
-    modules that upstream imports only when they are installed but calls all the same, so they are checked before
-    anything is downloaded.
-    """
+    """A family of models, and what it is run with unless the user says otherwise."""
 
     name: str
+    """Its name on the command line."""
     repo: str
+    """The hub id of its model."""
     pipeline: str
+    """The pipeline class that its models name."""
     steps: int
+    """Denoise steps."""
     guidance: float | None
+    """The guidance scale; None where the model takes none."""
     text_tokens: int
+    """The longest prompt, in tokens."""
     size: tuple[int, int]
+    """Width and height of the picture, in pixels."""
     requires: tuple[str, ...] = ()
+    """Modules that upstream imports only when they are installed but calls all the same.
+
+    They are checked before anything is downloaded.
+    """
     patch: int = 2
+    """How many latents along an edge the transformer packs into one token."""
     most_tokens: int = 512
+    """The most tokens that may be asked for."""
     negative: bool = False
+    """Whether the model reads a negative prompt."""
 
 
 MEGAPIXEL = (1024, 1024)

@@ -1,4 +1,4 @@
-"""What hardware there is: the only file that asks.
+"""What hardware there is, and whether it computes: the only file that asks.
 
 Everything else goes through `torch.accelerator` and device strings, so that it runs on CUDA, on XPU and on the
 simulated accelerator of the tests alike.
@@ -9,32 +9,39 @@ import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from stages.cgroups import limits
+from stages.errors import InvalidInput
+from stages.host_memory import host_memory
 
 MIB = 2**20
 # What a kind of device needs besides tensors: workspaces of its libraries, and what its allocator cannot use up.
 _SPARE = {"cuda": 512 * MIB, "xpu": 512 * MIB, "cpu": 256 * MIB}
 # A convolution may turn its operands into another layout, in as many bytes again as they have.
 _SCRATCH = {"cuda": 1.0, "xpu": 1.0, "cpu": 1.0}
+# Rows and columns of the matrix that shows whether a card computes.
+SIDE = 64
+OTHER_TORCH = ("install a torch with kernels for it: its builds for CUDA 12.6 still have the old ones (on Kaggle "
+               "choose the accelerator GPU T4 x2)")
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device: its name as torch has it ("cuda:0", "cpu"), bytes in all and free, and whether it has bfloat16.
-
-    Of the free bytes `spare` are left to the runtime; `limit` is what the user allows at most.
-    """
+    """One device: an accelerator card, or the host's processor with the host's memory."""
 
     name: str
+    """As torch names it, such as `cuda:0` or `cpu`."""
     total: int
+    """Bytes of its memory."""
     free: int
+    """Bytes of it that nobody uses."""
     bfloat16: bool
+    """Whether it computes in bfloat16 by itself."""
     label: str = ""
+    """What its maker calls it."""
     limit: int | None = None
+    """The most bytes of it that the user allows; None for all."""
 
     @property
     def is_host(self) -> bool:
@@ -43,7 +50,7 @@ class Device:
 
     @property
     def spare(self) -> int:
-        """Bytes left to the runtime: what it takes besides tensors."""
+        """Bytes of the free ones that are left to the runtime, for what it takes besides tensors."""
         return _SPARE.get(self.name.partition(":")[0], 0)
 
     @property
@@ -60,17 +67,18 @@ class Device:
 
 @dataclass(frozen=True)
 class Machine:
-    """The devices in the order of use, and the host's memory in bytes under the container's limit.
-
-    A machine that is not `here` can be planned for, and nothing else; `host_limit` is what the user allows at most
-    to wait in host memory.
-    """
+    """The devices of a run, and the host's memory beside them."""
 
     devices: tuple[Device, ...]
+    """In the order of use."""
     host_total: int
+    """Bytes of host memory, under the container's limit."""
     host_free: int
+    """Bytes of it that nobody uses."""
     here: bool = True
+    """Whether this is the machine that the process runs on; another one can be planned for, and nothing else."""
     host_limit: int | None = None
+    """The most bytes that the user allows to wait in host memory; None for all."""
 
     def __getitem__(self, name: str) -> Device:
         return next(device for device in self.devices if device.name == name)
@@ -105,7 +113,7 @@ class Machine:
 def probe(names: Sequence[str] = ()) -> Machine:
     """The machine, or the part of it that `names` selects, in that order; the CPU where there is no accelerator.
 
-    Raises ValueError for a device that is not there.
+    Raises InvalidInput for a device that is not there.
     """
     total, free = host_memory()
     known = {f"{kind}:{index}": index for kind, index in _accelerators()}
@@ -113,9 +121,9 @@ def probe(names: Sequence[str] = ()) -> Machine:
     for name in chosen:
         if name != "cpu" and name not in known:
             there = ", ".join((*known, "cpu"))
-            raise ValueError(f"there is no device {name!r} here: choose from {there}")
+            raise InvalidInput(f"there is no device {name!r} here: choose from {there}")
     if len(set(chosen)) != len(chosen):
-        raise ValueError(f"a device is named twice: {', '.join(chosen)}")
+        raise InvalidInput(f"a device is named twice: {', '.join(chosen)}")
     return Machine(tuple(_device(name, total, free) for name in chosen), total, free)
 
 
@@ -140,7 +148,7 @@ def _full_name(name: str, known: Mapping[str, int]) -> str:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"{name!r} is no device: write cpu, cuda:0, cuda:1, ...") from None
+        raise InvalidInput(f"{name!r} is no device: write cpu, cuda:0, cuda:1, ...") from None
     return name if device.type == "cpu" else f"{device.type}:{device.index or 0}"
 
 
@@ -166,7 +174,7 @@ def _label(name: str) -> str:
     return str(ask(name)) if ask else name
 
 
-def build() -> dict[str, str]:
+def torch_build() -> dict[str, str]:
     """What torch was built for: its version, the runtime of its cards, and their architectures."""
     runtimes = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": torch.version.xpu}
     found = {"torch": torch.__version__} | {name: text for name, text in runtimes.items() if text}
@@ -181,7 +189,7 @@ def architecture(name: str) -> str:
 
 
 def covers(built: Collection[str], card: str) -> bool:
-    """Whether a torch built for these architectures has kernels for the card's.
+    """Whether a torch built for these architectures, such as `sm_80`, has kernels for the card's.
 
     Machine code runs on later minor versions of its major one, intermediate code (`compute_90`) on all later cards.
     """
@@ -195,7 +203,7 @@ def covers(built: Collection[str], card: str) -> bool:
     return False
 
 
-def users(name: str) -> list[str]:
+def memory_users(name: str) -> list[str]:
     """The other processes that hold memory of a CUDA card, as `pid, name, MiB`, where the driver's tool tells."""
     tool = shutil.which("nvidia-smi")
     if tool is None or not name.startswith("cuda:"):
@@ -203,29 +211,47 @@ def users(name: str) -> list[str]:
     uuid = f"GPU-{torch.cuda.get_device_properties(name).uuid}"
     query = "--query-compute-apps=gpu_uuid,pid,process_name,used_memory"
     try:
-        told = subprocess.run([tool, query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+        listed = subprocess.run([tool, query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
         return ["nvidia-smi does not answer"]
-    rows = [line.split(", ", 1) for line in told.stdout.splitlines() if ", " in line]
+    rows = [line.split(", ", 1) for line in listed.stdout.splitlines() if ", " in line]
     return [rest for card, rest in rows if card == uuid and not rest.startswith(f"{os.getpid()},")]
 
 
-def host_memory() -> tuple[int, int]:
-    """The host's total and free bytes, no more than the container's limit leaves."""
-    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines()) if _linux() else {}
-    total = _kibibytes(facts.get("MemTotal")) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = _kibibytes(facts.get("MemAvailable")) or total
-    for limit, left in limits():
-        total, free = min(total, limit), min(free, left)
-    return total, free
+def missing_kernels(card: Device) -> str:
+    """Why this torch has no kernels for a card; empty where it has them, or where nothing can be compared."""
+    own, built = architecture(card.name), torch_build().get("architectures", "")
+    if not own or not built or covers(built.split(), own):
+        return ""
+    return f"{card.name} ({card.label}) is {own}, and this torch has no kernels for it: it is built for {built}"
 
 
-def _linux() -> bool:
-    return Path("/proc/meminfo").is_file()
+def computes(device: str) -> bool:
+    """Whether a matrix product of whole numbers, which has one right result, comes out right on a device.
+
+    Raises what torch raises: RuntimeError for a card without kernels or off the bus, OutOfMemoryError for a full one.
+    """
+    numbers = torch.arange(SIDE * SIDE, dtype=torch.float32).remainder(7).reshape(SIDE, SIDE)
+    return torch.equal((numbers.to(device) @ numbers.to(device)).cpu(), numbers @ numbers)
 
 
-def _kibibytes(text: str | None) -> int:
-    return int(text.split()[0]) * 1024 if text else 0
+def check_cards(machine: Machine) -> Machine:
+    """The machine, if every card of it can compute; InvalidInput for the first one that cannot."""
+    for card in machine.cards:
+        unsupported = missing_kernels(card)
+        if fault := unsupported or _fault(card):
+            others = ",".join(other.name.rpartition(":")[2] for other in machine.cards if other is not card)
+            without = f"leave the card out (`devices={others}`)" if others else "run on the CPU (`devices=cpu`)"
+            step = OTHER_TORCH if unsupported else "python -m runner doctor tells more"
+            raise InvalidInput(f"{fault} -> {step}, or {without}")
+    return machine
 
 
-memory_users = users
+def _fault(card: Device) -> str:
+    try:
+        return "" if computes(card.name) else f"{card.name} ({card.label}) gets a matrix product wrong"
+    except torch.OutOfMemoryError:
+        # Full is not broken: the plan says how much is free.
+        return ""
+    except RuntimeError as error:
+        return f"{card.name} ({card.label}) does not compute: {str(error).strip().splitlines()[0]}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Any, Union
 
 import torch
 
@@ -13,14 +13,16 @@ Value = Union[
 
 @dataclass(frozen=True)
 class State:
-    """The values after a stage, and the tags under which later pipeline blocks collect them.
-
-    `tags` is the `kwargs_mapping` of diffusers' `PipelineState`: blocks that read "every denoiser input" find
-    their values through it, so a hand-over that loses it goes wrong without an error.
-    """
+    """What one stage hands over to the next."""
 
     values: Mapping[str, Value] = field(default_factory=dict)
+    """The values by diffusers' names."""
     tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The names of the values that pipeline blocks collect under a tag, as `kwargs_mapping` of a `PipelineState`.
+
+    Blocks that read "every denoiser input" find their values through it, so a hand-over that loses it goes wrong
+    without an error.
+    """
 
     def __repr__(self) -> str:
         return f"State({', '.join(f'{name} {_shape(tensor)}' for name, tensor in self.tensors().items())})"
@@ -39,6 +41,17 @@ class State:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by its path, such as `prompt_embeds` or `extra.0`."""
         return dict(_tensors("", self.values))
+
+
+def to_host(value: Any) -> Value:
+    """A value of a pipeline as it crosses a border: tensors on the host, types and devices by name."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu")
+    if isinstance(value, dict):
+        return {str(key): to_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_host(item) for item in value)
+    return str(value) if isinstance(value, torch.dtype | torch.device) else value
 
 
 def _tensors(path: str, value: object) -> list[tuple[str, torch.Tensor]]:

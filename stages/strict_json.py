@@ -5,7 +5,7 @@ import json
 
 def strict_json(text: str | bytes | bytearray) -> object:
     """The JSON value in `text`; ValueError for duplicate keys, NaN and infinity as well."""
-    # StopAtStep to guess, json takes UTF-16 and UTF-32 as well.
+    # Left to guess, json takes UTF-16 and UTF-32 as well.
     text = text if isinstance(text, str) else text.decode("utf-8")
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
 

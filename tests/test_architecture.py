@@ -52,7 +52,7 @@ def test_reports_are_read_by_commands_and_notebooks_alone() -> None:
 
 
 def test_modular_diffusers_stands_behind_one_seam() -> None:
-    seam = {"split.py", "stage.py", "step_hook.py", "denoise.py"}
+    seam = {"split.py", "build.py", "stage.py", "step_hook.py", "denoise.py"}
     assert {path.name for path in SOURCES if any("modular_pipelines" in name for name in imported(path))} <= seam
 
 

@@ -19,7 +19,8 @@ from runner import Job, Plan, Request, RunPolicy, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
 from stages.errors import StageOutOfMemory
 from stages.machine import probe
-from stages.placement.placement import Place, Placement, Resident, Sharded
+from stages.placement.placement import Place, Placement, Resident
+from stages.placement.sharded import Sharded
 from stages.state import State
 from tests import tiny
 

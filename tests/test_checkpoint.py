@@ -13,9 +13,9 @@ import pytest
 
 from stages.errors import ModelError
 from stages.families import FAMILIES
-from stages.models.checkpoint import Checkpoint, check, find
+from stages.models.checkpoint import Checkpoint, check_family, find
 from stages.models.files import Incomplete
-from stages.models.safetensors_header import read_header
+from stages.models.safetensors_header import parse_header, read_header
 from tests.sparse import hollow
 from tests.tiny import flux as make_flux
 
@@ -125,8 +125,8 @@ def test_identity_of_large_files_is_size_time_and_header(model: Path) -> None:
 
 def test_what_is_no_model(model: Path, tmp_path: Path) -> None:
     refused(tmp_path / "modle", f"no model at {tmp_path / 'modle'}", f"nearest folder: {model}")
-    refused(tmp_path, "but model in it has", f"--model {model}")
-    refused(model / "vae", "one component of a model", f"--model {model}")
+    refused(tmp_path, "but model in it has", f"model='{model}'")
+    refused(model / "vae", "one component of a model", f"model='{model}'")
     refused(model / "model_index.json", "is a file")
     refused(str(model) + "/nothing/there", "no model at")
     (tmp_path / "empty").mkdir()
@@ -134,7 +134,7 @@ def test_what_is_no_model(model: Path, tmp_path: Path) -> None:
     (tmp_path / "single").mkdir()
     shutil.copy(model / WEIGHTS, tmp_path / "single" / "flux1-dev.safetensors")
     refused(tmp_path / "single", "no model_index.json", "flux1-dev.safetensors")
-    with pytest.raises(ValueError, match="--revision main is for models of the hub"):
+    with pytest.raises(ValueError, match="revision='main' is for models of the hub"):
         find(model, revision="main")
 
 
@@ -193,6 +193,18 @@ def test_header_with_gaps_or_overlaps(tmp_path: Path, offsets: tuple[tuple[int, 
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(offsets[-1][1]))
     with pytest.raises(ModelError, match="overlap or leave a gap"):
         read_header(path)
+
+
+@pytest.mark.parametrize(("text", "wrong"), [
+    (b' {"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}', "does not start with a brace"),
+    (b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2], "more": 1}}', "describes tensor 'a' wrongly"),
+    (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, '
+     b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [1, 5]}}', "describes tensor 'b' wrongly"),
+])
+def test_an_exact_header_has_nothing_that_the_format_merely_allows(text: bytes, wrong: str) -> None:
+    assert parse_header(text).tensors["a"].start == 8 + len(text)
+    with pytest.raises(ValueError, match=wrong):
+        parse_header(text, exact=True)
 
 
 def test_header_with_a_key_twice(tmp_path: Path) -> None:
@@ -301,12 +313,12 @@ def test_index_that_names_code(model: Path, changes: dict[str, object], words: s
 
 def test_family(model: Path) -> None:
     for name in ("flux", "flux-schnell", "demo"):
-        check(find(model), family=FAMILIES[name])
+        check_family(find(model), family=FAMILIES[name])
     rewrite(model / "model_index.json", _class_name="StableDiffusionPipeline",
             safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
     with pytest.raises(ModelError, match=r"is a StableDiffusionPipeline, but family flux runs a FluxPipeline.*"
-                                        r"--model black-forest-labs/FLUX.1-dev"):
-        check(find(model, components=()), family=FAMILIES["flux"])
+                                        r"model='black-forest-labs/FLUX.1-dev'"):
+        check_family(find(model, components=()), family=FAMILIES["flux"])
 
 
 def modular(model: Path, **spec: object) -> None:
@@ -325,7 +337,7 @@ def test_modular_index(model: Path) -> None:
     (model / "model_index.json").rename(model / "kept.json")
     found = find(model)
     assert (found.pipeline, found.components) == ("FluxModularPipeline", plain.components)
-    check(found, family=FAMILIES["flux"])
+    check_family(found, family=FAMILIES["flux"])
     (model / "kept.json").rename(model / "model_index.json")
     modular(model, subfolder="elsewhere")
     refused(model, "only models whose components lie in their own folders", "'elsewhere'")

@@ -26,7 +26,7 @@ from runner.engine.keys import artifact_keys
 from runner.request import Request, requests_for
 from stages.errors import DoesNotFit, Fix, InvalidInput, StageOutOfMemory, from_json
 from stages.families import FAMILIES
-from stages.placement.placement import Sharded
+from stages.placement.sharded import Sharded
 from tests import sparse
 from tests.test_readme import BY_RAY, answered
 

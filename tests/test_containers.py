@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stages import machine
-from stages.cgroups import limits
+from stages import host_memory
+from stages.host_memory import cgroup_limits
 
 GIB = 2**30
 
@@ -28,20 +28,20 @@ def test_cached_files_are_free_and_every_group_around_counts(tmp_path: Path, ver
     # After a download the cache fills the container: 29 of 30 GiB are used, and 27 of those are files.
     group(root / "batch/job", str(30 * GIB), 29 * GIB, 27 * GIB, version=version)
     group(root / "batch", str(64 * GIB), 40 * GIB, 10 * GIB, version=version)
-    assert list(limits(proc, mount)) == [(30 * GIB, 28 * GIB), (64 * GIB, 34 * GIB)]
+    assert list(cgroup_limits(proc, mount)) == [(30 * GIB, 28 * GIB), (64 * GIB, 34 * GIB)]
 
 
 @pytest.mark.parametrize("path", ["/", "/docker/0123"])
 def test_a_container_sees_its_own_group_at_the_root(tmp_path: Path, path: str) -> None:
     (tmp_path / "cgroup").write_text(f"0::{path}\n")
     group(tmp_path / "fs", str(8 * GIB), 5 * GIB, GIB, version=2)
-    assert list(limits(tmp_path / "cgroup", tmp_path / "fs")) == [(8 * GIB, 4 * GIB)]
+    assert list(cgroup_limits(tmp_path / "cgroup", tmp_path / "fs")) == [(8 * GIB, 4 * GIB)]
     group(tmp_path / "fs", "max", 5 * GIB, GIB, version=2)
-    assert list(limits(tmp_path / "cgroup", tmp_path / "fs")) == []
-    assert list(limits(tmp_path / "none", tmp_path / "fs")) == []
+    assert list(cgroup_limits(tmp_path / "cgroup", tmp_path / "fs")) == []
+    assert list(cgroup_limits(tmp_path / "none", tmp_path / "fs")) == []
 
 
 def test_the_machine_has_no_more_than_its_groups_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "limits", lambda: iter([(6 * GIB, GIB), (5 * GIB, 2 * GIB)]))
-    total, free = machine.host_memory()
+    monkeypatch.setattr(host_memory, "cgroup_limits", lambda: iter([(6 * GIB, GIB), (5 * GIB, 2 * GIB)]))
+    total, free = host_memory.host_memory()
     assert total == 5 * GIB and 0 < free <= GIB

@@ -1,6 +1,5 @@
 """What crosses between cards: each thing once a step, by the shortest way, and nothing else."""
 
-import dataclasses
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,10 @@ from runner.artifacts import MemoryStore
 from stages.errors import DoesNotFit
 from stages.estimate.dry_run import dry_run
 from stages.machine import MIB
-from stages.placement.copy_test import corrupted_pairs, verified
-from stages.placement.placement import Place, Sharded
-from stages.placement.transfers import Crossing, direct, via_host
+from stages.placement.placement import Place, verified
+from stages.placement.sharded import Sharded
+from stages.placement.streaming import Streamed
+from stages.placement.transfers import Crossing, corrupted_pairs, direct, via_host
 from stages.state import State
 
 Cards = Callable[..., list[str]]
@@ -152,8 +152,8 @@ def test_nothing_of_a_streamed_block_stays_on_the_card(flux: Path, cards: Cards,
     (expected,) = (picture.pixels for picture in run_all(whole, store=store).pictures)
     placement = whole.places["denoise", "transformer"].placement
     assert isinstance(placement, Sharded)
-    cpu_blocks = dataclasses.replace(placement, cpu_blocks=frozenset(placement.devices))
-    job = whole.moved("denoise", {"transformer": Place(cpu_blocks, torch.float32)})
+    streamed = Streamed(placement.device, placement.devices, placement.rest, cpu_blocks=frozenset(placement.devices))
+    job = whole.moved("denoise", {"transformer": Place(streamed, torch.float32)})
     report = run_all(job, RunPolicy(from_stage="denoise"), store=store)
     assert (report.pictures[0].pixels == expected).all()
     rest = sum(job.weights["denoise", "transformer"].rest.values())

@@ -21,7 +21,8 @@ from runner.notebook import Charts, Memory
 from runner.reports.notebook import HTML, StageMemory, stage_memory
 from runner.reports.templates import call, thumbnail
 from runner.text import visible
-from stages.placement.placement import Resident, Sharded
+from stages.placement.placement import Resident
+from stages.placement.streaming import Streamed
 from stages.placement.tensor_parallel import TensorParallel
 from stages.state import State
 from tests.records import HOSTILE, record
@@ -184,8 +185,8 @@ def test_an_artifact_shows_its_tensors() -> None:
 
 
 def test_a_placement_shows_who_holds_what() -> None:
-    dealt = Sharded("cuda:0", {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}, cpu_blocks=frozenset(["a.2"]))
-    assert repr(dealt) == "Sharded(cuda:0:1,cuda:1:1,cuda:0:1 (1 of them streamed))"
+    dealt = Streamed("cuda:0", {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}, cpu_blocks=frozenset(["a.2"]))
+    assert repr(dealt) == "Streamed(cuda:0:1,cuda:1:1,cuda:0:1 (1 of them streamed))"
     assert checked(html(dealt)).text.endswith("cuda:01 blockscuda:11 blockscpu1 blocks")
     assert repr(Resident("cuda:0", 512)) == "Resident(cuda:0 in tiles of 512 pixels)"
     assert checked(html(Resident("<b>"))).text == "<b>"

@@ -11,8 +11,7 @@ import torch
 from runner import Job, Request, make_plan
 from runner.commands.doctor import Check, document, examine, healthy, lines
 from stages import machine
-from stages.card_test import able
-from stages.machine import MIB, covers, probe
+from stages.machine import MIB, check_cards, covers, probe
 
 Cards = Callable[..., list[str]]
 
@@ -94,15 +93,15 @@ def test_a_card_that_cannot_compute_is_refused_before_anything_is_planned(
 ) -> None:
     first, second = cards(40 * MIB, 40 * MIB)
     sim.fail_allocation(second, 1)
-    assert able(probe()).devices == probe().devices, "a full card is not a broken one"
+    assert check_cards(probe()).devices == probe().devices, "a full card is not a broken one"
     requests = [Request("a red circle", 64, 64, steps=1, guidance=None, seed=1, text_tokens=20)]
     sim.corrupt(second, "cpu", "noise")
-    with pytest.raises(ValueError, match=r"sim:1 .* gets a matrix product wrong -> .* \(--gpus 0\)"):
+    with pytest.raises(ValueError, match=r"sim:1 .* gets a matrix product wrong -> .* \(devices='0'\)"):
         make_plan(Job("demo", requests))
-    assert able(probe([first])).cards[0].name == first
+    assert check_cards(probe([first])).cards[0].name == first
     monkeypatch.setattr(machine, "architecture", lambda name: "sm_60")
-    monkeypatch.setattr(machine, "build", lambda: {"architectures": "sm_75 sm_80"})
-    with pytest.raises(ValueError, match=r"sim:0 .* is sm_60, .* built for sm_75 sm_80 -> .*CUDA 12.6.* \(--gpus 1\)"):
+    monkeypatch.setattr(machine, "torch_build", lambda: {"architectures": "sm_75 sm_80"})
+    with pytest.raises(ValueError, match=r"is sm_60, .* built for sm_75 sm_80 -> .*CUDA 12.6.* \(devices='1'\)"):
         make_plan(Job("demo", requests))
     assert not named(examine())[f"{first} architecture"].ok
 

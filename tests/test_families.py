@@ -18,7 +18,7 @@ from runner.artifacts import MemoryStore
 from runner.request import requests_for
 from stages.errors import ModelError
 from stages.families import FAMILIES
-from stages.models.checkpoint import Checkpoint, check, find
+from stages.models.checkpoint import Checkpoint, check_family, find
 from stages.pipeline.split import _groups, split
 from stages.state import State, Value
 from tests import tiny_families as tiny
@@ -134,7 +134,7 @@ def test_guidance_is_an_input_of_every_stage_that_it_changes(staged: Staged) -> 
 
 def test_the_model_is_of_its_family_and_tells_its_scale_factor(staged: Staged) -> None:
     checkpoint = find(staged.model)
-    check(checkpoint, family=FAMILIES[staged.case.family])
+    check_family(checkpoint, family=FAMILIES[staged.case.family])
     assert split(checkpoint, list(INPUTS))[1].scale_factor == 8
 
 

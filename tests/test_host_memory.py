@@ -14,9 +14,10 @@ import torch
 from runner import Job, Request, make_plan
 from runner.engine.memory import Meter
 from runner.planning.describe import host_needs
-from stages.loading.load import load, passing
-from stages.loading.pinned_copy import STAGED
-from stages.models.weights import new_skeleton, sources
+from stages.loading.load import host_bytes_while_loading, load
+from stages.loading.pinned_copy import PINNED_BYTES
+from stages.models.skeleton import new_skeleton
+from stages.models.weights import sources
 from tests import tiny
 
 Cards = Callable[..., list[str]]
@@ -86,7 +87,7 @@ def test_a_denoiser_is_read_once_through_little_host_memory(large: Path, cards: 
     stored = {name: source.entry.bytes for name, source in found.items() if source}
     wanted = sum(size for name, size in stored.items() if name not in layers)
     assert wanted == job.weights["denoise", "transformer"].total < sum(stored.values()) - 32 * MIB
-    assert passing(component, place.placement) == STAGED < 32 * MIB
+    assert host_bytes_while_loading(component, place.placement) == PINNED_BYTES < 32 * MIB
     for _ in range(2):
         # The first time Python's own files are read, too.
         Meter(["cpu"]).flush()
@@ -95,7 +96,7 @@ def test_a_denoiser_is_read_once_through_little_host_memory(large: Path, cards: 
         read, peak = read_so_far() - read, meter.peak()
         del model
     assert wanted <= read < wanted + MIB
-    assert peak["cpu"] - before - peak[devices[0]] < STAGED + OVERHEAD
+    assert peak["cpu"] - before - peak[devices[0]] < PINNED_BYTES + OVERHEAD
 
 
 def read_so_far() -> int:

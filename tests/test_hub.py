@@ -11,10 +11,13 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from stages.models import remote_headers
+from stages.models.safetensors_header import TensorEntry, file_bytes, read_header
 from tests import sparse, tiny
 
 COMMIT = "a" * 40
@@ -323,12 +326,31 @@ def test_a_run_plans_first_and_downloads_then(hub: Hub, home: Path, tmp_path: Pa
     assert sum(file.endswith(".safetensors") for file in hub.fetched) == 4
 
 
+def test_a_kept_header_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = SimpleNamespace(dtype="U8", shape=[2], data_offsets=(0, 2))
+    monkeypatch.setattr("huggingface_hub.parse_safetensors_file_metadata",
+                        lambda *asked, **more: SimpleNamespace(tensors={"a": info}))
+    monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda *asked: tmp_path)
+
+    def fails(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as full, pytest.raises(OSError, match="no space left"):
+        full.setattr(os, "fsync", fails)
+        remote_headers.fetch("org/open", "abc", ["vae/model.safetensors"], {"vae/model.safetensors": 200})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    remote_headers.fetch("org/open", "abc", ["vae/model.safetensors"], {"vae/model.safetensors": 200})
+    (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert kept == tmp_path / "vae" / "model.safetensors.header"
+    assert (dict(read_header(kept)), file_bytes(kept)) == ({"a": TensorEntry("U8", (2,), 198, 2)}, 200)
+
+
 LORA = """
 import sys
 from stages.errors import ModelError
-from stages.models.lora import LoraRequest, found
+from stages.models.lora import LoraRequest, find_lora
 try:
-    print(found(LoraRequest(sys.argv[1]), "FluxPipeline").path.name)
+    print(find_lora(LoraRequest(sys.argv[1]), "FluxPipeline").path.name)
 except ModelError as error:
     print(error)
 """

@@ -12,8 +12,10 @@ from runner.planning.suggestions import least_change
 from stages.errors import Fix
 from stages.machine import Device, Machine
 from stages.models.weights import Weights
-from stages.placement.balance import Blocks, partition, runs
-from stages.placement.placement import Resident, Sharded
+from stages.placement.balance import Blocks, partition
+from stages.placement.placement import Resident
+from stages.placement.sharded import Sharded
+from stages.placement.streaming import Streamed
 
 GB = 10**9
 # FLUX.1-dev in bfloat16: 19 double and 38 single blocks, with the same operations in each.
@@ -111,7 +113,7 @@ def test_the_change_that_an_error_names_makes_it_fit() -> None:
 
 def test_streamed_blocks_stand_between_the_others() -> None:
     (placement,) = choose(problem(FLUX, offload="cpu"), machine(16 * GB))[0].values()
-    assert isinstance(placement, Sharded)
+    assert isinstance(placement, Streamed)
     waits = [name in placement.cpu_blocks for name in FLUX.blocks]
     longest = max(len(list(run)) for waiting, run in itertools.groupby(waits) if waiting)
     assert 20 <= sum(waits) <= 30 and longest == 1
@@ -130,12 +132,12 @@ def test_streaming_needs_the_host_memory_too() -> None:
 def test_what_the_host_cannot_hold_stays_on_the_disk_and_no_more() -> None:
     two = machine(8 * GB, 8 * GB, host=4 * GB)
     (placement,) = choose(problem(FLUX, offload="disk"), two)[0].values()
-    assert isinstance(placement, Sharded) and not placement.cpu_blocks & placement.disk_blocks
+    assert isinstance(placement, Streamed) and not placement.cpu_blocks & placement.disk_blocks
     share = placement.share(FLUX)
     assert two.host_room - DOUBLE < share["cpu"] <= two.host_room and sum(share.values()) == FLUX.total
     assert placement.device_map[min(placement.disk_blocks)] == "meta"
     (roomy,) = choose(problem(FLUX, offload="disk"), machine(8 * GB, 8 * GB))[0].values()
-    assert isinstance(roomy, Sharded) and not roomy.disk_blocks
+    assert isinstance(roomy, Streamed) and not roomy.disk_blocks
     assert roomy.cpu_blocks == placement.cpu_blocks | placement.disk_blocks
 
 
@@ -145,7 +147,7 @@ def test_where_only_the_host_computes_blocks_stay_on_the_disk() -> None:
         choose(problem(FLUX), host)
     assert least_change(problem(FLUX), host)[1] == (Fix("allow_offload", "disk"),)
     (placement,) = choose(problem(FLUX, offload="disk"), host)[0].values()
-    assert isinstance(placement, Sharded) and not placement.cpu_blocks
+    assert isinstance(placement, Streamed) and not placement.cpu_blocks
     assert placement.share(FLUX)["cpu"] + DOUBLE < host.devices[0].room
 
 
@@ -200,7 +202,7 @@ def test_a_deal_fits_and_is_found_whenever_there_is_one(blocks: list[tuple[int, 
 def legal(hand: Blocks, rooms: list[int], cards: tuple[int, ...]) -> bool:
     """Whether every card has room, and one run of blocks; card 0 may have the first and the last."""
     full = [sum(size for size, card in zip(hand.sizes, cards, strict=True) if card == c) for c in range(len(rooms))]
-    order = [card for card, _ in runs(cards)]
+    order = [card for card, _ in itertools.groupby(cards)]
     inner = order[1 if order[0] == 0 else 0 : -1 if order[-1] == 0 and len(order) > 1 else len(order)]
     single = len(set(inner)) == len(inner) and 0 not in inner
     return single and all(size <= room for size, room in zip(full, rooms, strict=True))

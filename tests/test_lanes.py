@@ -23,7 +23,7 @@ from runner.engine.signals import Interrupted
 from runner.planning.describe import document, lines, pace
 from stages.errors import StageOutOfMemory
 from stages.placement.device_turns import DeviceTurns, enter, taking
-from stages.placement.placement import Sharded
+from stages.placement.sharded import Sharded
 from tests import tiny
 from tests.staging import named
 

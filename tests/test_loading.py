@@ -15,9 +15,12 @@ from stages.loading import pinned_copy
 from stages.loading.load import load
 from stages.loading.pinned_copy import PendingTensor, copy_to_devices
 from stages.models.checkpoint import Component, find
-from stages.models.safetensors_header import Entry
-from stages.models.weights import Stored, new_skeleton, weigh
-from stages.placement.placement import DISK, Place, Resident, Sharded, remainder
+from stages.models.safetensors_header import TensorEntry
+from stages.models.skeleton import new_skeleton
+from stages.models.weights import StoredTensor, weigh
+from stages.placement.placement import DISK, Place, Resident
+from stages.placement.sharded import remainder
+from stages.placement.streaming import Streamed
 from tests.test_weights import loaded, save, tiny_sd3
 
 Cards = Callable[..., list[str]]
@@ -64,8 +67,8 @@ def test_every_tensor_is_copied_once_to_its_card(flux: Path, cards: Cards, sim: 
     weights = weigh(component, torch.bfloat16)
     first, second, third, *others = weights.blocks
     dealt = {first: devices[0], **dict.fromkeys((second, third, *others), devices[1])}
-    placement = Sharded(devices[0], dealt, remainder(new_skeleton(component), dealt), frozenset({third}),
-                        disk_blocks=frozenset(others))
+    placement = Streamed(devices[0], dealt, remainder(new_skeleton(component), dealt), cpu_blocks=frozenset({third}),
+                         disk_blocks=frozenset(others))
     sim.reset_copied()
     model = load(component, Place(placement, torch.bfloat16))
     share = placement.share(weights)
@@ -79,7 +82,7 @@ def test_a_file_that_ends_too_early_is_told(tmp_path: Path, cards: Cards) -> Non
     (card,) = cards(2**30)
     (tmp_path / "short.safetensors").write_bytes(bytes(100))
     target = torch.empty(64, device=card)
-    source = Stored(tmp_path / "short.safetensors", "part.weight", Entry("F32", (64,), 20, 256))
+    source = StoredTensor(tmp_path / "short.safetensors", "part.weight", TensorEntry("F32", (64,), 20, 256))
     with pytest.raises(ModelError, match=r"short\.safetensors ends within part\.weight; fetch it again"):
         copy_to_devices([PendingTensor(source, torch.float32, target)])
 

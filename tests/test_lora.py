@@ -23,11 +23,12 @@ from runner.media.image import card_of, png, read_card
 from runner.planning.planner import with_loras
 from stages.errors import DoesNotFit, Fix, ModelError
 from stages.loading.load import load
-from stages.loading.lora_merge import LowRankUpdate, add, read
+from stages.loading.lora_merge import LowRankUpdate, add_updates, read_updates
 from stages.models.checkpoint import Component, find
-from stages.models.lora import Lora, LoraRequest, found, read_loras
-from stages.models.weights import model_class, skeleton
-from stages.placement.placement import Place, Placement, Resident, Sharded
+from stages.models.lora import Lora, LoraRequest, find_lora, read_loras
+from stages.models.skeleton import model_class, skeleton
+from stages.placement.placement import Place, Placement, Resident
+from stages.placement.streaming import Streamed
 from tests import tiny, tiny_families
 from tests.test_cards import MIB, halved
 from tests.test_modulation import asked, latents
@@ -88,11 +89,11 @@ def test_two_at_once_are_added_one_after_the_other(flux: Path, style: Path, tmp_
 def test_alphas_beside_the_matrices_count(flux: Path, tmp_path: Path) -> None:
     path = tiny.lora(tmp_path / "alphas.safetensors", flux, rank=4, alpha=2.0)
     assert gap(plan(flux, str(path)), fused(flux, {path: 1.0})) == 0
-    assert {addition.scale for addition in read(lora(path), transformer(flux)).values()} == {0.5}
+    assert {addition.scale for addition in read_updates(lora(path), transformer(flux)).values()} == {0.5}
 
 
 def lora(path: Path, scale: float = 1.0) -> Lora:
-    return found(LoraRequest(str(path), scale), "FluxPipeline")
+    return find_lora(LoraRequest(str(path), scale), "FluxPipeline")
 
 
 def transformer(model: Path) -> Component:
@@ -108,7 +109,7 @@ def test_a_trainers_config_counts(flux: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.safetensors"
     save_file(load_file(plain), path, metadata={"lora_adapter_metadata": json.dumps(told), "format": "pt"})
     assert gap(plan(flux, str(path)), fused(flux, {path: 1.0})) == 0
-    scales = {name: addition.scale for name, addition in read(lora(path), transformer(flux)).items()}
+    scales = {name: addition.scale for name, addition in read_updates(lora(path), transformer(flux)).items()}
     assert scales.pop("transformer_blocks.0.attn.to_q.weight") == 0.5 and set(scales.values()) == {2.0}
 
 
@@ -136,10 +137,10 @@ def test_the_names_of_other_trainers_are_known(flux: Path, tmp_path: Path) -> No
     name = "lora_unet_double_blocks_0_img_attn_proj"
     save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(2.0)},
               path)
-    ((named, addition),) = read(lora(path), transformer(flux)).items()
+    ((named, addition),) = read_updates(lora(path), transformer(flux)).items()
     assert named == f"{layer}.weight"
     merged = weight.clone()
-    add(merged, [addition])
+    add_updates(merged, [addition])
     torch.testing.assert_close(merged, weight + up @ down * (2.0 / rank))
     assert gap(plan(flux, str(path)), fused(flux, {path: 1.0})) == 0
 
@@ -191,8 +192,8 @@ def test_it_is_merged_wherever_the_weights_are(flux: Path, style: Path, cards: C
     """On two cards, with a block that waits on the host and one on the disk, with the table and without."""
     first, second = devices = cards(40 * MIB, 40 * MIB)
     whole = halved(first, second)
-    waiting = Sharded(first, whole.devices, whole.rest, cpu_blocks=frozenset(["transformer_blocks.0"]),
-                      disk_blocks=frozenset(["transformer_blocks.1", "single_transformer_blocks.0"]))
+    waiting = Streamed(first, whole.devices, whole.rest, cpu_blocks=frozenset(["transformer_blocks.0"]),
+                       disk_blocks=frozenset(["transformer_blocks.1", "single_transformer_blocks.0"]))
     others: dict[str, Placement] = {name: Resident(first) for name in ("text_encoder", "text_encoder_2", "vae")}
     found = {}
     placements: dict[str, Placement] = {"one card": Resident(first), "two cards": whole, "waiting": waiting}
@@ -223,7 +224,7 @@ def test_a_weight_is_rounded_once() -> None:
     torch.manual_seed(0)
     weight, up, down = (torch.randn(*shape).bfloat16() for shape in ((3000, 700), (3000, 8), (8, 700)))
     merged = weight.clone()
-    add(merged, [LowRankUpdate(down, up, 0.3), LowRankUpdate(down, up, -0.1)])
+    add_updates(merged, [LowRankUpdate(down, up, 0.3), LowRankUpdate(down, up, -0.1)])
     exact = weight.double() + up.double() @ down.double() * (0.3 - 0.1)
     assert merged.dtype == torch.bfloat16
     # Half of the last of its 8 bits: rounding twice would be more.
@@ -252,7 +253,7 @@ def test_embeddings_are_kept_and_latents_are_not(flux: Path, style: Path, tmp_pa
 def test_a_picture_says_which(flux: Path, style: Path, tmp_path: Path) -> None:
     job = make_plan(Job("flux", REQUEST, model=flux, devices=["cpu"], loras=[LoraRequest(str(style), 1)]))
     (picture,) = run_all(job, store=MemoryStore(warn=print)).pictures
-    digest = found(LoraRequest(str(style)), "FluxPipeline").digest
+    digest = find_lora(LoraRequest(str(style)), "FluxPipeline").digest
     assert picture.facts["loras"] == [{"source": str(style), "sha256": digest, "scale": 1.0}]
     (tmp_path / "styled.png").write_bytes(png(picture.pixels, card_of(picture.request, picture.facts)))
     assert read_card(tmp_path / "styled.png").loras == (LoraRequest(str(style), 1.0, digest),)
@@ -399,7 +400,7 @@ def test_a_damaged_one_of_the_hub_is_fetched_again_from_there(tmp_path: Path) ->
     folder.mkdir(parents=True)
     (folder / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     with pytest.raises(ModelError, match=r"again: hf download user/style cut\.safetensors --revision abc --force"):
-        found(LoraRequest(str(folder)), "FluxPipeline")
+        find_lora(LoraRequest(str(folder)), "FluxPipeline")
 
 
 def test_a_folder_with_one_file_is_enough(flux: Path, style: Path, tmp_path: Path) -> None:

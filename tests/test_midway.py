@@ -40,7 +40,7 @@ def test_every_family_goes_on_from_any_step(tmp_path: Path, case: Case) -> None:
             kept[data["step"]] = data["latents"]()
 
     with denoise.loaded(places) as loaded:
-        assert loaded.divisible
+        assert loaded.resumable
         whole = loaded.run(embedded, inputs, emit).tensors()
         for step in (1, 3):
             told: list[int] = []

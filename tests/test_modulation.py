@@ -17,14 +17,16 @@ from runner.planning.precompute import TableSaving
 from stages.families import FAMILIES
 from stages.loading.load import load
 from stages.models.checkpoint import Component, find
-from stages.models.weights import new_skeleton, skeleton, weigh
+from stages.models.skeleton import copy_skeleton, new_skeleton, skeleton
+from stages.models.weights import weigh
 from stages.pipeline.split import split
-from stages.placement.placement import Place, Placement, Resident, Sharded
+from stages.placement.placement import Place, Placement, Resident
+from stages.placement.streaming import Streamed
 from stages.precompute.conditioning import program_of
 from stages.precompute.program import Call, Program
-from stages.precompute.recorder import RecordedCall, Recorder, conditional
+from stages.precompute.recorder import RecordedCall, conditioning_program
 from stages.precompute.replay import precomputed_linears
-from stages.precompute.table import Layout, ModulationTable, computed
+from stages.precompute.table import Layout, ModulationTable, TableChunk, compute_rows
 from tests import sparse, tiny
 from tests.staging import run_staged
 from tests.test_cards import MIB, halved, over
@@ -95,14 +97,13 @@ def test_a_table_too_large_for_its_limit_is_made_in_parts(flux: Path, monkeypatc
     job = plan(flux, torch.float32)
     expected = latents(job)
     opened: list[int] = []
-    made = ModulationTable._written
 
-    def counted(self: ModulationTable, order: Sequence[int]) -> Any:
-        opened.append(len(order))
-        return made(self, order)
+    class Counted(ModulationTable):
+        def compute(self, order: Sequence[int]) -> TableChunk:
+            opened.append(len(order))
+            return super().compute(order)
 
-    monkeypatch.setattr(ModulationTable, "_written", counted)
-    monkeypatch.setattr("runner.engine.stage_runner.ModulationTable", partial(ModulationTable, limit=1))
+    monkeypatch.setattr("runner.engine.stage_runner.ModulationTable", partial(Counted, limit=1))
     assert_same(latents(with_table(job)), expected)
     # The third has the prompt of the first, whose rows are gone by then.
     assert opened == [3, 2, 1]
@@ -123,8 +124,8 @@ def test_a_denoiser_over_two_cards_comes_out_the_same(flux: Path, cards: Cards, 
 def test_blocks_that_wait_in_host_memory_come_out_the_same(flux: Path, cards: Cards) -> None:
     (card,) = devices = cards(40 * MIB)
     split_up = halved(card, card)
-    cpu_blocks = Sharded(card, split_up.devices, split_up.rest, frozenset(["transformer_blocks.1"]))
-    places: dict[str, Placement] = {"transformer": cpu_blocks}
+    streamed = Streamed(card, split_up.devices, split_up.rest, cpu_blocks=frozenset(["transformer_blocks.1"]))
+    places: dict[str, Placement] = {"transformer": streamed}
     places |= {name: Resident(card) for name in ("text_encoder", "text_encoder_2", "vae")}
     job = over(flux, devices, places, REQUESTS[:2])
     assert_same(latents(with_table(job)), latents(job))
@@ -155,13 +156,13 @@ def test_every_family_comes_out_the_same(tmp_path: Path, name: str) -> None:
     requests = [case.inputs(), case.inputs(prompt="two small green squares", seed=8)]
     plain = run_staged(model, requests)
     denoise = split(find(model), list(requests[0]))[1]
-    layers = frozenset(conditional(denoise, torch.float32, plain["encode"][0], requests[0]).layers)
+    layers = frozenset(conditioning_program(denoise, torch.float32, plain["encode"][0], requests[0]).layers)
     places = {"transformer": Place(Resident("cpu"), torch.float32, layers)}
     table = ModulationTable(denoise, places, layers, [0, 1], lambda index: (plain["encode"][index], requests[index]))
-    table.open(0)
+    table.chunk_for(0)
     if name == "qwen-image":
         # It is told nothing but the timestep: two rows, for both prompts and with and without the negative one.
-        (program,) = {found.kind for found in table.programs}
+        (program,) = {found.canonical for found in table.programs}
         assert table.bytes == 2 * Layout.of(program.layers).size and len(table.programs) > 1
     with denoise.loaded(places) as loaded, table.attached(loaded):
         for index, state in enumerate(plain["encode"]):
@@ -226,12 +227,12 @@ def test_a_video_transformer_comes_out_the_same(tmp_path: Path, dtype: torch.dty
     found = program_of(new_skeleton(component, dtype), Call(whole, (), calls[0]))
     assert {name for name in found.layers if name.startswith("single_transformer_blocks.1.")} == {
         "single_transformer_blocks.1.norm.linear"}
-    told = [RecordedCall.of(found, Call(whole, (), call)) for call in calls]
-    rows = computed(component, place, found, {one.key: one for one in told})
+    recorded = [RecordedCall.of(found, Call(whole, (), call)) for call in calls]
+    rows = compute_rows(component, place, found, {one.key: one for one in recorded})
     small = load(component, dataclasses.replace(place, precomputed=frozenset(found.layers)))
     assert weigh(component, dtype, frozenset(found.layers)).total == sum(p.nbytes for p in small.parameters())
     with torch.no_grad():
-        for call, one in zip(calls, told, strict=True):
+        for call, one in zip(calls, recorded, strict=True):
             for replay in precomputed_linears(small):
                 replay.source = Rows(rows[one.key], Layout.of(found.layers))
             assert torch.equal(small(**call).sample, whole(**call).sample)
@@ -271,7 +272,7 @@ def test_a_table_for_other_conditioning_is_noticed(flux: Path) -> None:
     with job.stages[1].loaded(job.places_of("denoise")) as loaded, table.attached(loaded):
         with table.request(0):
             loaded.run(states[0], inputs[0])
-        with pytest.raises(AssertionError, match="told what the table was not"), table.request(0):
+        with pytest.raises(AssertionError, match="given what the table was not"), table.request(0):
             loaded.run(states[1], inputs[0])
         with pytest.raises(AssertionError, match="called more than 3 times"), table.request(0):
             loaded.run(states[0], {**inputs[0], "num_inference_steps": 4})
@@ -319,7 +320,8 @@ def test_what_a_stage_puts_on_its_denoiser_stays_off_the_skeleton_that_all_share
         pipe.transformer.x_embedder.register_forward_hook(lambda *call: seen.append("embedded"))
 
     monkeypatch.setattr(stage, "prepare", prepare)
-    with Recorder(stage, {component.name: Place(Resident("cpu"), torch.float32)}, []) as recorder:
-        recorder.pipe.transformer.x_embedder(torch.empty(1, shared.x_embedder.in_features, device="meta"))
+    pipe = stage.pipeline({component.name: copy_skeleton(shared, lambda: "cpu")})
+    assert pipe.transformer.device == torch.device("cpu")
+    pipe.transformer.x_embedder(torch.empty(1, shared.x_embedder.in_features, device="meta"))
     assert seen == ["embedded"] and skeleton(component) is shared
     assert not any(module._forward_hooks for module in shared.modules())

@@ -21,7 +21,8 @@ from stages.errors import Fix, ModelError
 from stages.families import FAMILIES
 from stages.machine import MIB, Machine
 from stages.machine import hypothetical as imagined_machine
-from stages.placement.placement import Resident, Sharded
+from stages.placement.placement import Resident
+from stages.placement.sharded import Sharded
 from tests import sparse, tiny
 from tests import tiny_families as families
 

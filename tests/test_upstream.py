@@ -226,7 +226,9 @@ def test_7_a_pipeline_has_copies_of_its_blocks_and_takes_no_revision(flux: Path)
     ours, theirs = (blocks.sub_blocks[loop].sub_blocks for blocks in (denoise.blocks, copies))
     assert list(ours) == list(theirs)
     assert not [name for name in ours if ours[name] is theirs[name]]
-    assert ours["step_events"]._turn is theirs["step_events"]._turn is denoise.turn
+    assert ours["step_events"].hook is theirs["step_events"].hook is denoise.hook
+    loops = [blocks.sub_blocks[loop] for blocks in (denoise.blocks, copies)]
+    assert [one.loop_step.__self__ for one in loops] == loops and loops[0] is not loops[1]
     assert denoise.checkpoint.path == flux.resolve()
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from stages.errors import ModelError
 from stages.models.checkpoint import Checkpoint, Component, find
-from stages.models.weights import Weights, new_skeleton, weigh
+from stages.models.skeleton import new_skeleton
+from stages.models.weights import Weights, weigh
 from stages.pipeline.split import split
 from tests import sparse
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from runner.artifacts.manifest import MAX_OBJECT_BYTES, TORCH_NAMES, TensorSpec
-from stages.strict_json import strict_json
+from stages.models.safetensors_header import TensorEntry, parse_header
 
 METADATA = "__metadata__"
 FIELD = "stagerun"
@@ -55,23 +55,18 @@ def parse(data: bytes | bytearray | mmap.mmap) -> Header:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 10 or length > min(LONGEST, len(data) - 8) or length % 8:
         raise ValueError(f"a header of {length:,} bytes in a file of {len(data):,} (at most {LONGEST:,}, by eights)")
-    text = data[8 : 8 + length]
-    if not text.startswith(b"{"):
-        raise ValueError("a header that does not start with a brace")
-    entries = strict_json(text)
-    assert isinstance(entries, dict), "it starts with a brace"
-    metadata = entries.pop(METADATA, None)
+    try:
+        header = parse_header(bytes(data[8 : 8 + length]), len(data) - 8 - length, exact=True)
+    except ValueError as error:
+        raise ValueError(f"its header {error}") from error
+    metadata = header.metadata
     if not isinstance(metadata, dict) or metadata.keys() != {FIELD} or not isinstance(metadata[FIELD], str):
         raise ValueError("no metadata of ours")
-    end, begins = 8 + length, {}
-    for (begin, stop), name in sorted((_span(name, entry), name) for name, entry in entries.items()):
-        if begin + 8 + length != end:
-            raise ValueError(f"a hole or an overlap before {name}")
-        begins[name], end = end, stop + 8 + length
-    if end != len(data):
-        raise ValueError(f"{len(data):,} bytes where its header places {end:,}")
-    specs = {name: TensorSpec(dtype=entries[name]["dtype"], shape=entries[name]["shape"]) for name in begins}
-    return Header(specs, begins, metadata[FIELD])
+    tensors = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].bytes, item[0]))
+    for name, entry in tensors:
+        _check(name, entry)
+    specs = {name: TensorSpec(dtype=entry.dtype, shape=list(entry.shape)) for name, entry in tensors}
+    return Header(specs, {name: entry.start for name, entry in tensors}, metadata[FIELD])
 
 
 def is_name(text: str) -> bool:
@@ -79,23 +74,11 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def _span(name: str, entry: object) -> tuple[int, int]:
+def _check(name: str, entry: TensorEntry) -> None:
+    """Raise ValueError for a tensor that `compose` could not have written."""
     if not is_name(name):
         raise ValueError(f"a tensor called {name[:80]!r}")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name} without dtype, shape and offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if entry.dtype not in DTYPES:
         raise ValueError(f"{name} of an unknown dtype")
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name} with a bad shape or bad offsets")
-    if len(shape) > 16 or math.prod(max(side, 1) for side in shape) > MAX_OBJECT_BYTES:
-        raise ValueError(f"{name} of shape {shape}")
-    size = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != size or offsets[0] % DTYPES[dtype].itemsize:
-        raise ValueError(f"{name} of {size:,} bytes at {offsets[0]:,} to {offsets[1]:,}")
-    return offsets[0], offsets[1]
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    if len(entry.shape) > 16 or math.prod(max(side, 1) for side in entry.shape) > MAX_OBJECT_BYTES:
+        raise ValueError(f"{name} of shape {list(entry.shape)}")

@@ -18,10 +18,9 @@ from runner.startup import hush
 from runner.terminal import say
 from runner.text import gib, table
 from stages import machine
-from stages.card_test import ADVICE, computes, unbuilt
 from stages.errors import ModelError
-from stages.machine import Device, Machine, probe
-from stages.placement.copy_test import corrupted_pairs
+from stages.machine import OTHER_TORCH, Device, Machine, computes, missing_kernels, probe
+from stages.placement.transfers import corrupted_pairs
 
 PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors")
 LEAST_DISK = 40 * 10**9
@@ -87,7 +86,7 @@ def document(checks: Sequence[Check]) -> dict[str, Any]:
 def _versions() -> Check:
     from importlib.metadata import version
 
-    parts = {"python": platform.python_version()} | machine.build() | {name: version(name) for name in PACKAGES}
+    parts = {"python": platform.python_version()} | machine.torch_build() | {name: version(name) for name in PACKAGES}
     return Check("versions", True, ", ".join(f"{name} {text}" for name, text in parts.items()))
 
 
@@ -100,7 +99,7 @@ def _host(here: Machine) -> Check:
 
 
 def _memory(card: Device) -> Check:
-    others = machine.users(card.name)
+    others = machine.memory_users(card.name)
     taken = card.free < card.total * 7 // 10
     found = f"{card.label}: {gib(card.free)} free of {gib(card.total)}"
     return Check(
@@ -110,11 +109,11 @@ def _memory(card: Device) -> Check:
 
 
 def _architecture(card: Device) -> Check:
-    own, built = machine.architecture(card.name), machine.build().get("architectures", "")
+    own, built = machine.architecture(card.name), machine.torch_build().get("architectures", "")
     if not own or not built:
         return Check(f"{card.name} architecture", True, "nothing to compare")
-    return Check(f"{card.name} architecture", not unbuilt(card), f"{own}; this torch is built for {built}",
-                 ADVICE if unbuilt(card) else "")
+    return Check(f"{card.name} architecture", not missing_kernels(card), f"{own}; this torch is built for {built}",
+                 OTHER_TORCH if missing_kernels(card) else "")
 
 
 def _kernel(card: Device) -> Check:

@@ -106,7 +106,7 @@ def in_this_process(said: RunOptions, job: Job, emit: Emit, results: Results, se
     results.refuse(plan.job.refused)
     if not said.quiet and (said.verbose or plan.machine.cards):
         say(sys.stderr, plan_lines(plan))
-    if plan.checkpoint.absent:
+    if plan.checkpoint.bytes_to_download:
         with timed(seconds, "download"):
             plan = fetched(plan)
     failures: list[Failure] = []

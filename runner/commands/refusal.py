@@ -73,6 +73,8 @@ def usage(error: typer.TyperException) -> str:
 
 def as_option(name: str, value: str | None) -> str:
     """A name of the job as the command line has it."""
+    if name == "devices" and value is not None and value[0].isdigit():
+        return f"--gpus {value}"
     if (whole := _OPTIONS.get(f"{name}={value}")) is not None:
         return whole
     option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")

@@ -20,9 +20,8 @@ from runner.job import Job
 from runner.media.writer import PictureWriter, labelled
 from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
-from stages.card_test import check_cards
 from stages.errors import BadResult, RankLost, StagerunError, StoreError
-from stages.machine import Machine, probe
+from stages.machine import Machine, check_cards, probe
 
 
 class RankStore(ForwardingStore):

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from stages.pipeline.stage import Loaded, detach
+from stages.pipeline.stage import Loaded, forget_frames
 from stages.placement.device_turns import DeviceTurns, taking
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def process(loaded: Loaded, lanes: int, cards: Sequence[str], items: Sequence[T]
     # Lanes that stopped because of another one's error have none of their own.
     own = [error for error in errors if isinstance(error, Exception)]
     for error in errors:
-        detach(error)
+        forget_frames(error)
     if errors:
         raise (own or errors)[0]
 

@@ -230,8 +230,9 @@ def check_runnable(plan: Plan, collectives: Collectives | None) -> None:
     """Raise InvalidInput for a plan that this process cannot run alone, or not here."""
     if not plan.machine.here:
         raise InvalidInput("this is a plan for cards that are not here: plan without `machine` to run")
-    if plan.checkpoint.absent:
-        raise InvalidInput(f"{plan.checkpoint.absent} bytes of weights are not here: plan with `download=True` to run")
+    if plan.checkpoint.bytes_to_download:
+        raise InvalidInput(f"{plan.checkpoint.bytes_to_download} bytes of weights are not here: plan with "
+                           f"`download=True` to run")
     if plan.processes > 1 and collectives is None:
         raise InvalidInput("denoise=tensor_parallel takes a process for each card -> runner.spawn(job, ranks=2), or "
                            "the command line")

@@ -22,10 +22,9 @@ from runner.planning.plan import Plan
 from stages.errors import BadResult, StageOutOfMemory, StoreError
 from stages.events import Emit, silent
 from stages.loading.readahead import reading_ahead
-from stages.pipeline.stage import Loaded, Stage, detach
+from stages.pipeline.stage import Loaded, Stage, forget_frames
 from stages.pipeline.step_hook import StepCheckpoint
-from stages.placement.copy_test import verified
-from stages.placement.placement import Places
+from stages.placement.placement import Places, verified
 from stages.precompute.table import ModulationTable
 from stages.state import State
 
@@ -186,11 +185,11 @@ class StageRunner:
         cards = [name for name in self.plan.devices if name != "cpu"]
         try:
             with (nullcontext() if table is None else table.attached(loaded), self._reading_ahead(),
-                  self.stop.patiently() if loaded.divisible else nullcontext()):
+                  self.stop.patiently() if loaded.resumable else nullcontext()):
                 lanes.process(loaded, self.lanes, cards, items, partial(self._run, table, len(items)), self._failed)
         except BaseException as error:
             # Here, as `loaded` gives an error the traceback back that it came with.
-            detach(error)
+            forget_frames(error)
             raise
         for part in ("compute", "save"):
             self.seconds[part] = before[part] + (self.seconds[part] - before[part]) / min(self.lanes, len(items))
@@ -228,9 +227,9 @@ class StageRunner:
         state = self._source(item)
         checkpointer = StepCheckpointer(
             self.emit, item.key, {"index": item.index, "of": of, "request": item.request}, self._stopping,
-            self.store if lane.divisible else None, self.plan.job.policy.step_every,
+            self.store if lane.resumable else None, self.plan.job.policy.step_every,
         )
-        checkpoint = load_checkpoint(self.store, item.key) if lane.divisible else None
+        checkpoint = load_checkpoint(self.store, item.key) if lane.resumable else None
         if checkpoint is not None:
             self.emit("resumed", {"stage": self.stage.name, "request": item.request, "step": checkpoint.steps})
         done = 0 if checkpoint is None else checkpoint.steps
@@ -238,7 +237,7 @@ class StageRunner:
             result = self._kept(lane, state, item, checkpointer, checkpoint)
         with self._timed("save"):
             self.store.put(item.key, self.stage.name, result, self._note())
-            if lane.divisible:
+            if lane.resumable:
                 self.store.drop(checkpoint_key(item.key))
 
     def _kept(
@@ -268,7 +267,7 @@ class StageRunner:
             self._source(known[position]), self.plan.requests[position].inputs))
         self.seconds.setdefault("table", 0.0)
         with self._timed("table"):
-            table.open(items[0].request)
+            table.chunk_for(items[0].request)
         self.emit("table", {"stage": self.stage.name, "layers": len(layers), "bytes": table.bytes,
                             "seconds": self.seconds["table"]})
         return table

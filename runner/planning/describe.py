@@ -10,7 +10,7 @@ from runner.planning import disk
 from runner.planning.placer import concurrency
 from runner.planning.plan import Plan
 from runner.text import gib, table
-from stages.loading.load import passing
+from stages.loading.load import host_bytes_while_loading
 
 Layout = dict[str, dict[str, dict[str, dict[str, int]]]]
 # What is in no block, in a layout.
@@ -144,7 +144,7 @@ def host_needs(plan: Plan) -> dict[str, HostNeed]:
             part = stage.name, component.name
             placement = plan.places[part].placement
             held += placement.share(plan.weights[part]).get("cpu", 0)
-            loading = max(loading, held + passing(component, placement))
+            loading = max(loading, held + host_bytes_while_loading(component, placement))
         found[stage.name] = HostNeed(held, loading)
     return found
 

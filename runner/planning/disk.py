@@ -58,7 +58,7 @@ def look(plan: Plan) -> Disk:
     files = [file for component in plan.checkpoint.components.values() for file in component.files]
     free = shutil.disk_usage(plan.checkpoint.path).free
     here = [file for file in files if file.suffix == ".safetensors"]
-    return Disk(free, plan.checkpoint.absent, stored(plan.stages), read_rate(here))
+    return Disk(free, plan.checkpoint.bytes_to_download, stored(plan.stages), read_rate(here))
 
 
 def stored(stages: Sequence[Stage]) -> Mapping[str, int]:

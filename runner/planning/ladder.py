@@ -14,7 +14,9 @@ from stages.errors import DoesNotFit, Fixes
 from stages.machine import Device, Machine
 from stages.models.weights import Weights
 from stages.placement.balance import Blocks, partition
-from stages.placement.placement import Placement, Resident, Sharded
+from stages.placement.placement import Placement, Resident
+from stages.placement.sharded import Sharded
+from stages.placement.streaming import Streamed
 
 Rooms = dict[str, int]
 Placements = dict[str, Placement]
@@ -158,17 +160,17 @@ def _streamed(problem: PlacementProblem, machine: Machine, rooms: Rooms) -> Plac
     host = machine.host_room if machine.cards else 0
     for weights in problem.open:
         best = max(rooms, key=lambda name: rooms[name])
-        whole = weights.total <= rooms[best]
-        placement = Resident(best) if whole else _with_hosted(problem, weights, rooms)
-        if placement is None:
-            return f"not even one block of {weights.component} at a time; {_room(machine, rooms, best, problem)}"
-        if isinstance(placement, Sharded):
-            waiting = sum(weights.blocks[name] for name in placement.cpu_blocks)
+        placement: Placement = Resident(best)
+        if weights.total > rooms[best]:
+            streamed = _with_hosted(problem, weights, rooms)
+            if streamed is None:
+                return f"not even one block of {weights.component} at a time; {_room(machine, rooms, best, problem)}"
+            waiting = sum(weights.blocks[name] for name in streamed.cpu_blocks)
             if waiting > host and problem.offload != "disk":
                 return (f"{gib(waiting)} of {weights.component} would wait in host memory, which has "
                         f"{gib(host)} for it")
-            placement = _shelved(placement, weights, host)
-            host -= sum(weights.blocks[name] for name in placement.cpu_blocks)
+            placement = streamed = _shelved(streamed, weights, host)
+            host -= sum(weights.blocks[name] for name in streamed.cpu_blocks)
         found[weights.component] = placement
         for device, size in placement.share(weights).items():
             if device in rooms:
@@ -200,21 +202,22 @@ def _dealt(
         if cards is not None:
             at = {name: order[card] for name, card in zip(loose, cards, strict=True)}
             devices = {name: at.get(name, order[0]) for name in weights.blocks}
-            return Sharded(order[0], devices, problem.rest(weights.component), cpu_blocks)
+            return Sharded(order[0], devices, problem.rest(weights.component))
     return None
 
 
-def _with_hosted(problem: PlacementProblem, weights: Weights, rooms: Rooms) -> Sharded | None:
+def _with_hosted(problem: PlacementProblem, weights: Weights, rooms: Rooms) -> Streamed | None:
     """With as few blocks in host memory as fit, spread evenly between the others."""
     names = [name for name in weights.blocks if name not in problem.pinned]
     for count in range(1, len(names) + 1):
-        placement = _dealt(problem, weights, rooms, _evenly(names, count))
-        if placement is not None:
-            return placement
+        cpu_blocks = _evenly(names, count)
+        dealt = _dealt(problem, weights, rooms, cpu_blocks)
+        if dealt is not None:
+            return Streamed(dealt.device, dealt.devices, dealt.rest, cpu_blocks=cpu_blocks)
     return None
 
 
-def _shelved(placement: Sharded, weights: Weights, room: int) -> Sharded:
+def _shelved(placement: Streamed, weights: Weights, room: int) -> Streamed:
     """With as few of the blocks that wait on the disk as leave the others `room` bytes of host memory."""
     names = [name for name in weights.blocks if name in placement.cpu_blocks]
     for count in range(len(names) + 1):

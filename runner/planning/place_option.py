@@ -10,7 +10,8 @@ from stages.errors import InvalidInput
 from stages.machine import Machine
 from stages.models.weights import Weights
 from stages.pipeline.stage import Stage
-from stages.placement.placement import Placement, Resident, Sharded
+from stages.placement.placement import Placement, Resident
+from stages.placement.sharded import Sharded
 
 _RUNS = re.compile(r"[\w:]+:[0-9]+(,[\w:]+:[0-9]+)*")
 

@@ -15,12 +15,14 @@ from runner.text import gib
 from stages.errors import DoesNotFit, Fix, InvalidInput
 from stages.estimate.dry_run import Estimate, dry_run, one_thread
 from stages.estimate.memory_tracker import MixedDevices
-from stages.loading.disk_weights import reading
+from stages.loading.disk_weights import bytes_read_per_pass
 from stages.machine import Machine
 from stages.models.format import choose_dtype
-from stages.models.weights import Weights, skeleton, weigh
+from stages.models.skeleton import skeleton
+from stages.models.weights import Weights, weigh
 from stages.pipeline.stage import Inputs, Stage
-from stages.placement.placement import DISK, Place, Placement, Resident, remainder
+from stages.placement.placement import DISK, Place, Placement, Resident
+from stages.placement.sharded import remainder
 from stages.placement.tensor_parallel import TensorParallel, part_of
 from stages.state import State
 
@@ -120,7 +122,8 @@ class Placer:
         tiles = tried if tile is None else (Strategy(f"tiles of {tile} pixels"),)
         done.places |= {(stage.name, name): place for name, place in places.items()}
         done.weights |= {(stage.name, name): weight for name, weight in weights.items()}
-        done.reads[stage.name] = sum(reading(component, places[component.name]) for component in stage.components)
+        done.reads[stage.name] = sum(
+            bytes_read_per_pass(component, places[component.name]) for component in stage.components)
         done.needs[stage.name] = task.needs(places, estimate)
         done.strategies[stage.name] = (*refused, *tiles)
         return estimate.state
@@ -144,7 +147,7 @@ class Placer:
     def _types(self, stage: Stage, done: Placed) -> Iterator[tuple[str, torch.dtype]]:
         for component in stage.components:
             asked = self.dtypes.get(component.name) or self.dtypes.get("")
-            choice = choose_dtype(component, self.machine.devices)
+            choice = choose_dtype(component.class_name, self.machine.devices)
             done.reasons[component.name] = "asked for" if asked else choice.reason
             yield component.name, asked or choice.dtype
 

@@ -18,13 +18,12 @@ from runner.planning.plan import Plan, largest
 from runner.planning.suggestions import with_fixes
 from runner.request import Request, nearest_sizes
 from runner.text import shown
-from stages.card_test import check_cards
 from stages.errors import InvalidInput, ModelError
 from stages.families import FAMILIES
 from stages.loading import lora_merge
-from stages.machine import Machine, probe
-from stages.models.checkpoint import Checkpoint, check, find
-from stages.models.lora import LoraRequest, found
+from stages.machine import Machine, check_cards, probe
+from stages.models.checkpoint import Checkpoint, check_family, find
+from stages.models.lora import LoraRequest, find_lora
 from stages.pipeline.split import require, split
 
 
@@ -47,12 +46,12 @@ def make_plan(
 
 def fetched(plan: Plan) -> Plan:
     """The same plan with the model's weights on this machine: downloaded, where they are not; ModelError if not."""
-    if not plan.checkpoint.absent:
+    if not plan.checkpoint.bytes_to_download:
         return plan
     # Of the commit that was planned for, whatever has become of its branch.
     checkpoint = find(plan.checkpoint.source, revision=plan.checkpoint.path.name)
     if plan.checkpoint.loras:
-        checkpoint = checkpoint.adapted(plan.checkpoint.loras)
+        checkpoint = checkpoint.with_loras(plan.checkpoint.loras)
     return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, largest(plan.requests).inputs))
 
 
@@ -84,7 +83,7 @@ def _checkpoint(job: Job) -> Checkpoint:
     is_demo = family.repo == "demo" and job.model in (None, "demo")
     source: str | Path = CHECKPOINT if is_demo else job.model or family.repo
     named = find(source, revision=job.revision, components=())
-    check(replace(named, source="demo") if is_demo else named, family=FAMILIES[job.family])
+    check_family(replace(named, source="demo") if is_demo else named, family=FAMILIES[job.family])
     checkpoint = find(source, revision=job.revision, weights=False)
     if job.origin is not None and job.origin.identity != checkpoint.identity:
         raise ModelError(f"{job.origin.what} was made by {job.origin.identity}, but {job.model or family.repo} is now "
@@ -96,13 +95,13 @@ def _checkpoint(job: Job) -> Checkpoint:
 
 def with_loras(checkpoint: Checkpoint, asked: Sequence[LoraRequest]) -> Checkpoint:
     """The checkpoint with these LoRAs; ModelError for one that is not there, or not made for it."""
-    loras = [found(each, checkpoint.pipeline) for each in asked]
+    loras = [find_lora(each, checkpoint.pipeline) for each in asked]
     if twice := [lora.source for lora in loras if loras.count(lora) > 1]:
         raise InvalidInput(f"`loras` name {twice[0]} twice -> name it once, with the sum of its scales")
-    adapted = checkpoint.adapted({lora: lora_merge.reaches(lora, checkpoint) for lora in loras})
+    adapted = checkpoint.with_loras({lora: lora_merge.components_reached(lora, checkpoint) for lora in loras})
     for component in adapted.components.values():
         if component.loras:
-            lora_merge.check(component)
+            lora_merge.check_loras(component)
     return adapted
 
 

@@ -8,7 +8,7 @@ from runner.text import gib
 from stages.errors import NotPrecomputable
 from stages.models.weights import weigh
 from stages.pipeline.stage import Inputs, Stage
-from stages.precompute.recorder import conditional
+from stages.precompute.recorder import conditioning_program
 from stages.state import State
 
 LEAST = 0.02
@@ -46,7 +46,7 @@ def table_saving(stage: Stage, dtype: torch.dtype, state: State, inputs: Inputs,
     if not wanted:
         return TableSaving(component.name, whole, whole, refused="not wanted")
     try:
-        layers = conditional(stage, dtype, state, inputs).layers
+        layers = conditioning_program(stage, dtype, state, inputs).layers
     except NotPrecomputable as error:
         return TableSaving(component.name, whole, whole, refused=str(error))
     left = weigh(component, dtype, frozenset(layers)).total

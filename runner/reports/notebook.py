@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from runner.engine.report import Picture, Report, StageReport
     from runner.planning.plan import Plan
-    from stages.placement.placement import Placement, Sharded
+    from stages.placement.placement import Placement
+    from stages.placement.sharded import Sharded
     from stages.state import State
 
 UPDATE_EVERY = 0.25
@@ -209,7 +210,8 @@ HTML: Mapping[tuple[str, str], Callable[[Any], str]] = {
     ("runner.engine.report", "StageReport"): stage_html,
     ("runner.planning.plan", "Plan"): plan_html,
     ("stages.placement.placement", "Resident"): placement_html,
-    ("stages.placement.placement", "Sharded"): sharded_html,
+    ("stages.placement.sharded", "Sharded"): sharded_html,
+    ("stages.placement.streaming", "Streamed"): sharded_html,
     ("stages.placement.tensor_parallel", "TensorParallel"): placement_html,
     ("stages.state", "State"): state_html,
 }

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -10,52 +10,68 @@ from typing import Any
 import torch
 from accelerate.utils import recursively_apply
 from torch import nn
+from transformers import BatchEncoding
 
-from stages.errors import ModelError
 from stages.estimate.block_memo import BlockMemo, Costs
-from stages.estimate.copy_skeleton import copy_skeleton
-from stages.estimate.fake_tokenizer import FakeTokenizer
 from stages.estimate.memory_tracker import FusedAttention, MemoryTracker
-from stages.models.weights import Weights, float32, skeleton
-from stages.pipeline.stage import Inputs, Loaded, Stage, silent
-from stages.placement.placement import Places, device_of
+from stages.models.checkpoint import Component
+from stages.models.skeleton import copy_skeleton, skeleton
+from stages.models.weights import Weights
+from stages.pipeline.stage import Inputs, Loaded, Stage, moved_to
+from stages.placement.placement import Place, Places, device_of
 from stages.state import State
 
+# The methods through which pipelines call models.
 _ENTRANCES = ("forward", "encode", "decode")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage takes besides its weights: peak bytes by device; and the operations in each block.
-
-    `state` has the shapes of the state after the stage, and numbers that mean nothing.
-    """
+    """What a stage takes for one request."""
 
     peak: Mapping[str, int]
+    """The most bytes besides the weights, by device."""
     work: Mapping[str, Mapping[str, int]]
+    """Floating point operations by component and block."""
     state: State
+    """The state after the stage: its shapes are right, its numbers mean nothing."""
 
 
 def dry_run(
     stage: Stage, places: Places, weights: Mapping[str, Weights], state: State, inputs: Inputs,
     scratch: Mapping[str, float], costs: Costs | None = None,
 ) -> Estimate:
-    """Go through `stage` once for one request; `scratch` is what a convolution takes on a device.
+    """Go through a stage once, for one request, on devices that need not be here.
 
-    Devices may be ones that are not here. `costs` of blocks are those of other rehearsals of the same model, and get
-    those of this one. Raises MixedDevices where a placement makes tensors of two devices meet.
+    `weights` are those of its components by name; `scratch` is what a convolution takes on a device, as a factor of
+    its operands. `costs` of blocks are those of other dry runs of the same model, and get those of this one. Raises
+    MixedDevices where a placement makes tensors of two devices meet.
     """
-    with DryRunStage(stage, places, weights, scratch, {} if costs is None else costs) as paper, ExitStack() as modes:
-        modes.enter_context(paper.ledger)
-        modes.enter_context(FusedAttention(paper.ledger))
-        modes.enter_context(torch.no_grad())
-        after = paper.run(state, inputs)
-        return Estimate(dict(paper.ledger.peak), paper.work, after)
+    home, work = stage.home(places), {component.name: Counter[str]() for component in stage.components}
+    tracker = MemoryTracker(home, scratch)
+    models = {}
+    for component in stage.components:
+        place = places[component.name]
+        known = {} if costs is None else costs.setdefault((component.name, place.dtype, place.precomputed), {})
+        memo = BlockMemo(tracker, work[component.name], known)
+        models[component.name] = _tracked(component, place, weights[component.name], home, memo, tracker)
+    to_host = moved_to("cpu", places[stage.components[0].name].dtype)
+
+    def receive(tensor: torch.Tensor) -> torch.Tensor:
+        # What the pipeline itself has stays on the host, and counts for the device that it would be on.
+        received = to_host(tensor)
+        tracker.hold(received, home, received.untyped_storage().nbytes())
+        return received
+
+    loaded = Loaded(stage, stage.pipeline(models, FakeTokenizer), receive)
+    with tracker, FusedAttention(tracker), torch.no_grad():
+        after = loaded.run(state, inputs)
+        return Estimate(dict(tracker.peak), work, after)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Rehearsals compute next to nothing: threads would wait for each other for longer than they work."""
+    """Dry runs compute next to nothing: threads would wait for each other for longer than they work."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -64,101 +80,29 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(count)
 
 
-class DryRunStage(Loaded):
-    """A stage with skeletons for components; what the pipeline itself makes is made on the host, and counted home."""
-
-    def __init__(
-        self, stage: Stage, places: Places, weights: Mapping[str, Weights], scratch: Mapping[str, float],
-        costs: Costs,
-    ) -> None:
-        super().__init__(stage, places, silent)
-        self._weights, self._costs = weights, costs
-        self.ledger = MemoryTracker(super().home, scratch)
-        self.work: dict[str, Counter[str]] = {component.name: Counter() for component in stage.components}
-
-    def __enter__(self) -> "DryRunStage":
-        self.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
-        for component in self.stage.components:
-            place = self.places[component.name]
-            model = on_host(copy_skeleton(skeleton(component, place.dtype)))
-            for layer in place.precomputed:
-                drop_weights(model.get_submodule(layer))
-            kept = float32(component, model, place.dtype)
-            for name, buffer in model.named_buffers():
-                buffer.data = buffer.data.float() if kept(name) else buffer.data
-            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                self.ledger.hold(tensor, device_of(name, place.placement.storage_devices), 0)
-            place.placement.attach(model, self.ledger.home, self.ledger.move)
-            for name, device in place.placement.compute_devices.items():
-                self.ledger.follow(model.get_submodule(name), device)
-            known = self._costs.setdefault((component.name, place.dtype, place.precomputed), {})
-            repeats = BlockMemo(self.ledger, self.work[component.name], known)
-            for block in filter(None, self._weights[component.name].blocks):
-                repeats.listen(block, model.get_submodule(block), device_of(block, place.placement.storage_devices))
-            for entrance in _ENTRANCES:
-                if hasattr(model, entrance):
-                    setattr(model, entrance, self._border(model, getattr(model, entrance)))
-            self.pipe.update_components(**{component.name: model})
-        self.complete()
-        self.pipe.set_progress_bar_config(disable=True)
-        self.stage.prepare(self.pipe)
-        return self
-
-    @property
-    def home(self) -> str:
-        return "cpu"
-
-    def complete(self) -> None:
-        """Load what has no weights; a tokenizer that cannot be loaded here is stood in for."""
-        try:
-            super().complete()
-        except ModelError:
-            absent = [name for name in self.pipe.null_component_names if "tokenizer" in name or "processor" in name]
-            self.pipe.update_components(**{name: FakeTokenizer() for name in absent})
-            super().complete()
-
-    def _entered(self, value: Any) -> Any:
-        value = super()._entered(value)
-        if isinstance(value, torch.Tensor):
-            self.ledger.hold(value, self.ledger.home, value.untyped_storage().nbytes())
-        return value
-
-    def _border(self, model: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call` on the meta device, with inputs from and outputs to the host, so that pipelines may look at them."""
-
-        def entered(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.is_meta:
-                return tensor
-            shape = tensor.to("meta")
-            self.ledger.hold(shape, self.ledger.card_of(tensor), 0)
-            return shape
-
-        def left(tensor: torch.Tensor) -> torch.Tensor:
-            if not tensor.is_meta:
-                return tensor
-            numbers = self.ledger.noise(tensor.shape, tensor.dtype)
-            # For this moment both stand for one tensor.
-            self.ledger.hold(numbers, self.ledger.card_of(tensor), tensor.nbytes, peak=False)
-            return numbers
-
-        # Pipelines read the signature to see what a denoiser takes.
-        @wraps(call)
-        def outer(*args: Any, **kwargs: Any) -> Any:
-            if getattr(model, "running", False):
-                return call(*args, **kwargs)
-            with self.ledger.uncounted():
-                args, kwargs = recursively_apply(entered, (args, kwargs))
-            model.running = True
-            out = call(*args, **kwargs)
-            model.running = False
-            del args, kwargs
-            with self.ledger.uncounted():
-                return recursively_apply(left, out)
-
-        return outer
+def _tracked(
+    component: Component, place: Place, weights: Weights, home: str, memo: BlockMemo, tracker: MemoryTracker
+) -> nn.Module:
+    """The component's skeleton at its place, so that what a pipeline does with it is tracked."""
+    placement = place.placement
+    entrances = _Entrances(tracker)
+    model: nn.Module = copy_skeleton(skeleton(component, place.dtype), entrances.device)
+    for layer in place.precomputed:
+        _drop_weights(model.get_submodule(layer))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tracker.hold(tensor, device_of(name, placement.storage_devices), 0)
+    placement.attach(model, home, tracker.move)
+    for name, device in placement.compute_devices.items():
+        tracker.place(model.get_submodule(name), device)
+    for block in filter(None, weights.blocks):
+        memo.wrap(block, model.get_submodule(block), device_of(block, placement.storage_devices))
+    for name in _ENTRANCES:
+        if hasattr(model, name):
+            setattr(model, name, entrances.wrapped(getattr(model, name)))
+    return model
 
 
-def drop_weights(linear: Any) -> None:
+def _drop_weights(linear: Any) -> None:
     """Take the weights of a linear layer, whose output will come from elsewhere."""
     width = linear.out_features
     linear.register_parameter("weight", None)
@@ -166,14 +110,78 @@ def drop_weights(linear: Any) -> None:
     linear.forward = lambda x: x.new_empty((*x.shape[:-1], width))
 
 
-def on_host(model: nn.Module) -> nn.Module:
-    """The skeleton, which says that it is on the host unless it is at work: pipelines put their tensors there."""
-    kind = type(model)
+class _Entrances:
+    """The methods through which a pipeline calls one model: it is on the host, and the model on the meta device."""
 
-    def device(self: Any) -> torch.device:
-        return torch.device("meta" if getattr(self, "running", False) else "cpu")
+    def __init__(self, tracker: MemoryTracker) -> None:
+        self._tracker, self._inside = tracker, False
 
-    # The libraries look classes up by their full names.
-    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    model.__class__ = type(kind.__name__, (kind,), {"device": property(device), **named})
-    return model
+    def device(self) -> str:
+        """Where the model says that it is: pipelines put their tensors there, and the model itself its own."""
+        return "meta" if self._inside else "cpu"
+
+    def wrapped(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The method with inputs from and outputs to the host, so that pipelines may look at them."""
+
+        # Pipelines read the signature to see what a denoiser takes.
+        @wraps(call)
+        def entrance(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return call(*args, **kwargs)
+            with self._tracker.uncounted():
+                args, kwargs = recursively_apply(self._entered, (args, kwargs))
+            self._inside = True
+            try:
+                out = call(*args, **kwargs)
+            finally:
+                self._inside = False
+            del args, kwargs
+            with self._tracker.uncounted():
+                return recursively_apply(self._left, out)
+
+        return entrance
+
+    def _entered(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            return tensor
+        shape = tensor.to("meta")
+        self._tracker.hold(shape, self._tracker.device_of(tensor), 0)
+        return shape
+
+    def _left(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor
+        numbers = self._tracker.noise(tensor.shape, tensor.dtype)
+        # For this moment both stand for one tensor.
+        self._tracker.hold(numbers, self._tracker.device_of(tensor), tensor.nbytes, peak=False)
+        return numbers
+
+
+class FakeTokenizer:
+    """In place of a tokenizer that cannot be loaded here, as only the number of tokens matters.
+
+    It answers as tokenizers and processors do, with as many tokens as there is room for, none of them padding.
+    """
+
+    model_max_length = 77
+
+    def __call__(self, text: Any = None, max_length: int | None = None, **options: Any) -> BatchEncoding:
+        rows, length = 1 if isinstance(text, str) else len(text), max_length or self.model_max_length
+        ones = torch.ones((rows, length), dtype=torch.int64)
+        return BatchEncoding({"input_ids": ones, "attention_mask": ones.clone()})
+
+    def apply_chat_template(self, messages: Any, tokenize: bool = True, **options: Any) -> Any:
+        """The messages as tokens, or as they are."""
+        return self(messages, **options) if tokenize else str(messages)
+
+    def num_special_tokens_to_add(self) -> int:
+        """None."""
+        return 0
+
+    def decode(self, tokens: torch.Tensor) -> str:
+        """No text."""
+        return ""
+
+    def batch_decode(self, tokens: torch.Tensor, **options: Any) -> list[str]:
+        """No text for each row."""
+        return [""] * len(tokens)

@@ -1,4 +1,4 @@
-"""The bytes that tensors take on each card, counted op by op without a card and without the tensors.
+"""The bytes that tensors take on each device, counted op by op without a device and without the tensors.
 
 A model on the meta device does everything but compute, so its forward pass makes every activation in the order and
 for as long as a real one does. What is counted is what an allocator without rounding would have handed out.
@@ -32,20 +32,27 @@ class MixedDevices(DoesNotFit):
 
 
 class MemoryTracker(TorchDispatchMode):
-    """While entered: current and peak bytes by card, and floating point operations, of what runs.
+    """While entered: the bytes and the operations of what runs."""
 
-    `scratch` says how much of its operands a convolution takes besides them on a card, as a factor.
-    """
+    home: str
+    """The device of what is made of nothing."""
+    scratch: Mapping[str, float]
+    """What a convolution takes on a device besides its operands, as a factor of their bytes."""
+    now: Counter[str]
+    """Bytes on each device."""
+    peak: Counter[str]
+    """The most bytes so far on each device."""
+    flops: int
+    """Floating point operations so far."""
 
     def __init__(self, home: str, scratch: Mapping[str, float]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.home, self.flops = home, 0
-        self.now, self.peak = Counter[str](), Counter[str]()
-        self.scratch = scratch
+        self.home, self.scratch = home, scratch
+        self.now, self.peak, self.flops = Counter(), Counter(), 0
         self._held: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
         # Drawn apart, so that nobody else's random numbers change.
         self._numbers = torch.rand(2**16, generator=torch.Generator().manual_seed(0))
-        self._card: str | None = None
+        self._device: str | None = None
         self._within: list[str] = []
         self._counting = True
 
@@ -61,59 +68,63 @@ class MemoryTracker(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         if self._counting:
-            card = self._card or self._card_of_call(func, args)
+            device = self._device or self._device_of_call(func, args)
             for tensor in tensors(out):
-                self.hold(tensor, card, tensor.untyped_storage().nbytes())
+                self.hold(tensor, device, tensor.untyped_storage().nbytes())
             count = flop_registry.get(func._overloadpacket)
             if count is not None:
                 self.flops += count(*args, **kwargs, out_val=out)
             if func is _CONVOLUTION:
-                self.spike(card, int(self.scratch.get(card, 0.0) * (args[0].nbytes + out.nbytes)))
+                self.spike(device, int(self.scratch.get(device, 0.0) * (args[0].nbytes + out.nbytes)))
         return out
 
-    def hold(self, tensor: torch.Tensor, card: str, size: int, peak: bool = True) -> None:
-        """Count `size` bytes on a card for as long as the tensor's memory lives, unless it is counted already."""
+    def hold(self, tensor: torch.Tensor, device: str, size: int, peak: bool = True) -> None:
+        """Count `size` bytes on a device for as long as the tensor's memory lives, unless it is counted already."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._held:
             return
-        self._held[key] = card, size, weakref.ref(storage, lambda _: self._drop(key))
-        self.now[card] += size
+        self._held[key] = device, size, weakref.ref(storage, lambda _: self._drop(key))
+        self.now[device] += size
         if peak:
-            self.spike(card, 0)
+            self.spike(device, 0)
 
-    def spike(self, card: str, size: int) -> None:
-        """Count bytes that a card holds for a moment only."""
-        self.peak[card] = max(self.peak[card], self.now[card] + size)
+    def spike(self, device: str, size: int) -> None:
+        """Count bytes that a device holds for a moment only."""
+        self.peak[device] = max(self.peak[device], self.now[device] + size)
 
-    def card_of(self, tensor: torch.Tensor) -> str:
-        """The card that holds the tensor."""
+    def device_of(self, tensor: torch.Tensor) -> str:
+        """The device that holds the tensor."""
         held = self._held.get(tensor.untyped_storage()._cdata)
         return held[0] if held else self.home
 
-    def move(self, tensor: torch.Tensor, card: str) -> torch.Tensor:
-        """The tensor on another card: a `Transfer`."""
-        if self.card_of(tensor) == card:
+    def move(self, tensor: torch.Tensor, device: str) -> torch.Tensor:
+        """The tensor on another device: a `Transfer`."""
+        if self.device_of(tensor) == device:
             return tensor
-        with self.on(card):
+        with self.on(device):
             return tensor.clone()
 
-    def follow(self, module: nn.Module, card: str) -> None:
-        """Have what `module` makes out of nothing, such as positions, made on this card."""
-        module.register_forward_pre_hook(lambda *call: self._within.append(card))
-        module.register_forward_hook(lambda *call: self._leave(), always_call=True)
+    def place(self, module: nn.Module, device: str) -> None:
+        """Have what a module makes out of nothing, such as positions, made on this device."""
 
-    def _leave(self) -> None:
-        self._within.pop()
+        def enter(*call: Any) -> None:
+            self._within.append(device)
+
+        def leave(*call: Any) -> None:
+            self._within.pop()
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
 
     @contextmanager
-    def on(self, card: str) -> Iterator[None]:
-        """Whatever is made meanwhile is made on this card."""
-        before, self._card = self._card, card
+    def on(self, device: str) -> Iterator[None]:
+        """Whatever is made meanwhile is made on this device."""
+        before, self._device = self._device, device
         try:
             yield
         finally:
-            self._card = before
+            self._device = before
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -132,10 +143,10 @@ class MemoryTracker(TorchDispatchMode):
         return self._numbers.to(dtype).repeat(-(-count // len(self._numbers)))[:count].clone().reshape(size)
 
     def _drop(self, key: int) -> None:
-        card, size, _ = self._held.pop(key)
-        self.now[card] -= size
+        device, size, _ = self._held.pop(key)
+        self.now[device] -= size
 
-    def _card_of_call(self, func: Any, args: Any) -> str:
+    def _device_of_call(self, func: Any, args: Any) -> str:
         found = [self._held[key][0] for tensor in tensors(args) if tensor.dim()
                  if (key := tensor.untyped_storage()._cdata) in self._held]
         if func not in _ACROSS and len(set(found)) > 1:
@@ -147,9 +158,9 @@ class FusedAttention(TorchFunctionMode):
     """Attention that makes nothing but its result, as every card's own kernels do; on meta, torch would show the
     score matrix."""
 
-    def __init__(self, ledger: MemoryTracker) -> None:
+    def __init__(self, tracker: MemoryTracker) -> None:
         super().__init__()
-        self._ledger = ledger
+        self._tracker = tracker
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -158,7 +169,7 @@ class FusedAttention(TorchFunctionMode):
         query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args):]))[:3]
         if not query.is_meta:
             return func(*args, **kwargs)
-        self._ledger.flops += 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        self._tracker.flops += 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 

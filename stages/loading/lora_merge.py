@@ -26,41 +26,44 @@ from torch import nn
 
 from stages.errors import ModelError
 from stages.models.checkpoint import Checkpoint, Component
-from stages.models.lora import Lora, check_same
-from stages.models.weights import skeleton
+from stages.models.lora import Lora, check_unchanged
+from stages.models.skeleton import skeleton
 
 # Elements of a weight that are added to at once: merging takes three times their bytes in float32 on its device.
-PART = 2**20
+ELEMENTS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """What a LoRA adds to the weight [out, in] of a linear layer: `up` [out, rank] times `down` [rank, in]."""
+    """What a LoRA adds to the weight [out, in] of a linear layer."""
 
     down: torch.Tensor
+    """The first matrix, [rank, in]."""
     up: torch.Tensor
+    """The second matrix, [out, rank]."""
     scale: float
+    """What their product is multiplied by."""
 
-    def on(self, device: torch.device) -> "LowRankUpdate":
+    def to(self, device: torch.device) -> "LowRankUpdate":
         """The same in float32 on a device."""
         return LowRankUpdate(self.down.to(device, torch.float32), self.up.to(device, torch.float32), self.scale)
 
-    def of(self, rows: slice) -> torch.Tensor:
-        """What is added to these rows."""
+    def rows(self, rows: slice) -> torch.Tensor:
+        """What is added to these rows of the weight."""
         return self.up[rows] @ self.down * self.scale
 
 
 class LoraMerger:
-    """The additions of all LoRAs of a component."""
+    """The updates of all LoRAs of a component, by weight."""
 
     def __init__(self, component: Component) -> None:
-        self._additions: dict[str, list[LowRankUpdate]] = {}
+        self._updates: dict[str, list[LowRankUpdate]] = {}
         for lora in component.loras:
-            for name, addition in read(lora, component).items():
-                self._additions.setdefault(name, []).append(addition)
+            for name, update in read_updates(lora, component).items():
+                self._updates.setdefault(name, []).append(update)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._additions
+        return name in self._updates
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight of this name with what is added to it: on a card in its place, on the host in a copy.
@@ -70,25 +73,25 @@ class LoraMerger:
         if name not in self:
             return weight
         weight = weight.clone() if weight.device.type == "cpu" else weight
-        add(weight, self._additions[name])
+        add_updates(weight, self._updates[name])
         return weight
 
 
 @torch.no_grad()
-def add(weight: torch.Tensor, additions: Sequence[LowRankUpdate]) -> None:
+def add_updates(weight: torch.Tensor, updates: Sequence[LowRankUpdate]) -> None:
     """Add all of them to a weight [out, in] in float32, some rows at a time, and round once."""
-    here = [addition.on(weight.device) for addition in additions]
-    count = max(1, PART // weight.shape[1])
+    here = [update.to(weight.device) for update in updates]
+    count = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
     for first in range(0, len(weight), count):
         rows = slice(first, first + count)
         total = weight[rows].float()
-        for addition in here:
-            total = total + addition.of(rows)
+        for update in here:
+            total = total + update.rows(rows)
         weight[rows] = total
 
 
 @lru_cache(maxsize=32)
-def check(component: Component) -> None:
+def check_loras(component: Component) -> None:
     """Raise ModelError for a LoRA that is not made for the component, or adds to more than its linear layers.
 
     What is well once is not looked at again: a LoRA is named by the hash of its file.
@@ -96,33 +99,33 @@ def check(component: Component) -> None:
     model = skeleton(component)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for lora in component.loras:
-        for name, addition in read(lora, component).items():
+        for name, update in read_updates(lora, component).items():
             layer = layers.get(name.removesuffix(".weight"))
             if layer is None:
                 raise ModelError(f"{lora.source} adds to {name}, which is no linear layer of this model's "
-                                f"{component.class_name} -> use a LoRA that was made for this model")
-            shape = [addition.up.shape[0], addition.down.shape[1]]
+                                 f"{component.class_name} -> use a LoRA that was made for this model")
+            shape = [update.up.shape[0], update.down.shape[1]]
             if shape != list(layer.weight.shape):
                 raise ModelError(f"{lora.source} adds {shape} to {name}, which is {list(layer.weight.shape)} in this "
-                                f"model -> use a LoRA that was made for this model")
-            if not all(bool(matrix.float().isfinite().all()) for matrix in (addition.down, addition.up)):
+                                 f"model -> use a LoRA that was made for this model")
+            if not all(bool(matrix.float().isfinite().all()) for matrix in (update.down, update.up)):
                 raise ModelError(f"{lora.source} adds values to {name} that are not finite -> fetch it again, or use "
-                                f"another LoRA")
+                                 f"another LoRA")
 
 
-def reaches(lora: Lora, checkpoint: Checkpoint) -> list[str]:
+def components_reached(lora: Lora, checkpoint: Checkpoint) -> list[str]:
     """The components that a LoRA adds to; ModelError for one that is not in the checkpoint, or adds to nothing."""
     known = set(_pipeline(lora)._lora_loadable_modules) & checkpoint.components.keys()
     found = dict.fromkeys(name.partition(".")[0] for name in _converted(lora).tensors)
     if foreign := [name for name in found if name not in known]:
         raise ModelError(f"{lora.source} adds to {foreign[0]!r}, and diffusers {diffusers.__version__} knows LoRA for "
-                        f"{' and '.join(sorted(known))} of this model -> use one for those alone")
+                         f"{' and '.join(sorted(known))} of this model -> use one for those alone")
     if not found:
         raise ModelError(f"{lora.source} holds nothing -> use another LoRA")
     return list(found)
 
 
-def read(lora: Lora, component: Component) -> dict[str, LowRankUpdate]:
+def read_updates(lora: Lora, component: Component) -> dict[str, LowRankUpdate]:
     """What a LoRA adds to the component, by the name of the weight; ModelError for more than pairs of matrices.
 
     diffusers knows the formats of the trainers, and what it would pass over is refused.
@@ -139,21 +142,24 @@ def read(lora: Lora, component: Component) -> dict[str, LowRankUpdate]:
         down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
         if down.ndim != 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0:
             raise ModelError(f"{lora.source} has {list(up.shape)} by {list(down.shape)} for {layer} -> use a LoRA of "
-                            f"linear layers")
+                             f"linear layers")
         if not (down.is_floating_point() and up.is_floating_point()):
             raise ModelError(f"{lora.source} has {up.dtype} by {down.dtype} for {layer} -> use a LoRA in floating "
-                            f"point")
+                             f"point")
         found[f"{layer}.weight"] = LowRankUpdate(down, up, _strength(lora, layer, down.shape[0], part) * lora.scale)
     return found
 
 
 @dataclass(frozen=True)
 class _Converted:
-    """The tensors of a file under diffusers' names, the alphas that stand beside them, and the trainer's config."""
+    """What a file holds, under diffusers' names."""
 
     tensors: Mapping[str, torch.Tensor]
+    """The matrices."""
     alphas: Mapping[str, Any]
+    """The alphas that stand beside them."""
     config: Mapping[str, Any]
+    """The trainer's config."""
 
     def of(self, component: str) -> "_Converted":
         """What concerns a component, under its own names."""
@@ -172,7 +178,7 @@ def _named_as_in(lora: Lora, component: Component, tensors: Mapping[str, torch.T
         named = convert_state_dict_to_peft(convert_state_dict_to_diffusers(named))
     except (ValueError, LookupError) as error:
         raise ModelError(f"{lora.source} has names for the {component.class_name} that diffusers does not know "
-                        f"({error}) -> use a LoRA that was made for this model") from error
+                         f"({error}) -> use a LoRA that was made for this model") from error
     # transformers has done without this level since CLIP's encoder is a model of its own.
     level = "" if hasattr(skeleton(component), "text_model") else "text_model."
     return {name.removeprefix(level): tensor for name, tensor in named.items()}
@@ -199,7 +205,7 @@ def _names(lora: Lora, pattern: str, layer: str) -> bool:
     """
     if not re.fullmatch(r"\^?[\w.]+", pattern):
         raise ModelError(f"{lora.source} has an alpha for layers like {pattern[:60]!r}, and only names of layers are "
-                        f"read -> use a LoRA that names them")
+                         f"read -> use a LoRA that names them")
     return layer == pattern.removeprefix("^") or (pattern[0] != "^" and layer.endswith(f".{pattern}"))
 
 
@@ -218,13 +224,13 @@ def _pipeline(lora: Lora) -> Any:
     """The pipeline class that reads a LoRA; ModelError for one that reads none."""
     found = getattr(diffusers, lora.pipeline)
     if not hasattr(found, "lora_state_dict"):
-        raise ModelError(f"diffusers {diffusers.__version__} reads no LoRA for a {lora.pipeline} -> leave --lora out")
+        raise ModelError(f"diffusers {diffusers.__version__} reads no LoRA for a {lora.pipeline} -> leave `loras` out")
     return found
 
 
 def _converted(lora: Lora) -> _Converted:
     """The file as diffusers reads it; ModelError for one that it cannot read, or reads in part."""
-    check_same(lora)
+    check_unchanged(lora)
     reader = _pipeline(lora).lora_state_dict
     wants = {"return_alphas": True} if "return_alphas" in inspect.signature(reader).parameters else {}
     try:
@@ -234,7 +240,7 @@ def _converted(lora: Lora) -> _Converted:
     except (ValueError, LookupError, RuntimeError, AttributeError, TypeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{lora.source} is no LoRA that diffusers {diffusers.__version__} can read for a "
-                        f"{lora.pipeline} ({reason:.200}) -> use one that was made for this model") from error
+                         f"{lora.pipeline} ({reason:.200}) -> use one that was made for this model") from error
     if warned:
         raise ModelError(f"{lora.source} holds what is not run ({warned[0]:.200}) -> use a plain LoRA")
     config = more.pop() or {}

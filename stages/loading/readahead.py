@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 
-from stages.machine import host_memory
+from stages.host_memory import host_memory
 
 # What the current stage and the process may still take; a page cache that pushes those out would cost more.
 SPARE = 2 * 2**30

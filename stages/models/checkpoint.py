@@ -6,32 +6,37 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from stages.errors import ModelError
+from stages.errors import InvalidInput, ModelError
 from stages.families import FAMILIES, Family
 from stages.models import hub, remote_headers
-from stages.models.files import SMALL, Incomplete, head, read_json, size_of
+from stages.models.files import HEADER_ONLY, SMALL_FILES, Incomplete, head, read_json, size_of, weight_files
+from stages.models.format import refuse_quantized
 from stages.models.index import INDEX, MODULAR, Index, read_index
 from stages.models.lora import Lora
-from stages.models.safetensors_header import HEADER, file_bytes, read_header, weight_files
+from stages.models.safetensors_header import file_bytes, read_header
 
-WHOLE = 64 * 2**20
+# Files of so many bytes are told apart by size, time and header: to hash all of a model takes minutes.
+LARGE = 64 * 2**20
 _WEIGHTLESS = re.compile(r"(Tokenizer|TokenizerFast|Processor|ProcessorFast|FeatureExtractor|Scheduler)$")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tekken.json",))
 
 
 @dataclass(frozen=True)
 class Component:
-    """One part of a model: its folder, the class that reads it, and its safetensors files if it has weights.
-
-    What `loras` add is merged into the weights when they are read.
-    """
+    """One part of a model, such as its VAE, or the tokenizer of one of its text encoders."""
 
     name: str
+    """The name that the model's index has for it."""
     library: str
+    """`diffusers` or `transformers`."""
     class_name: str
+    """The library's class that reads it."""
     folder: Path
+    """Its folder in the model's."""
     files: tuple[Path, ...]
+    """Its safetensors files; none where it has no weights."""
     loras: tuple[Lora, ...] = ()
+    """What is merged into the weights when they are read."""
 
     @property
     def bytes(self) -> int:
@@ -39,36 +44,39 @@ class Component:
         return sum(map(file_bytes, self.files))
 
     @property
-    def absent(self) -> int:
+    def bytes_to_download(self) -> int:
         """Bytes of the safetensors files that are not here."""
-        return sum(file_bytes(path) for path in self.files if path.suffix == HEADER)
+        return sum(file_bytes(path) for path in self.files if path.suffix == HEADER_ONLY)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that was checked; `identity` names its content and goes into artifact keys.
-
-    `loras` are merged into it, each into the components named.
-    """
+    """A model folder that was checked."""
 
     path: Path
+    """The folder; of a model of the hub, the snapshot in the cache."""
     source: str
+    """How the model was asked for."""
     identity: str
+    """What names its content, and goes into the keys of artifacts: hub id and commit, or a hash."""
     pipeline: str
+    """The name of its pipeline class."""
     components: Mapping[str, Component]
+    """Its parts by name."""
     loras: Mapping[Lora, Collection[str]] = field(default_factory=dict)
+    """What is merged into it, with the names of the components that each LoRA adds to."""
 
     @property
-    def absent(self) -> int:
+    def bytes_to_download(self) -> int:
         """Bytes of the weights that are not here: to be downloaded before anything is loaded."""
-        return sum(component.absent for component in self.components.values())
+        return sum(component.bytes_to_download for component in self.components.values())
 
-    def adapted(self, loras: Mapping[Lora, Collection[str]]) -> "Checkpoint":
+    def with_loras(self, loras: Mapping[Lora, Collection[str]]) -> "Checkpoint":
         """The same checkpoint with LoRAs, each for the components that it adds to."""
-        def own(name: str) -> tuple[Lora, ...]:
-            return tuple(lora for lora, names in loras.items() if name in names)
-
-        components = {name: replace(part, loras=own(name)) for name, part in self.components.items()}
+        components = {
+            name: replace(component, loras=tuple(lora for lora, names in loras.items() if name in names))
+            for name, component in self.components.items()
+        }
         return replace(self, components=components, loras=loras)
 
 
@@ -77,21 +85,22 @@ def find(
 ) -> Checkpoint:
     """The model as a checked local folder; from the hub, only what `components` need is downloaded.
 
-    `components` defaults to all that the model has; `()` reads nothing but the index, which is enough for `check`.
-    Without `weights` no more of them is read than the headers, which is enough to weigh and to plan. Raises
-    ModelError when the model is not found, not complete, damaged, or would run code of its own.
+    `components` defaults to all that the model has; `()` reads nothing but the index: enough for `check_family`.
+    Without `weights` no more of them is read than the headers: enough to weigh and to plan. Raises ModelError when
+    the model is not found, not complete, damaged, or would run code of its own, and InvalidInput for a revision of a
+    folder.
     """
     folder = Path(model).expanduser()
     if isinstance(model, str) and not folder.exists() and hub.is_id(model):
         return _find_on_hub(model, revision, components, weights)
     if revision is not None:
-        raise ValueError(f"--revision {revision} is for models of the hub, but {model} is a folder; leave it out")
+        raise InvalidInput(f"`revision={revision}` is for models of the hub, but {model} is a folder; leave it out")
     if not folder.is_dir():
-        raise hub.no_folder(str(model), folder)
-    return _survey(folder.resolve(), str(model), None, components)
+        raise hub.no_folder_error(str(model), folder)
+    return _checked(folder.resolve(), str(model), None, components)
 
 
-def check(checkpoint: Checkpoint, *, family: Family) -> None:
+def check_family(checkpoint: Checkpoint, *, family: Family) -> None:
     """ModelError when the checkpoint is not of the family, naming both and what would work."""
     if checkpoint.pipeline.replace("ModularPipeline", "Pipeline") == family.pipeline:
         return
@@ -99,11 +108,11 @@ def check(checkpoint: Checkpoint, *, family: Family) -> None:
     step = f"run the family {fitting[0]} instead, or" if fitting else "no family here runs it;"
     raise ModelError(
         f"{checkpoint.source} is a {checkpoint.pipeline}, but family {family.name} runs a {family.pipeline}; "
-        f"{step} give a {family.pipeline} model, such as --model {family.repo}"
+        f"{step} give a {family.pipeline} model, such as `model={family.repo}`"
     )
 
 
-def weightless(class_name: str) -> bool:
+def _weightless(class_name: str) -> bool:
     """Whether a class of the index is a tokenizer, a processor or a scheduler: something without weights."""
     return _WEIGHTLESS.search(class_name) is not None
 
@@ -113,36 +122,37 @@ def _find_on_hub(
 ) -> Checkpoint:
     cached = hub.cached(model, revision)
     if cached is not None:
-        kept = None if weights else remote_headers.kept(model, cached.name)
+        headers = None if weights else remote_headers.header_folder(model, cached.name)
         try:
-            return _survey(cached, model, f"{model}@{cached.name}", components, kept)
+            return _checked(cached, model, f"{model}@{cached.name}", components, headers)
         except Incomplete as missing:
             hub.refuse_offline(model, revision, missing)
     root = hub.fetch_index(model, revision)
     index = read_index(root, model)
-    wanted = _wanted(index, model, components)
-    parts = {name: index.part(name) for name in wanted}
-    weighty = {name: library for name, (library, class_name) in parts.items() if not weightless(class_name)}
-    sizes = hub.fetch_small(model, root, wanted, weighty)
-    for name in wanted:
+    names = _chosen(index, model, components)
+    classes = {name: index.part(name) for name in names}
+    libraries = {name: library for name, (library, class_name) in classes.items() if not _weightless(class_name)}
+    sizes = hub.fetch_small(model, root, names, libraries)
+    for name in names:
         _refuse_code(root / name)
     if weights:
-        hub.fetch_weights(model, root, weighty, sizes)
+        hub.fetch_weights(model, root, libraries, sizes)
     else:
-        hub.fetch_headers(model, root, weighty, sizes)
-    kept = None if weights else remote_headers.kept(model, root.name)
-    return _survey(root, model, f"{model}@{root.name}", components, kept)
+        hub.fetch_headers(model, root, libraries, sizes)
+    headers = None if weights else remote_headers.header_folder(model, root.name)
+    return _checked(root, model, f"{model}@{root.name}", components, headers)
 
 
-def _survey(
-    root: Path, source: str, identity: str | None, wanted: Collection[str] | None, kept: Path | None = None
+def _checked(
+    root: Path, source: str, identity: str | None, names: Collection[str] | None, headers: Path | None = None
 ) -> Checkpoint:
+    """The checked folder; weights that are not there are represented by what is in the folder `headers`."""
     index = read_index(root, source)
-    components = {name: _component(root, name, index, kept) for name in _wanted(index, source, wanted)}
+    components = {name: _component(root, name, index, headers) for name in _chosen(index, source, names)}
     return Checkpoint(root, source, identity or _fingerprint(root, index), index.pipeline, components)
 
 
-def _wanted(index: Index, source: str, names: Collection[str] | None) -> tuple[str, ...]:
+def _chosen(index: Index, source: str, names: Collection[str] | None) -> tuple[str, ...]:
     if names is None:
         return tuple(index.parts)
     for name in names:
@@ -151,20 +161,18 @@ def _wanted(index: Index, source: str, names: Collection[str] | None) -> tuple[s
     return tuple(name for name in index.parts if name in names)
 
 
-def _component(root: Path, name: str, index: Index, kept: Path | None) -> Component:
+def _component(root: Path, name: str, index: Index, headers: Path | None) -> Component:
     (library, class_name), folder = index.part(name), root / name
     if not folder.is_dir():
         there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
         raise Incomplete(f"{folder} is missing: the index names component {name}, the folder has {there or 'none'}; "
-                         f"fetch it: {hub.download(root, (name,))}")
+                         f"fetch it: {hub.download_line(root, (name,))}")
     _refuse_code(folder)
-    if weightless(class_name):
+    if _weightless(class_name):
         _check_small(folder, class_name)
         return Component(name, library, class_name, folder, ())
-    if read_json(folder / "config.json").get("quantization_config"):
-        raise ModelError(f"{folder} holds quantized weights, which are not run; use a model in bfloat16 or float32, "
-                        f"such as the one that it was made from")
-    files = weight_files(folder, library, kept / name if kept else None)
+    refuse_quantized(read_json(folder / "config.json"), folder)
+    files = weight_files(folder, library, headers / name if headers else None)
     for path in files:
         read_header(path)
     return Component(name, library, class_name, folder, files)
@@ -175,14 +183,14 @@ def _refuse_code(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix == ".py" or path.name == "adapter_config.json":
             raise ModelError(f"{path} is refused: custom code and adapters are not run; use a model of the libraries' "
-                            f"own classes")
-        if path.suffix not in SMALL:
+                             f"own classes")
+        if path.suffix not in SMALL_FILES:
             continue
         size_of(path)
         table = read_json(path) if path.name.endswith("config.json") else {}
         if key := next((key for key in ("auto_map", "transformers_weights") if table.get(key)), None):
             raise ModelError(f"{path} is refused for its {key}: custom code and foreign files are not read; use a "
-                            f"model of the libraries' own classes")
+                             f"model of the libraries' own classes")
 
 
 def _check_small(folder: Path, class_name: str) -> None:
@@ -195,9 +203,9 @@ def _check_small(folder: Path, class_name: str) -> None:
     ):
         # transformers makes an empty tokenizer of such a folder, without a word.
         raise Incomplete(f"{folder} has no vocabulary (tokenizer.json, vocab.json with merges.txt, or a .model file); "
-                         f"fetch it: {hub.download(folder.parent, (folder.name,))}")
+                         f"fetch it: {hub.download_line(folder.parent, (folder.name,))}")
     elif not names:
-        raise Incomplete(f"{folder} is empty; fetch it: {hub.download(folder.parent, (folder.name,))}")
+        raise Incomplete(f"{folder} is empty; fetch it: {hub.download_line(folder.parent, (folder.name,))}")
 
 
 def _fingerprint(root: Path, index: Index) -> str:
@@ -206,10 +214,10 @@ def _fingerprint(root: Path, index: Index) -> str:
     for path in _files(root, index):
         status = path.stat()
         digest.update(f"{path.relative_to(root).as_posix()}\0{status.st_size}\0".encode())
-        if status.st_size >= WHOLE and path.suffix == ".safetensors":
+        if status.st_size >= LARGE and path.suffix == ".safetensors":
             digest.update(f"{status.st_mtime_ns}\0".encode())
             length = int.from_bytes(head(path, 8), "little")
-            digest.update(hashlib.sha256(head(path, min(length, WHOLE), 8)).digest())
+            digest.update(hashlib.sha256(head(path, min(length, LARGE), 8)).digest())
         else:
             digest.update(hashlib.sha256(head(path, status.st_size)).digest())
     return f"sha256:{digest.hexdigest()}"
@@ -219,5 +227,5 @@ def _files(root: Path, index: Index) -> Iterator[Path]:
     yield from (path for path in (root / INDEX, root / MODULAR) if path.is_file())
     for name in sorted(index.parts):
         for path in sorted((root / name).glob("*")):
-            if path.is_file() and path.suffix in (*SMALL, ".safetensors"):
+            if path.is_file() and path.suffix in (*SMALL_FILES, ".safetensors"):
                 yield path

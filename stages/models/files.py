@@ -1,13 +1,19 @@
-"""One file of a model folder, read with distrust: the folder may be half downloaded, damaged or hostile."""
+"""The files of a model folder, read with distrust: the folder may be half downloaded, damaged or hostile."""
 
 import shlex
-from pathlib import Path
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
 
 from stages.errors import ModelError
 from stages.strict_json import strict_json
 
-SMALL = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken")
-JSON_CAP = 100 * 2**20
+# The suffixes of all but weights.
+SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken")
+LARGEST_JSON = 100 * 2**20
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Behind the name of a file that holds the header alone, in place of weights that are not here.
+HEADER_ONLY = ".header"
+_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _LFS = b"version https://git-lfs"
 _CACHE = "models--"
 
@@ -20,16 +26,16 @@ def size_of(path: Path) -> int:
     """Bytes of a regular file; ModelError when it is missing, empty, unreadable or a Git LFS pointer."""
     if not path.exists():
         why = "is a link that leads nowhere (a loop, or its file is gone)" if path.is_symlink() else "is missing"
-        raise Incomplete(f"{path} {why}; fetch it: {refetch(path)}")
+        raise Incomplete(f"{path} {why}; fetch it: {refetch_line(path)}")
     if not path.is_file():
-        raise ModelError(f"{path} is not a regular file; fetch it: {refetch(path)}")
+        raise ModelError(f"{path} is not a regular file; fetch it: {refetch_line(path)}")
     size = path.stat().st_size
     if size == 0:
-        raise ModelError(f"{path} has 0 bytes; fetch it again: {refetch(path)}")
+        raise ModelError(f"{path} has 0 bytes; fetch it again: {refetch_line(path)}")
     if size < 1024 and head(path, len(_LFS)) == _LFS:
         raise ModelError(
             f"{path} has {size} bytes: it is a Git LFS pointer to {_promised(path)}, not the file itself; "
-            f"fetch it: {refetch(path)} (or run: git lfs pull)"
+            f"fetch it: {refetch_line(path)} (or run: git lfs pull)"
         )
     return size
 
@@ -45,21 +51,17 @@ def head(path: Path, count: int, start: int = 0) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The JSON object in a file; ModelError when it is no strict JSON or no object."""
+    """The JSON object in a file; ModelError when it is no strict JSON or no object, or too large."""
     size = size_of(path)
-    if size > JSON_CAP:
-        raise ModelError(f"{path} has {size} bytes, more than the {JSON_CAP} that a JSON file may have here")
-    return parse_json(head(path, size), path)
-
-
-def parse_json(text: bytes, path: Path) -> dict[str, object]:
-    """A JSON object without duplicate keys and without NaN; ModelError that names `path` otherwise."""
+    if size > LARGEST_JSON:
+        raise ModelError(f"{path} has {size} bytes, more than the {LARGEST_JSON} that a JSON file may have here")
     try:
-        found = strict_json(text)
+        found = strict_json(head(path, size))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); fetch it again: {refetch(path)}") from error
+        raise ModelError(f"{path} is not valid JSON ({error}); fetch it again: {refetch_line(path)}") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{path} holds a JSON {type(found).__name__}, not an object; fetch it again: {refetch(path)}")
+        raise ModelError(f"{path} holds a JSON {type(found).__name__}, not an object; fetch it again: "
+                         f"{refetch_line(path)}")
     return found
 
 
@@ -71,7 +73,7 @@ def hub_id(root: Path) -> str | None:
     return repo.removeprefix(_CACHE).replace("--", "/")
 
 
-def refetch(path: Path) -> str:
+def refetch_line(path: Path) -> str:
     """The shell line that downloads `<root>/<component>/<file>` (or `<root>/<file>`) again."""
     on_top = path.name.endswith("model_index.json") or hub_id(path.parent) is not None
     root = path.parent if on_top else path.parent.parent
@@ -80,6 +82,55 @@ def refetch(path: Path) -> str:
     if model is not None:
         return f"hf download {model} {name} --revision {root.name} --force-download"
     return f"hf download ID {name} --local-dir {shlex.quote(str(root))} --force-download"
+
+
+def weight_files(folder: Path, library: str, headers: Path | None = None) -> tuple[Path, ...]:
+    """The safetensors files that the library will load from a component folder, in the order of their names.
+
+    Files that are not there are represented by their headers, where there are any in the folder `headers`. Raises
+    ModelError when there are only pickles or variants, or when the index names anything but files beside it.
+    """
+    there = {path.name for path in folder.iterdir()}
+    kept = headers.glob(f"*{HEADER_ONLY}") if headers is not None else ()
+    alone = {path.stem: path for path in kept if path.stem not in there}
+    name = opened_first(folder, library, there | alone.keys())
+    names = _indexed(folder / name) if name.endswith(".json") else [name]
+    return tuple(alone.get(name, folder / name) for name in names)
+
+
+def opened_first(folder: Path, library: str, names: Collection[str]) -> str:
+    """The one file that the library opens first, of those in the folder: the weights or their index."""
+    single, index = f"{_STEMS[library]}.safetensors", f"{_STEMS[library]}.safetensors.index.json"
+    # With both there, diffusers reads the index and transformers the single file.
+    for name in (index, single) if library == "diffusers" else (single, index):
+        if name in names:
+            return name
+    if bad := sorted(name for name in names if name.lower().endswith(PICKLES)):
+        raise ModelError(
+            f"{folder} has no safetensors weights, only {', '.join(bad[:3])}: pickle refused, it can run code; "
+            f"use a model that ships safetensors"
+        )
+    if others := sorted(name for name in names if name.endswith(".safetensors")):
+        raise ModelError(
+            f"{folder} has {', '.join(others[:3])} but no {single}; only the plain variant is read: "
+            f"use a model that ships it"
+        )
+    raise Incomplete(f"{folder} has no weights; fetch them: {refetch_line(folder / single)}")
+
+
+def _indexed(index: Path) -> list[str]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ModelError(f"{index} has no weight_map; fetch it again: {refetch_line(index)}")
+    names = sorted({str(name) for name in table.values()})
+    for name in names:
+        if name != PurePosixPath(name).name or "\\" in name or ":" in name or "\0" in name:
+            raise ModelError(f"{index} names {name!r}, which is not a file beside it: refused; use an untouched copy")
+        if not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{index} names {name!r}: pickle refused, only safetensors are read; use a model that ships them"
+            )
+    return names
 
 
 def _promised(path: Path) -> str:

@@ -1,34 +1,90 @@
-"""Which type a component's weights have on a machine, and why."""
+"""The type that weights have when they are loaded, and the formats that are not."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from stages.errors import ModelError
 
-from stages.machine import Device
-from stages.models.checkpoint import Component
+if TYPE_CHECKING:
+    import torch
+
+    from stages.machine import Device
 
 # Their blocks clip activations to what float16 holds; others overflow to infinity, and the picture turns black.
-GUARDED = frozenset({"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel",
-                     "ChromaTransformer2DModel"})
+SAFE_IN_FLOAT16 = frozenset({"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel",
+                             "ChromaTransformer2DModel"})
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A type and the reason for it."""
+    """A type that was chosen for a component."""
 
-    dtype: torch.dtype
+    dtype: "torch.dtype"
+    """The type of its weights, and of what it computes."""
     reason: str
+    """Why so, as people read it."""
 
 
-def choose_dtype(component: Component, devices: Sequence[Device]) -> Choice:
+def choose_dtype(class_name: str, devices: Sequence["Device"]) -> Choice:
     """bfloat16 where every device has it, float16 for denoisers that guard against overflow, float32 for the rest."""
+    import torch  # A model is found and checked before torch is imported, which takes a second.
+
     lacking = [device for device in devices if not device.bfloat16]
     if not lacking:
         return Choice(torch.bfloat16, "every card has bfloat16")
     first = lacking[0]
     if first.is_host:
         return Choice(torch.float32, "fastest on a CPU")
-    if component.class_name in GUARDED:
+    if class_name in SAFE_IN_FLOAT16:
         return Choice(torch.float16, f"{first.name} has no bfloat16, and the model guards against overflow")
     return Choice(torch.float32, f"{first.name} has no bfloat16, and float16 would overflow here")
+
+
+def refuse_quantized(config: Mapping[str, object], folder: Path) -> None:
+    """Raise ModelError where the config of a component folder says that its weights are quantized."""
+    if config.get("quantization_config"):
+        raise ModelError(f"{folder} holds quantized weights, which are not run; use a model in bfloat16 or float32, "
+                         f"such as the one that it was made from")
+
+
+def loaded_dtype(
+    library: str, model: Any, dtype: "torch.dtype"
+) -> "Callable[[str, torch.dtype], torch.dtype]":
+    """The type that each stored tensor of a model has when its library loads it at `dtype`.
+
+    It depends on the tensor's name and on the type that it has before: in the file for diffusers, which casts all
+    that it reads, and in the model for transformers, which keeps what the class gives. Whole numbers stay as they are.
+    """
+    import torch
+
+    keeps_float32 = _kept_in_float32(library, model, dtype)
+
+    def loaded(name: str, before: "torch.dtype") -> "torch.dtype":
+        if not before.is_floating_point:
+            return before
+        if keeps_float32(name):
+            return torch.float32
+        return dtype if library == "diffusers" else before
+
+    return loaded
+
+
+def _kept_in_float32(library: str, model: Any, dtype: "torch.dtype") -> Callable[[str], bool]:
+    """Whether the library keeps a tensor in float32 when the rest is loaded at `dtype`."""
+    import torch
+
+    if library == "diffusers":
+        kept = frozenset(model._keep_in_fp32_modules or ())
+        return lambda name: not kept.isdisjoint(name.split("."))
+    plain = model._keep_in_fp32_modules if dtype == torch.float16 else ()
+    strict = model._keep_in_fp32_modules_strict if dtype in (torch.float16, torch.bfloat16) else ()
+    return any_of([pattern.replace("*", ".*") for pattern in (*plain, *strict)])
+
+
+def any_of(patterns: Collection[str] | None) -> Callable[[str], bool]:
+    """Whether one of the patterns, as the libraries write them, is found in a name."""
+    found = re.compile("|".join(f"({pattern})" for pattern in patterns or ()))
+    return lambda name: bool(patterns) and found.search(name) is not None

@@ -12,11 +12,11 @@ import huggingface_hub.constants as settings
 
 from stages.errors import ModelError
 from stages.models import remote_headers
-from stages.models.files import SMALL, Incomplete, hub_id
+from stages.models.files import SMALL_FILES, Incomplete, hub_id, opened_first, weight_files
 from stages.models.index import INDEX, MODULAR
-from stages.models.safetensors_header import entrance, weight_files
 
-SIZES = {"black-forest-labs/FLUX.1-dev": 33_740_000_000, "black-forest-labs/FLUX.1-schnell": 33_730_000_000}
+# Bytes of the files that a run needs, to tell what a download takes where the hub cannot be asked.
+DOWNLOADS = {"black-forest-labs/FLUX.1-dev": 33_740_000_000, "black-forest-labs/FLUX.1-schnell": 33_730_000_000}
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -25,7 +25,7 @@ def is_id(model: str) -> bool:
     return bool(_ID.fullmatch(model)) and ".." not in model and "--" not in model
 
 
-def download(root: Path, names: Iterable[str]) -> str:
+def download_line(root: Path, names: Iterable[str]) -> str:
     """The shell line that downloads components into a model folder."""
     wanted = " ".join(f"--include {shlex.quote(f'{name}/*')}" for name in names)
     model = hub_id(root)
@@ -46,7 +46,7 @@ def cached(model: str, revision: str | None) -> Path | None:
 
 
 def fetch_index(model: str, revision: str | None) -> Path:
-    """Downloads the index alone, which shows that the model is there and open to us; gives its snapshot folder."""
+    """The model's snapshot folder, with its index downloaded: so the model is there, and open to us."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -59,10 +59,10 @@ def fetch_index(model: str, revision: str | None) -> Path:
     raise ModelError(f"{model} has no {INDEX}, so it is no model in the diffusers layout; give the id of one that has")
 
 
-def fetch_small(model: str, root: Path, names: Collection[str], weighty: Mapping[str, str]) -> dict[str, int]:
+def fetch_small(model: str, root: Path, names: Collection[str], libraries: Mapping[str, str]) -> dict[str, int]:
     """Downloads all but the weights of the components `names`; gives the bytes of every file of the model.
 
-    `weighty` maps those that have weights to their library; ModelError when theirs are not safetensors.
+    `libraries` has the library of those that have weights. Raises ModelError when theirs are not safetensors.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -73,32 +73,32 @@ def fetch_small(model: str, root: Path, names: Collection[str], weighty: Mapping
     small = []
     for name in names:
         files = _inside(model, name, sizes)
-        if name in weighty:
-            entrance(Path(model, name), weighty[name], files)
-        small += [f"{name}/{file}" for file in files if file.endswith(SMALL)]
+        if name in libraries:
+            opened_first(Path(model, name), libraries[name], files)
+        small += [f"{name}/{file}" for file in files if file.endswith(SMALL_FILES)]
     _fetch(model, root, small)
     return sizes
 
 
-def fetch_weights(model: str, root: Path, weighty: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+def fetch_weights(model: str, root: Path, libraries: Mapping[str, str], sizes: Mapping[str, int]) -> None:
     """Downloads the safetensors of components, if the disk has room; their configs are there already."""
-    paths = _weights(model, root, weighty, sizes)
+    paths = _weight_paths(model, root, libraries, sizes)
     _check_disk(model, root, {path: sizes[path] for path in paths})
     _fetch(model, root, paths)
 
 
-def fetch_headers(model: str, root: Path, weighty: Mapping[str, str], sizes: Mapping[str, int]) -> None:
+def fetch_headers(model: str, root: Path, libraries: Mapping[str, str], sizes: Mapping[str, int]) -> None:
     """Reads the headers of the safetensors of components that are not there; their configs are there already."""
-    lacking = [path for path in _weights(model, root, weighty, sizes) if not (root / path).exists()]
+    absent = [path for path in _weight_paths(model, root, libraries, sizes) if not (root / path).exists()]
     with _explained(model, root.name):
-        remote_headers.fetch(model, root.name, lacking, sizes)
+        remote_headers.fetch(model, root.name, absent, sizes)
 
 
-def _weights(model: str, root: Path, weighty: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
+def _weight_paths(model: str, root: Path, libraries: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
     """The paths of the safetensors of components; ModelError for one that the model lacks."""
     paths = []
-    for name, library in weighty.items():
-        first = entrance(root / name, library, _inside(model, name, sizes))
+    for name, library in libraries.items():
+        first = opened_first(root / name, library, _inside(model, name, sizes))
         files = [first] if not first.endswith(".json") else [path.name for path in weight_files(root / name, library)]
         paths += [f"{name}/{file}" for file in files]
     if absent := [path for path in paths if path not in sizes]:
@@ -139,7 +139,7 @@ def _fetch(model: str, root: Path, paths: list[str]) -> None:
             snapshot_download(model, revision=root.name, allow_patterns=wanted)
 
 
-def files(model: str) -> list[str]:
+def list_files(model: str) -> list[str]:
     """The names of the files of a model, or where the hub cannot be asked, of those in its cache."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -161,14 +161,14 @@ def fetch_file(model: str, name: str) -> Path:
         try:
             return Path(hf_hub_download(model, name))
         except RemoteEntryNotFoundError as error:
-            raise ModelError(f"{model} has no file {name}; its files: {', '.join(files(model)[:9])}") from error
+            raise ModelError(f"{model} has no file {name}; its files: {', '.join(list_files(model)[:9])}") from error
 
 
 def refuse_offline(model: str, revision: str | None, missing: Incomplete) -> None:
     """Raises ModelError about a half cached model when HF_HUB_OFFLINE forbids to fetch the rest."""
     if settings.HF_HUB_OFFLINE:
         raise ModelError(f"{model} is in the cache only in part ({missing}), and HF_HUB_OFFLINE is set; "
-                        f"{_get_it(model, revision)}") from missing
+                         f"{_download_advice(model, revision)}") from missing
 
 
 @contextmanager
@@ -182,21 +182,22 @@ def _explained(model: str, revision: str | None, file: str | None = None) -> Ite
         raise ModelError(_gated(model)) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{model} has no revision {revision}; choose one of "
-                        f"https://huggingface.co/{model}/commits/main, or leave --revision out") from error
+                         f"https://huggingface.co/{model}/commits/main, or leave `revision` out") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(f"the hub knows no model {model}{_nearest(model)}, or it is private: check the spelling at "
-                        f"https://huggingface.co/{model}, and for a private model: {_token()}") from error
+                         f"https://huggingface.co/{model}, and for a private model: {_token()}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         why = "HF_HUB_OFFLINE is set" if settings.HF_HUB_OFFLINE else f"{settings.ENDPOINT} cannot be reached"
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             why = _answered(model, error.__cause__.response.status_code)
         what, near = (model, _nearest(model)) if file is None else (f"{model}/{file}", "")
-        raise ModelError(f"{what} is not in the cache{near} and {why}; {_get_it(model, revision, file)}") from error
+        advice = _download_advice(model, revision, file)
+        raise ModelError(f"{what} is not in the cache{near} and {why}; {advice}") from error
     except errors.HfHubHTTPError as error:
         raise ModelError(_answered(model, error.response.status_code)) from error
     except errors.HTTPError as error:  # the HTTP library's own, which differs between versions of the hub's
         raise ModelError(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
-                        f"again: what has arrived is kept") from error
+                         f"again: what has arrived is kept") from error
 
 
 def _answered(model: str, status: int) -> str:
@@ -220,16 +221,16 @@ def _token() -> str:
     return f"{found}; on Kaggle or Colab add a secret named HF_TOKEN"
 
 
-def _get_it(model: str, revision: str | None, file: str | None = None) -> str:
+def _download_advice(model: str, revision: str | None, file: str | None = None) -> str:
     there = "where there is a network, run: hf download"
     if file is not None:
         return f"{there} {model} --include {shlex.quote(file)}"
-    size = f" ({SIZES[model] / 1e9:.1f} GB)" if model in SIZES else ""
+    size = f" ({DOWNLOADS[model] / 1e9:.1f} GB)" if model in DOWNLOADS else ""
     at = f" --revision {shlex.quote(revision)}" if revision else ""
     return f"{there} {model}{at} --include model_index.json --include '*/*'{size}"
 
 
-def no_folder(model: str, folder: Path) -> ModelError:
+def no_folder_error(model: str, folder: Path) -> ModelError:
     """The error for a path that is not there, or is no folder, with what is nearest to it."""
     if folder.exists():
         return ModelError(f"{model} is a file; give a folder with model_index.json, or a hub id")

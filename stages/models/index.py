@@ -15,11 +15,14 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class Index:
-    """The pipeline class, and the library and class of every component that the model has."""
+    """What the index of a model says."""
 
     path: Path
+    """Its file."""
     pipeline: str
+    """The name of the pipeline class."""
     parts: Mapping[str, tuple[object, object]]
+    """The library and the class of every component that the model has, as they stand there."""
 
     def part(self, name: str) -> tuple[str, str]:
         """Library and class of a component; ModelError when they are not of the libraries that are trusted."""
@@ -56,9 +59,9 @@ def _no_index(root: Path) -> ModelError:
     if not names:
         return Incomplete(f"{root} is empty; fill it: hf download ID --local-dir {root}")
     if inner := [name for name in names if (root / name / INDEX).is_file()]:
-        return ModelError(f"{root} has no {INDEX}, but {inner[0]} in it has: --model {root / inner[0]}")
+        return ModelError(f"{root} has no {INDEX}, but {inner[0]} in it has: `model={root / inner[0]}`")
     if (root.parent / INDEX).is_file():
-        return ModelError(f"{root} is one component of a model; give the whole: --model {root.parent}")
+        return ModelError(f"{root} is one component of a model; give the whole: `model={root.parent}`")
     single = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     what = f" (a single file such as {single[0]} cannot be run)" if single else ""
     return Incomplete(f"{root} has no {INDEX}, so it is no model in the diffusers layout{what}; "

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from stages.errors import ModelError
-from stages.models.safetensors_header import PICKLES, read_header
+from stages.errors import InvalidInput, ModelError
+from stages.models.files import PICKLES
+from stages.models.safetensors_header import read_header
 
-MOST = 10.0
+LARGEST_SCALE = 10.0
+# In place of LoRAs: use none, though the picture that is made again had some.
 NONE = "none"
 SUFFIX = ".safetensors"
 _SCALE = re.compile(r"[+-]?([0-9]{1,3}(\.[0-9]{0,9})?|\.[0-9]{1,9})")
@@ -19,21 +21,21 @@ _SCALE = re.compile(r"[+-]?([0-9]{1,3}(\.[0-9]{0,9})?|\.[0-9]{1,9})")
 
 @dataclass(frozen=True)
 class LoraRequest:
-    """A LoRA that is asked for: a file, a folder with one, or one of the hub, and what it is multiplied by.
-
-    `digest` is the sha256 that its file must have, where it was used before.
-    """
+    """A LoRA that is asked for."""
 
     source: str
+    """A file, a folder with one, or one of the hub, such as `user/repo` or `user/repo/file.safetensors`."""
     scale: float = 1.0
+    """What it is multiplied by."""
     digest: str | None = None
+    """The sha256 that its file must have, where it was used before."""
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise ValueError("--lora names no file -> such as style.safetensors, or style.safetensors=0.8")
-        if not (math.isfinite(self.scale) and 0 < abs(self.scale) <= MOST):
-            raise ValueError(f"--lora {self.source}: the scale must be from -{MOST:g} to {MOST:g} and not 0, got "
-                             f"{self.scale:g}")
+            raise InvalidInput("`loras` names no file -> such as style.safetensors, or style.safetensors=0.8")
+        if not (math.isfinite(self.scale) and 0 < abs(self.scale) <= LARGEST_SCALE):
+            raise InvalidInput(f"`loras={self.source}`: the scale must be from -{LARGEST_SCALE:g} to "
+                               f"{LARGEST_SCALE:g} and not 0, got {self.scale:g}")
 
     def __str__(self) -> str:
         return f"{self.source} x {self.scale:g}"
@@ -41,46 +43,51 @@ class LoraRequest:
 
 @dataclass(frozen=True)
 class Lora:
-    """A file of low-rank additions that is here: its sha256, its `scale`, and the class of diffusers that reads it."""
+    """A LoRA that is here."""
 
     path: Path
+    """Its file."""
     digest: str
+    """The sha256 of the file."""
     scale: float
+    """What it is multiplied by."""
     source: str
+    """How it was asked for."""
     pipeline: str
+    """The pipeline class of diffusers that reads it."""
 
 
 def read_loras(loras: Iterable[str | Path | LoraRequest]) -> tuple[LoraRequest, ...]:
-    """The LoRAs that `style.safetensors` and `user/repo=0.8` spell; ValueError for a scale that cannot be.
+    """The LoRAs that `style.safetensors` and `user/repo=0.8` spell; InvalidInput for a scale that cannot be.
 
     What follows the last `=` is the scale if it is a number, and part of the name if not.
     """
     if isinstance(loras, str | Path):
-        raise ValueError(f"loras is {str(loras)!r}, which is one -> loras=[{str(loras)!r}]")
-    return tuple(lora if isinstance(lora, LoraRequest) else _wanted(str(lora)) for lora in loras)
+        raise InvalidInput(f"`loras` is {str(loras)!r}, which is one -> loras=[{str(loras)!r}]")
+    return tuple(lora if isinstance(lora, LoraRequest) else _request(str(lora)) for lora in loras)
 
 
-def _wanted(text: str) -> LoraRequest:
+def _request(text: str) -> LoraRequest:
     source, sign, scale = text.rpartition("=")
     return LoraRequest(source, float(scale)) if sign and _SCALE.fullmatch(scale) else LoraRequest(text)
 
 
-def found(wanted: LoraRequest, pipeline: str) -> Lora:
+def find_lora(request: LoraRequest, pipeline: str) -> Lora:
     """The file of a LoRA, downloaded where it is one of the hub; ModelError where there is none or it is another."""
-    path = _path(wanted.source)
+    path = _path(request.source)
     read_header(path)
     digest = _digest_of(path)
-    if wanted.digest not in (None, digest):
-        raise ModelError(f"{path} has the sha256 {digest[:12]}, and {str(wanted.digest)[:12]} was used then -> bring "
-                        f"that file back, or name the LoRAs with --lora to make another picture")
-    return Lora(path, digest, float(wanted.scale), wanted.source, pipeline)
+    if request.digest not in (None, digest):
+        raise ModelError(f"{path} has the sha256 {digest[:12]}, and {str(request.digest)[:12]} was used then -> bring "
+                         f"that file back, or name the LoRAs with `loras` to make another picture")
+    return Lora(path, digest, float(request.scale), request.source, pipeline)
 
 
-def check_same(lora: Lora) -> None:
+def check_unchanged(lora: Lora) -> None:
     """Raise ModelError where the file is another than when it was found: what is made goes by the hash of that one."""
     if not lora.path.exists() or _digest_of(lora.path) != lora.digest:
         raise ModelError(f"{lora.source} was changed or taken away since the run was planned -> run the same command "
-                        f"again once it stays as it is")
+                         f"again once it stays as it is")
 
 
 def _digest_of(path: Path) -> str:
@@ -107,10 +114,10 @@ def _path(source: str) -> Path:
     repo, name = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
     if not hub.is_id(repo) or source.startswith((".", "~")) or (source.endswith(SUFFIX) and not name):
         raise ModelError(f"no LoRA at {source} -> give a {SUFFIX} file, a folder with one, or one of the hub such as "
-                        f"user/repo or user/repo/file{SUFFIX}")
+                         f"user/repo or user/repo/file{SUFFIX}")
     if name:
         _check_suffix(source)
-    return hub.fetch_file(repo, name or _only(source, hub.files(repo)))
+    return hub.fetch_file(repo, name or _only(source, hub.list_files(repo)))
 
 
 def _here(source: str) -> Path | None:
@@ -138,5 +145,5 @@ def _only(source: str, names: Iterable[str]) -> str:
     if len(there) != 1:
         what = f"{len(there)} safetensors files: {', '.join(there[:5])}" if there else "no safetensors file"
         raise ModelError(f"{source} has {what} -> name the one to use, such as {source}/"
-                        f"{there[0] if there else 'file.safetensors'}")
+                         f"{there[0] if there else 'file.safetensors'}")
     return there[0]

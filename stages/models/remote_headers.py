@@ -1,19 +1,19 @@
 """Weights of a hub model that are not here: the headers of their files, read by range and kept. No weights come."""
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from stages.errors import ModelError
-from stages.models.safetensors_header import HEADER
+from stages.models.files import HEADER_ONLY
 
 CONNECTIONS = 8
 
 
-def kept(model: str, revision: str) -> Path:
+def header_folder(model: str, revision: str) -> Path:
     """The folder for the headers of a model at a commit, laid out like the model."""
     from huggingface_hub import cached_assets_path
 
@@ -21,16 +21,16 @@ def kept(model: str, revision: str) -> Path:
 
 
 def fetch(model: str, revision: str, paths: Collection[str], sizes: Mapping[str, int]) -> None:
-    """Read the headers of the files `paths`, whose bytes `sizes` tells, unless they are kept already.
+    """Read and keep the headers of the files `paths`, whose bytes are in `sizes`, unless they are kept already.
 
     Raises ModelError for a file that is no safetensors file of this size, and what the hub's client raises.
     """
-    folder = kept(model, revision)
-    lacking = [path for path in paths if not (folder / f"{path}{HEADER}").exists()]
+    folder = header_folder(model, revision)
+    missing = [path for path in paths if not (folder / f"{path}{HEADER_ONLY}").exists()]
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        for path, text in zip(lacking, pool.map(lambda path: _read(model, revision, path, sizes[path]), lacking),
-                              strict=True):
-            _keep(folder / f"{path}{HEADER}", text)
+        for path, header in zip(missing, pool.map(lambda path: _read(model, revision, path, sizes[path]), missing),
+                                strict=True):
+            _write(folder / f"{path}{HEADER_ONLY}", header)
 
 
 def _read(model: str, revision: str, path: str, size: int) -> bytes:
@@ -50,16 +50,19 @@ def _read(model: str, revision: str, path: str, size: int) -> bytes:
     length = size - data - 8
     if length < len(text):
         raise ModelError(f"{path} of {model} has {size} bytes, fewer than its header tells of: the model itself is "
-                        f"incomplete")
+                         f"incomplete")
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def _keep(path: Path, text: bytes) -> None:
+def _write(path: Path, header: bytes) -> None:
+    """Write a file that is whole from the moment on at which it is there, whoever else reads or writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        temporary = Path(file.name)
         try:
-            file.write(text)
-            Path(file.name).replace(path)
+            file.write(header)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
         finally:
-            with suppress(FileNotFoundError):
-                Path(file.name).unlink()
+            temporary.unlink(missing_ok=True)

@@ -1,20 +1,17 @@
-"""The safetensors files of one component: which they are, and what their headers say. No data is read."""
+"""Headers of safetensors files, parsed strictly: what the format allows is not all that we accept. No data is read."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 
 from stages.errors import ModelError
-from stages.models.files import Incomplete, head, parse_json, read_json, refetch, size_of
+from stages.models.files import HEADER_ONLY, head, refetch_line, size_of
+from stages.strict_json import strict_json
 
-HEADER_CAP = 100 * 10**6
-# Behind the name of a file that holds the header alone, in place of weights that are not here.
-HEADER = ".header"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+LONGEST_HEADER = 100 * 10**6
 _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
     "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
@@ -23,121 +20,103 @@ _BITS = {
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor as a safetensors header lists it; `start` counts bytes from the beginning of the file."""
+class TensorEntry:
+    """One tensor as a header lists it."""
 
     dtype: str
+    """Its type as the format spells it, such as `BF16`."""
     shape: tuple[int, ...]
+    """The length of each of its axes."""
     start: int
+    """Where its data begin, in bytes from the beginning of the file."""
     bytes: int
+    """Bytes of its data."""
 
 
-def read_header(path: Path) -> Mapping[str, Entry]:
-    """The tensors of one file, or of one that holds a header alone; ModelError unless they fill the file exactly."""
-    return _entries(path, size_of(path), header_text(path))
+@dataclass(frozen=True)
+class Header:
+    """What a header says."""
+
+    tensors: Mapping[str, TensorEntry]
+    """The tensors by name, in the order of the header."""
+    metadata: object
+    """The JSON value beside them; None where there is none."""
+
+
+def parse_header(text: bytes, data_bytes: int | None = None, *, exact: bool = False) -> Header:
+    """What a header says whose tensors fill the data behind it without a gap or an overlap.
+
+    `data_bytes` is how many there are, where that is known. An `exact` header has no spaces before it, nothing but
+    type, shape and place of each tensor, and every tensor at a multiple of its element's size. Raises ValueError with
+    what is wrong, which goes on from the name of the file.
+    """
+    try:
+        table = strict_json(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not valid JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"holds a JSON {type(table).__name__}, not an object")
+    if exact and not text.startswith(b"{"):
+        raise ValueError("does not start with a brace")
+    metadata, base = table.pop("__metadata__", None), 8 + len(text)
+    tensors = {name: _entry(name, value, base, exact) for name, value in table.items()}
+    end = _end(tensors.values(), base)
+    if data_bytes is not None and end != base + data_bytes:
+        what = "cut off" if end > base + data_bytes else "followed by foreign bytes"
+        raise ValueError(f"is {what}: {end} bytes expected, {base + data_bytes} found")
+    return Header(tensors, metadata)
+
+
+def _entry(name: str, value: object, base: int, exact: bool) -> TensorEntry:
+    match value:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)], **more} if (
+            dtype in _BITS
+            and all(type(side) is int and side >= 0 for side in (start, end, *shape))
+            and math.prod(shape) * _BITS[dtype] == (end - start) * 8
+            and not (exact and (more or start * 8 % _BITS[dtype]))
+        ):
+            return TensorEntry(dtype, tuple(shape), base + start, end - start)
+    raise ValueError(f"describes tensor {name!r:.80} wrongly ({value!r:.120})")
+
+
+def _end(entries: Iterable[TensorEntry], base: int) -> int:
+    at = base
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.bytes)):
+        if entry.start != at:
+            raise ValueError(f"has tensors that overlap or leave a gap at byte {at}")
+        at += entry.bytes
+    return at
+
+
+def read_header(path: Path) -> Mapping[str, TensorEntry]:
+    """The tensors of a model's file, or of one that holds a header alone; ModelError unless they fill it exactly."""
+    return _tensors(path, size_of(path), header_text(path))
 
 
 def header_text(path: Path) -> bytes:
-    """The header of a safetensors file, not yet read; ModelError when the file is not as long as it says."""
+    """The header of a model's file, not yet parsed; ModelError when the file is not as long as it says."""
     size = size_of(path)
     length = int.from_bytes(head(path, 8), "little")
-    if size < 8 or length > min(HEADER_CAP, size - 8):
+    if size < 8 or length > min(LONGEST_HEADER, size - 8):
         raise ModelError(
             f"{path} is no safetensors file or is cut off: its header claims {length} bytes, the file has {size}; "
-            f"fetch it again: {refetch(path)}"
+            f"fetch it again: {refetch_line(path)}"
         )
     return head(path, length, 8)
 
 
 @lru_cache(maxsize=64)
-def _entries(path: Path, size: int, text: bytes) -> Mapping[str, Entry]:
+def _tensors(path: Path, size: int, text: bytes) -> Mapping[str, TensorEntry]:
     """What the header `text` of a file of `size` bytes says; plans ask for the same ones again and again."""
-    table = parse_json(text, path)
-    table.pop("__metadata__", None)
-    base = 8 + len(text)
-    entries = {name: _entry(path, name, value, base) for name, value in table.items()}
-    end = _end(path, entries.values(), base)
-    if end != size and path.suffix != HEADER:
-        what = "cut off" if end > size else "followed by foreign bytes"
-        raise ModelError(
-            f"{path} is {what}: {end} bytes expected, {size} found; fetch it again: {refetch(path)}"
-        )
-    return MappingProxyType(entries)
+    try:
+        header = parse_header(text, None if path.suffix == HEADER_ONLY else size - 8 - len(text))
+    except ValueError as error:
+        raise ModelError(f"{path} {error}; fetch it again: {refetch_line(path)}") from error
+    return MappingProxyType(dict(header.tensors))
 
 
 def file_bytes(path: Path) -> int:
     """Bytes of a safetensors file, also of one of which only the header is here."""
-    if path.suffix != HEADER:
+    if path.suffix != HEADER_ONLY:
         return path.stat().st_size
     return max((entry.start + entry.bytes for entry in read_header(path).values()), default=0)
-
-
-def weight_files(folder: Path, library: str, headers: Path | None = None) -> tuple[Path, ...]:
-    """The safetensors files that the library will load from a component folder, in the order of their names.
-
-    Files that are not there are represented by their headers, where there are any in the folder `headers`. Raises
-    ModelError when there are only pickles or variants, or when the index names anything but files beside it.
-    """
-    there = {path.name for path in folder.iterdir()}
-    kept = headers.glob(f"*{HEADER}") if headers is not None else ()
-    alone = {path.stem: path for path in kept if path.stem not in there}
-    name = entrance(folder, library, there | alone.keys())
-    names = _indexed(folder / name) if name.endswith(".json") else [name]
-    return tuple(alone.get(name, folder / name) for name in names)
-
-
-def entrance(folder: Path, library: str, names: Collection[str]) -> str:
-    """The one file that the library opens first, of those in the folder: the weights or their index."""
-    single, index = f"{STEMS[library]}.safetensors", f"{STEMS[library]}.safetensors.index.json"
-    # With both there, diffusers reads the index and transformers the single file.
-    for name in (index, single) if library == "diffusers" else (single, index):
-        if name in names:
-            return name
-    if bad := sorted(name for name in names if name.lower().endswith(PICKLES)):
-        raise ModelError(
-            f"{folder} has no safetensors weights, only {', '.join(bad[:3])}: pickle refused, it can run code; "
-            f"use a model that ships safetensors"
-        )
-    if others := sorted(name for name in names if name.endswith(".safetensors")):
-        raise ModelError(
-            f"{folder} has {', '.join(others[:3])} but no {single}; only the plain variant is read: "
-            f"use a model that ships it"
-        )
-    raise Incomplete(f"{folder} has no weights; fetch them: {refetch(folder / single)}")
-
-
-def _indexed(index: Path) -> list[str]:
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise ModelError(f"{index} has no weight_map; fetch it again: {refetch(index)}")
-    names = sorted({str(name) for name in table.values()})
-    for name in names:
-        if name != PurePosixPath(name).name or "\\" in name or ":" in name or "\0" in name:
-            raise ModelError(f"{index} names {name!r}, which is not a file beside it: refused; use an untouched copy")
-        if not name.endswith(".safetensors"):
-            raise ModelError(
-                f"{index} names {name!r}: pickle refused, only safetensors are read; use a model that ships them"
-            )
-    return names
-
-
-def _entry(path: Path, name: str, value: object, base: int) -> Entry:
-    match value:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]} if (
-            dtype in _BITS
-            and all(type(side) is int and side >= 0 for side in shape)
-            and 0 <= start <= end
-            and math.prod(shape) * _BITS[dtype] == (end - start) * 8
-        ):
-            return Entry(dtype, tuple(shape), base + start, end - start)
-    raise ModelError(f"{path} describes tensor {name!r} wrongly ({value!r:.120}); fetch it again: {refetch(path)}")
-
-
-def _end(path: Path, entries: Iterable[Entry], base: int) -> int:
-    at = base
-    for entry in sorted(entries, key=lambda entry: (entry.start, entry.bytes)):
-        if entry.start != at:
-            raise ModelError(f"{path} has tensors that overlap or leave a gap at byte {at}; fetch it again: "
-                            f"{refetch(path)}")
-        at += entry.bytes
-    return at

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import ModularPipeline
 
 from stages.errors import BadResult
-from stages.pipeline.stage import Emit, Inputs, Stage
+from stages.events import Emit
+from stages.pipeline.stage import Inputs, Stage
 
 
 class Decode(Stage):
@@ -14,8 +16,8 @@ class Decode(Stage):
 
     name = "decode"
 
-    def arguments(self, pipe: Any, inputs: Inputs, emit: Emit) -> dict[str, Any]:
-        """The inputs, and the wish for numbers: a non-finite value must be seen before it is rounded to a pixel."""
+    def arguments(self, pipe: ModularPipeline, inputs: Inputs, emit: Emit) -> dict[str, Any]:
+        """The inputs, and that numbers are asked for: a non-finite value must be seen before it is made a pixel."""
         return {**super().arguments(pipe, inputs, emit), "output_type": "pt"}
 
     def result(self, values: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
@@ -24,7 +26,7 @@ class Decode(Stage):
         if not bool(torch.isfinite(images).all()):
             raise BadResult(
                 f"decode: the picture has non-finite values ({images.dtype}): the latents are kept, so run again "
-                f"with --dtype vae=float32"
+                f"with `dtype=vae=float32`"
             )
         pixels = (images[0].permute(1, 2, 0).float() * 255).round().to(torch.uint8)
         height, width = pixels.shape[:2]
@@ -34,5 +36,5 @@ class Decode(Stage):
             )
         if bool((pixels == pixels[0, 0]).all()):
             raise BadResult(f"decode: every pixel is {pixels[0, 0].tolist()}: the latents are damaged or the type "
-                            f"overflowed; run again with --dtype float32")
+                            f"overflowed; run again with `dtype=float32`")
         return {"pixels": pixels}

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from stages.pipeline.stage import Emit, Inputs, Stage
+from diffusers import ModularPipeline
+
+from stages.events import Emit
+from stages.pipeline.stage import Inputs, Stage
 
 
 class Encode(Stage):
@@ -10,23 +13,23 @@ class Encode(Stage):
 
     name = "encode"
 
-    def arguments(self, pipe: Any, inputs: Inputs, emit: Emit) -> dict[str, Any]:
-        """The inputs, and the empty negative prompt where one is read; a prompt that will be cut is told."""
+    def arguments(self, pipe: ModularPipeline, inputs: Inputs, emit: Emit) -> dict[str, Any]:
+        """The inputs, and the empty negative prompt where one is read; `emit` is told of a prompt that will be cut."""
         arguments = super().arguments(pipe, inputs, emit)
         if "negative_prompt" in self.blocks.input_names:
             # For most families this is the default; Stable Diffusion 3 makes no negative embeddings without it, and
             # then guides away from the prompt itself, which changes nothing.
             arguments.setdefault("negative_prompt", "")
-        for said, what in (("prompt", "prompt"), ("negative_prompt", "negative prompt")):
-            readers = [name for name in pipe.components if name.startswith("tokenizer")] if said in inputs else []
-            unseen = [lost(pipe, name, inputs, said) for name in readers]
+        tokenizers = [name for name in pipe.components if name.startswith("tokenizer")]
+        for name in ("prompt", "negative_prompt"):
+            unseen = [unseen_end(pipe, tokenizer, inputs, name) for tokenizer in tokenizers if name in inputs]
             if unseen and all(unseen):
-                emit("warning", {"text": f"the {what} is too long for the model, which does not see its end: "
-                                         f"{min(unseen, key=len)!r}"})
+                emit("warning", {"text": f"the {name.replace('_', ' ')} is too long for the model, which does not see "
+                                         f"its end: {min(unseen, key=len)!r}"})
         return arguments
 
 
-def lost(pipe: Any, tokenizer: str, inputs: Inputs, said: str = "prompt") -> str:
+def unseen_end(pipe: ModularPipeline, tokenizer: str, inputs: Inputs, name: str = "prompt") -> str:
     """The end of a prompt that a tokenizer's encoder does not see; upstream cuts it with a line in a log.
 
     CLIP reads what its tokenizer says (77 tokens), every other encoder as many tokens as the request gives it. In
@@ -38,5 +41,5 @@ def lost(pipe: Any, tokenizer: str, inputs: Inputs, said: str = "prompt") -> str
     if "CLIP" not in type(reader).__name__ and isinstance(inputs.get("max_sequence_length"), int):
         limit = inputs["max_sequence_length"]
     special = reader.num_special_tokens_to_add()
-    tokens = reader(inputs[said], add_special_tokens=False, truncation=False)["input_ids"]
+    tokens = reader(inputs[name], add_special_tokens=False, truncation=False)["input_ids"]
     return str(reader.decode(tokens[limit - special :])) if len(tokens) > limit - special else ""

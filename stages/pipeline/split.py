@@ -15,11 +15,11 @@ from diffusers.modular_pipelines.modular_pipeline import (
     SequentialPipelineBlocks,
 )
 
-from stages.errors import ModelError
+from stages.errors import InvalidInput, ModelError
 from stages.models.checkpoint import Checkpoint
 from stages.models.files import read_json
 from stages.models.index import INDEX, MODULAR
-from stages.models.weights import class_of
+from stages.models.skeleton import class_of
 from stages.pipeline.decode import Decode
 from stages.pipeline.denoise import Denoise
 from stages.pipeline.encode import Encode
@@ -29,10 +29,9 @@ from stages.pipeline.stage import Stage
 def split(checkpoint: Checkpoint, inputs: Collection[str]) -> tuple[Encode, Denoise, Decode]:
     """The three stages of `checkpoint` for requests that give `inputs`.
 
-    Inputs have diffusers' names, such as "prompt"; "seed" stands for a generator.
-
-    Raises ModelError where diffusers has no pipeline blocks for the model, or they make no images, or a component is
-    of a class that there is not, and ValueError where an input is read by no stage.
+    Inputs have diffusers' names, such as "prompt"; "seed" stands for a generator. Raises ModelError where diffusers
+    has no pipeline blocks for the model, or they make no images, or a component is of a class that there is not, and
+    InvalidInput where an input is read by no stage.
     """
     for component in checkpoint.components.values():
         class_of(component)
@@ -45,7 +44,7 @@ def split(checkpoint: Checkpoint, inputs: Collection[str]) -> tuple[Encode, Deno
     encode = Encode(checkpoint, groups["encode"], *_reads([denoise, decode]))
     unread = sorted(set(inputs) - encode.inputs - denoise.inputs - decode.inputs)
     if unread:
-        raise ValueError(f"{checkpoint.pipeline} has no use for {', '.join(unread)}: leave it out")
+        raise InvalidInput(f"{checkpoint.pipeline} has no use for {', '.join(unread)}: leave it out")
     return encode, denoise, decode
 
 
@@ -59,13 +58,11 @@ def require(modules: Iterable[str]) -> None:
 
 
 def _blocks(checkpoint: Checkpoint) -> ModularPipelineBlocks:
+    blocks, cause = None, None
     try:
         blocks = _pipeline(checkpoint).blocks
     except (ValueError, AttributeError, KeyError) as error:
-        blocks = None
-        cause: Exception | None = error
-    else:
-        cause = None
+        cause = error
     if blocks is None or "denoise" not in blocks.sub_blocks:
         raise ModelError(
             f"diffusers {diffusers.__version__} has no modular blocks for {checkpoint.pipeline}, so it cannot be "

@@ -1,40 +1,32 @@
 """A stage: load its own components, run every request, let go of all of it."""
 
 import copy
-import logging
 import traceback
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, PipelineState, SequentialPipelineBlocks
 from torch import nn
 
-from stages.errors import BadResult, ModelError
-from stages.loading.disk_weights import DiskWeights
+from stages.errors import BadResult
+from stages.events import Emit, silent
+from stages.loading.disk_weights import from_disk
 from stages.loading.load import load
 from stages.models.checkpoint import Checkpoint, Component
+from stages.pipeline.build import build_pipeline
 from stages.pipeline.step_hook import StepCheckpoint
-from stages.placement.placement import DISK, Places, waiting
-from stages.state import State, Value
+from stages.placement.placement import DISK, Places, from_host
+from stages.state import State, Value, to_host
 
-Emit = Callable[[str, Mapping[str, object]], None]
+# By diffusers' names; "seed" stands for a generator.
 Inputs = Mapping[str, Value]
-
-# Every nesting level of blocks logs the whole traceback of an error that is raised all the same.
-logging.getLogger(ModularPipeline.__module__).addFilter(lambda record: "Error in block" not in record.getMessage())
-
-
-def silent(kind: str, data: Mapping[str, object]) -> None:
-    """An `Emit` for those who do not listen."""
 
 
 class Stage:
-    """One of the three parts of a run, not yet loaded.
-
-    `reads` and `tags` name the values that later stages read: nothing else crosses the border.
-    """
+    """One of the three parts of a run, not yet loaded."""
 
     name: ClassVar[str]
 
@@ -45,6 +37,7 @@ class Stage:
         reads: Collection[str],
         tags: Collection[str],
     ) -> None:
+        """`reads` and `tags` name the values that later stages read: nothing else crosses the border."""
         self.checkpoint, self.blocks, self.reads, self.tags = checkpoint, blocks, frozenset(reads), frozenset(tags)
 
     def __repr__(self) -> str:
@@ -69,18 +62,30 @@ class Stage:
         known = [self.checkpoint.components[spec.name] for spec in specs if spec.name in self.checkpoint.components]
         return tuple(component for component in known if component.files)
 
-    def loaded(self, places: Places, emit: Emit = silent) -> "Loaded":
-        """The stage with its components at their places, for a `with` statement.
+    def home(self, places: Places) -> str:
+        """The device that takes the stage's inputs: that of the first component."""
+        return places[self.components[0].name].placement.entry
+
+    def loaded(self, places: Places, emit: Emit = silent) -> "Loading":
+        """The stage with its components at their places, for a `with` statement that gives it as `Loaded`.
 
         Entering raises ModelError for a component that did not arrive whole; on leaving, also by an exception,
         nothing of them is kept.
         """
-        return Loaded(self, places, emit)
+        return Loading(self, places, emit)
+
+    def pipeline(
+        self, components: Mapping[str, object], tokenizer: Callable[[], object] | None = None
+    ) -> ModularPipeline:
+        """The stage's pipeline around these components, as `build_pipeline` has it."""
+        pipe = build_pipeline(self.blocks, self.checkpoint, components, tokenizer)
+        self.prepare(pipe)
+        return pipe
 
     def prepare(self, pipe: ModularPipeline) -> None:
-        """Finish the loaded pipeline; a stage that has something to add overrides this."""
+        """Finish a pipeline; a stage that has something to add overrides this."""
 
-    def arguments(self, pipe: Any, inputs: Inputs, emit: Emit) -> dict[str, Any]:
+    def arguments(self, pipe: ModularPipeline, inputs: Inputs, emit: Emit) -> dict[str, Any]:
         """The inputs that this stage's blocks read."""
         return {name: value for name, value in inputs.items() if name in self.blocks.input_names}
 
@@ -88,115 +93,95 @@ class Stage:
         """The values after the stage, as they are handed over."""
         return dict(values)
 
-    def divisible(self, pipe: Any) -> bool:
-        """Whether a request that stopped midway can go on from there, to the same last bit."""
+    def resumable(self, pipe: ModularPipeline) -> bool:
+        """Whether a request that stopped between two steps can go on from there, to the same last bit."""
         return False
 
-    def resume_from(self, midway: StepCheckpoint | None) -> None:
-        """Make the next request of this thread go on from there."""
-        assert midway is None, f"{self.name} has no middle"
+    @contextmanager
+    def request(self, pipe: ModularPipeline, emit: Emit, resume_from: StepCheckpoint | None) -> Iterator[None]:
+        """While this thread's pipeline works on a request inside, `emit` is told of its steps."""
+        assert resume_from is None, f"{self.name} has no steps to go on from"
+        yield
 
-    def forget(self) -> None:
-        """Drop what the last request of this thread left in the stage."""
+
+class Loading:
+    """A `with` statement for as long as which the components of a stage are in memory."""
+
+    def __init__(self, stage: Stage, places: Places, emit: Emit) -> None:
+        self._stage, self._places, self._emit = stage, places, emit
+        self._home = stage.home(places)
+
+    def __enter__(self) -> "Loaded":
+        models: dict[str, nn.Module] = {}
+        try:
+            for component in self._stage.components:
+                models[component.name] = self._load(component)
+            dtype = self._places[self._stage.components[0].name].dtype
+            self._loaded = Loaded(self._stage, self._stage.pipeline(models), moved_to(self._home, dtype))
+        except BaseException as error:
+            models.clear()
+            forget_frames(error)
+            raise
+        return self._loaded
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._loaded.close()
+        if error is not None:
+            forget_frames(error)
+
+    def _load(self, component: Component) -> nn.Module:
+        place = self._places[component.name]
+        self._emit("load", {"stage": self._stage.name, "component": component.name, "device": place.placement.entry,
+                            "bytes": sum(file.stat().st_size for file in component.files)})
+        model = load(component, place)
+        on_disk = DISK in place.placement.storage_devices.values()
+        place.placement.attach(model, self._home, fetch=from_disk(component, model) if on_disk else from_host)
+        return model
 
 
 class Loaded:
-    """A stage with its components in memory, for as long as its `with` statement lasts."""
+    """A stage with a pipeline that runs requests, one at a time in each thread."""
 
-    def __init__(self, stage: Stage, places: Places, emit: Emit) -> None:
-        self.stage, self.places = stage, places
-        self.pipe: Any = None
-        self._emit = emit
-        self._models: list[weakref.ref[nn.Module]] = []
-        self._lanes: list[Loaded] = []
+    def __init__(
+        self, stage: Stage, pipe: ModularPipeline, receive: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """`receive` gives a tensor as the stage takes it: pipeline blocks neither move nor cast what comes in."""
+        self.stage, self.pipe, self._receive = stage, pipe, receive
+        models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        self._models, self._lanes = [weakref.ref(model) for model in models], list[Loaded]()
 
-    def __enter__(self) -> "Loaded":
-        self.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
-        try:
-            for component in self.stage.components:
-                place = self.places[component.name]
-                self._emit("load", {"stage": self.stage.name, "component": component.name,
-                                    "device": place.placement.entry,
-                                    "bytes": sum(file.stat().st_size for file in component.files)})
-                self.adopt(component, load(component, place))
-            self.complete()
-            self.pipe.set_progress_bar_config(disable=True)
-            self.stage.prepare(self.pipe)
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        for one in (self, *self._lanes):
-            for name in list(one.pipe.components):
-                setattr(one.pipe, name, None)
-            one.pipe = None
+    def close(self) -> None:
+        """Let go of the components, also in all lanes."""
+        for loaded in (self, *self._lanes):
+            for name in list(loaded.pipe.components):
+                setattr(loaded.pipe, name, None)
+            loaded.pipe = None
         self._lanes.clear()
-        self.stage.forget()
-        if error is not None:
-            detach(error)
+
+    def leftovers(self) -> list[nn.Module]:
+        """The models that somebody still holds after `close`."""
+        return [model for reference in self._models if (model := reference()) is not None]
 
     @property
-    def home(self) -> str:
-        """The device that takes the stage's inputs: that of the first component."""
-        return self.places[self.stage.components[0].name].placement.entry
-
-    def adopt(self, component: Component, model: nn.Module) -> None:
-        """Take the one reference to a loaded model."""
-        placement = self.places[component.name].placement
-        on_disk = DISK in placement.storage_devices.values()
-        placement.attach(model, self.home, fetch=DiskWeights(component, model).fetch if on_disk else waiting)
-        self.pipe.update_components(**{component.name: model})
-        self._models.append(weakref.ref(model))
-
-    def complete(self) -> None:
-        """Load what has no weights (tokenizers, schedulers), and check that nothing is missing."""
-        rest = [name for name in self.pipe.null_component_names if name in self.pipe.pretrained_component_names]
-        for name in rest:
-            # load_components reads a dict as "per component" and hands plain values to every tokenizer, so it is
-            # called for one name at a time; it only logs its failures, so the result is looked at.
-            self.pipe.load_components(names=[name])
-            if name in self.pipe.null_component_names:
-                raise ModelError(
-                    f"{name} of {self.stage.checkpoint.source} could not be loaded: look at the files in "
-                    f"{self.stage.checkpoint.path / name}"
-                )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that floats have on entry: that of the first component."""
-        return self.places[self.stage.components[0].name].dtype
-
-    @property
-    def divisible(self) -> bool:
-        """Whether a request that stopped midway can go on from there, to the same last bit."""
-        return self.stage.divisible(self.pipe)
+    def resumable(self) -> bool:
+        """Whether a request that stopped between two steps can go on from there, to the same last bit."""
+        return self.stage.resumable(self.pipe)
 
     def lane(self) -> "Loaded":
         """The same models under a pipeline of its own, whose requests another thread may run at the same time."""
-        other = copy.copy(self)
-        other.pipe = self.stage.blocks.init_pipeline(str(self.stage.checkpoint.path))
         # Schedulers and guiders count steps; everything else is only read.
-        mine = {name: part if isinstance(part, nn.Module) or name.startswith("tokenizer") else copy.deepcopy(part)
-                for name, part in self.pipe.components.items()}
-        other.pipe.update_components(**mine)
-        other.pipe.set_progress_bar_config(disable=True)
-        self.stage.prepare(other.pipe)
-        self._lanes.append(other)
-        return other
+        parts = {name: part if isinstance(part, nn.Module) or name.startswith("tokenizer") else copy.deepcopy(part)
+                 for name, part in self.pipe.components.items()}
+        self._lanes.append(Loaded(self.stage, self.stage.pipeline(parts), self._receive))
+        return self._lanes[-1]
 
-    def run(self, state: State, inputs: Inputs, emit: Emit = silent, midway: StepCheckpoint | None = None) -> State:
-        """The state after this stage, for one request, from its beginning or from `midway`; values are on the host.
+    def run(
+        self, state: State, inputs: Inputs, emit: Emit = silent, resume_from: StepCheckpoint | None = None
+    ) -> State:
+        """The state after this stage, for one request, from its beginning or a checkpoint; values are on the host.
 
         Raises BadResult naming the stage and the value when a result is not finite.
         """
-        try:
-            return self._run(state, inputs, emit, midway)
-        finally:
-            self.stage.forget()
-
-    def _run(self, state: State, inputs: Inputs, emit: Emit, midway: StepCheckpoint | None) -> State:
         arguments = self.stage.arguments(self.pipe, inputs, emit)
         if self.stage.guided:
             # A guider decides in encode whether there are negative embeddings, and in denoise what they do; families
@@ -204,34 +189,37 @@ class Loaded:
             scale = {"guidance_scale": inputs["guidance_scale"]} if guides(inputs) else {}
             self.pipe.update_components(guider=self.pipe.guider.new(enabled=guides(inputs), **scale))
         before = PipelineState(
-            values={name: self._entered(value) for name, value in state.values.items()},
+            values={name: self._received(value) for name, value in state.values.items()},
             kwargs_mapping={tag: list(names) for tag, names in state.tags.items()},
         )
-        self.stage.resume_from(midway)
-        after = self.pipe(state=before, **arguments)
-        made = set(self.stage.blocks.intermediate_output_names)
-        values = self.stage.result({n: v for n, v in after.values.items() if n in made}, inputs)
-        tags = {tag: tuple(dict.fromkeys(names)) for tag, names in after.kwargs_mapping.items()}
-        kept = {n for n in values if n in self.stage.reads or any(n in tags.get(t, ()) for t in self.stage.tags)}
-        kept |= {n for n in values if not self.stage.reads}
-        new = State({name: to_host(value) for name, value in values.items()}, tags).only(kept)
-        check_finite(self.stage.name, new)
-        passed = state.only([n for n in state.values if n in self.stage.reads])
-        return passed.merged(new)
+        with self.stage.request(self.pipe, emit, resume_from):
+            after = self.pipe(state=before, **arguments)
+        made = self._handed_over(after, inputs)
+        check_finite(self.stage.name, made)
+        return state.only(state.values.keys() & self.stage.reads).merged(made)
 
-    def leftovers(self) -> list[nn.Module]:
-        """The models that somebody still holds after the `with` statement."""
-        return [model for reference in self._models if (model := reference()) is not None]
-
-    def _entered(self, value: Any) -> Any:
-        # Pipeline blocks neither move nor cast what comes in.
+    def _received(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to(self.home, self.dtype if value.is_floating_point() else None)
+            return self._receive(value)
         if isinstance(value, dict):
-            return {key: self._entered(item) for key, item in value.items()}
+            return {key: self._received(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self._entered(item) for item in value)
+            return type(value)(self._received(item) for item in value)
         return value
+
+    def _handed_over(self, after: PipelineState, inputs: Inputs) -> State:
+        """What the stage made, and later stages read; all of it where there is no later stage."""
+        names = set(self.stage.blocks.intermediate_output_names)
+        values = self.stage.result({n: value for n, value in after.values.items() if n in names}, inputs)
+        tags = {tag: tuple(dict.fromkeys(tagged)) for tag, tagged in after.kwargs_mapping.items()}
+        made = State({name: to_host(value) for name, value in values.items()}, tags)
+        read = self.stage.reads.union(*(tags.get(tag, ()) for tag in self.stage.tags))
+        return made.only(values.keys() & read if self.stage.reads else values)
+
+
+def moved_to(device: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Gives a tensor on a device, and floats in a type."""
+    return lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
 def guides(inputs: Inputs) -> bool:
@@ -240,7 +228,7 @@ def guides(inputs: Inputs) -> bool:
     return isinstance(scale, int | float) and scale > 1
 
 
-def detach(error: BaseException) -> None:
+def forget_frames(error: BaseException) -> None:
     """Make an error forget the frames that it passed, and keep their description as a note.
 
     A traceback holds every frame, and each frame its function with what that encloses: in torch, the module that
@@ -255,17 +243,6 @@ def detach(error: BaseException) -> None:
         link = link.__cause__ or link.__context__
 
 
-def to_host(value: Any) -> Value:
-    """A value as it crosses a border: tensors on the host, types by name."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu")
-    if isinstance(value, dict):
-        return {str(key): to_host(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_host(item) for item in value)
-    return str(value) if isinstance(value, torch.dtype | torch.device) else value
-
-
 def check_finite(stage: str, state: State) -> None:
     """Raise BadResult if a tensor of the state holds a NaN or an infinity."""
     for name, tensor in state.tensors().items():
@@ -273,5 +250,5 @@ def check_finite(stage: str, state: State) -> None:
             bad = int((~torch.isfinite(tensor)).sum())
             raise BadResult(
                 f"{stage}: {name} has {bad} non-finite of {tensor.numel()} values ({tensor.dtype}): "
-                f"run again with --dtype float32 (or bfloat16 where it was float16)"
+                f"run again with `dtype=float32` (or bfloat16 where it was float16)"
             )

@@ -3,34 +3,43 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks, ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline import (
+    BlockState,
+    LoopSequentialPipelineBlocks,
+    ModularPipeline,
+    ModularPipelineBlocks,
+)
 
-OnStep = Callable[[int, int, Any], None]
+# Is told the number of the step from 0, how many there are, and what the loop has then.
+OnStep = Callable[[int, int, BlockState], None]
 
 
 @dataclass(frozen=True)
 class StepCheckpoint:
-    """A denoise that stopped after `steps` of its steps, with its latents on the host, in the loop's own type."""
+    """What a denoise that stopped between two steps goes on from."""
 
     steps: int
+    """How many steps are done."""
     latents: torch.Tensor
+    """The latents after them, on the host, in the loop's own type and shape."""
 
 
-def ignore(step: int, steps: int, block_state: Any) -> None:
+def ignore(step: int, steps: int, block_state: BlockState) -> None:
     """The `OnStep` of those who do not listen."""
 
 
 class StepHook(threading.local):
-    """What the loop in this thread is told: who listens, and where it goes on from."""
+    """What the denoise loop of this thread is given: who hears of its steps, and where it goes on from."""
 
     on_step: OnStep = staticmethod(ignore)
-    midway: StepCheckpoint | None = None
+    resume_from: StepCheckpoint | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StepHook":
-        # init_pipeline deep-copies the blocks, and a copy would not install what the original is told.
+        # init_pipeline deep-copies the blocks, and a copy would not hear what the original is given.
         return self
 
 
@@ -39,33 +48,34 @@ class StepCallback(ModularPipelineBlocks):
 
     model_name = "stagerun"
 
-    def __init__(self, turn: StepHook) -> None:
+    def __init__(self, hook: StepHook) -> None:
         super().__init__()
-        self._turn = turn
+        self.hook = hook
 
     @property
     def description(self) -> str:
         return "Tells a listener that a denoise step is done."
 
-    def __call__(self, components: Any, block_state: Any, i: int = 0, **loop: Any) -> tuple[Any, Any]:
+    def __call__(self, components: ModularPipeline, block_state: BlockState, i: int = 0, **loop: Any) -> Any:
         # Chunked loops pass more than i and t, and their state may have no timesteps.
         timesteps = getattr(block_state, "timesteps", None)
-        self._turn.on_step(i, 0 if timesteps is None else len(timesteps), block_state)
+        self.hook.on_step(i, 0 if timesteps is None else len(timesteps), block_state)
         return components, block_state
 
 
-def install(loop: LoopSequentialPipelineBlocks, turn: StepHook) -> None:
-    """Make a denoise loop tell `turn` of its steps, and skip those that its midway has done."""
-    kind = type(loop)
+def install(loop: LoopSequentialPipelineBlocks, hook: StepHook) -> None:
+    """Make a denoise loop tell the hook of its steps, and skip those that a checkpoint has done."""
+    whole_step = type(loop).loop_step
 
-    def loop_step(self: Any, components: Any, state: Any, **step: Any) -> Any:
-        midway = turn.midway
-        if midway is not None and step["i"] < midway.steps:
+    def loop_step(self: Any, components: ModularPipeline, state: BlockState, **step: Any) -> Any:
+        checkpoint = hook.resume_from
+        if checkpoint is not None and step["i"] < checkpoint.steps:
             return components, state
-        if midway is not None and step["i"] == midway.steps:
-            state.latents = midway.latents.to(state.latents.device)
-            components.scheduler.set_begin_index(midway.steps)
-        return kind.loop_step(self, components, state, **step)
+        if checkpoint is not None and step["i"] == checkpoint.steps:
+            state.latents = checkpoint.latents.to(state.latents.device)
+            components.scheduler.set_begin_index(checkpoint.steps)
+        return whole_step(self, components, state, **step)
 
-    loop.__class__ = type(kind.__name__, (kind,), {"loop_step": loop_step, "__module__": kind.__module__})
-    loop.sub_blocks.insert("step_events", StepCallback(turn), len(loop.sub_blocks))
+    # As a method of this one loop: init_pipeline's deep copy then has it as a method of its own.
+    loop.loop_step = MethodType(loop_step, loop)
+    loop.sub_blocks.insert("step_events", StepCallback(hook), len(loop.sub_blocks))

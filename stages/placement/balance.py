@@ -4,16 +4,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
+# Orders of the cards that are tried: all of them for up to five cards.
 ORDERS = 24
+# A busiest card may have this part more work than the least that is possible, so that memory is filled more evenly.
 EVEN = 50
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks in execution order: bytes and work of each."""
+    """A model's blocks in execution order."""
 
     sizes: Sequence[int]
+    """Bytes of each."""
     work: Sequence[int]
+    """Operations of each."""
 
     def run(self, start: int, end: int) -> tuple[int, int]:
         """Bytes and work of the blocks from `start` up to `end`."""
@@ -24,8 +28,8 @@ def partition(blocks: Blocks, rooms: Sequence[int]) -> tuple[int, ...] | None:
     """The card of every block, for cards with `rooms` bytes each; None when they do not fit.
 
     A pass enters and leaves on card 0, which takes the first and the last blocks; each other card takes one run
-    between them, so that a pass crosses as often as there are cards, which is the least. Among the deals that fit,
-    the one whose busiest card has the least work, give or take a fiftieth; among those, the one whose fullest card
+    between them, so that a pass crosses as often as there are cards, which is the least. Of all that
+    fit, the one whose busiest card has the least work, give or take a fiftieth; of those, the one whose fullest card
     is the least full.
     """
     if sum(blocks.sizes) > sum(rooms) or min(rooms) < 0:
@@ -37,17 +41,6 @@ def partition(blocks: Blocks, rooms: Sequence[int]) -> tuple[int, ...] | None:
         if found is not None or count >= ORDERS:
             break
     return None if found is None else tuple(cards[index] for index in found)
-
-
-def runs(cards: Sequence[int]) -> list[tuple[int, int]]:
-    """The partition as (card, number of blocks), run after run."""
-    found: list[tuple[int, int]] = []
-    for card in cards:
-        if found and found[-1][0] == card:
-            found[-1] = card, found[-1][1] + 1
-        else:
-            found.append((card, 1))
-    return found
 
 
 def _best(blocks: Blocks, rooms: Sequence[int]) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""DeviceTurns on cards: a lane has a card for all the blocks that it runs there in a row.
+"""Turns on cards: a lane has a card for all the blocks that it runs there in a row.
 
 Without them the cards share their time fairly among lanes, kernel by kernel, so that lanes that began together stay
 side by side: all on the first card, then all on the second, and nothing is gained.

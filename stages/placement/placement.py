@@ -1,82 +1,128 @@
-"""Where one component's weights live: on one device, or dealt over several."""
+"""Where one component's weights live and where it computes: what a way of placing it must say, and the simplest one.
 
-import threading
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, Protocol
+Other ways have a file each: over several devices (`sharded`), with blocks that wait in host memory or on the disk
+(`streaming`), cut over several processes (`tensor_parallel`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from stages.errors import DoesNotFit
+from stages.events import Emit
 from stages.models.weights import Weights
-from stages.placement.transfers import Crossing, Transfer, direct, via_host
+from stages.placement.transfers import Crossing, Transfer, corrupted_pairs, direct, via_host
 
 DISK = "disk"
-# Gives the weight of this name as it waits, from what stands in its place meanwhile.
+# Gives the weight of this name as it waits between calls, from what stands in its place in the module meanwhile.
 Fetch = Callable[[str, torch.Tensor], torch.Tensor]
 
 
-def waiting(name: str, data: torch.Tensor) -> torch.Tensor:
-    """A weight that waits in host memory."""
+def from_host(name: str, data: torch.Tensor) -> torch.Tensor:
+    """A `Fetch` of weights that wait in host memory, where the module itself has them."""
     return data
 
 
-class Placement(Protocol):
-    """A way to place a component: which device its inputs enter, how it is loaded, what is hooked afterwards."""
+@dataclass(frozen=True, repr=False)
+class Placement(ABC):
+    """A way to place a component. What is not abstract is right for one process with one device."""
+
+    via_host: bool = field(default=False, kw_only=True)
+    """Whether what crosses from card to card goes through host memory."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
 
     @property
+    @abstractmethod
     def entry(self) -> str:
         """The device that takes the component's inputs."""
-        ...
 
     @property
-    def compute_devices(self) -> dict[str, str]:
+    @abstractmethod
+    def compute_devices(self) -> Mapping[str, str]:
         """Module name to the device that it computes on; "" stands for the model."""
-        ...
+
+    @abstractmethod
+    def share(self, weights: Weights) -> dict[str, int]:
+        """The bytes of the component that each device holds between calls; "cpu" is host memory."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, home: str, transfer: Transfer | None = None, fetch: Fetch = from_host) -> None:
+        """Make the loaded model take inputs from, and give outputs to, the device `home`.
+
+        `transfer` copies from device to device instead of the placement's own; `fetch` reads weights that wait on
+        the disk.
+        """
+
+    @abstractmethod
+    def renamed(self, names: Mapping[str, str]) -> "Placement":
+        """The same placement where devices have other names, as in a process that sees a part of them."""
 
     @property
-    def storage_devices(self) -> dict[str, str]:
+    def storage_devices(self) -> Mapping[str, str]:
         """Module name to the device that holds its weights between calls; "" stands for the model."""
-        ...
+        return self.compute_devices
 
     @property
-    def device_map(self) -> dict[str, str]:
+    def device_map(self) -> Mapping[str, str]:
         """`storage_devices` as `from_pretrained` takes it, for the components that a library loads."""
-        ...
+        return self.compute_devices
+
+    @property
+    def loads_directly(self) -> bool:
+        """Whether each tensor is read from its file to its device as it is, and not by the component's library."""
+        return True
+
+    def model_class(self, cls: Any) -> Any:
+        """The class that the library loads in place of the component's own."""
+        return cls
 
     @property
     def transfer(self) -> Transfer:
-        """How tensors get from card to card."""
-        ...
+        """How tensors get from device to device."""
+        return via_host if self.via_host else direct
 
-    def share(self, weights: Weights) -> dict[str, int]:
-        """The bytes of the component that each device holds between calls."""
-        ...
+    def through_host(self) -> "Placement":
+        """The same placement, with what crosses between cards going through host memory."""
+        return replace(self, via_host=True)
 
-    def attach(self, model: nn.Module, home: str, move: Transfer | None = None, fetch: Fetch = waiting) -> None:
-        """Make the loaded model take inputs from, and give outputs to, the device `home`.
+    @property
+    def tile(self) -> int | None:
+        """The pixels along a side of the tiles that a VAE works in; None where it takes pictures whole."""
+        return None
 
-        `move` copies, instead of `way`; `fetch` reads weights that wait on the disk.
-        """
-        ...
+    def tiled(self, side: int | None) -> "Placement":
+        """The same placement of a VAE that works in tiles of `side` pixels, if it can."""
+        return self
+
+    @property
+    def concurrency(self) -> int:
+        """How many requests in flight keep all of the devices busy."""
+        return 1
+
+    @property
+    def processes(self) -> int:
+        """How many processes it takes."""
+        return 1
+
+    def for_rank(self, rank: int) -> "Placement":
+        """The same placement as the process of this rank has it."""
+        return self
 
 
-@dataclass(frozen=True)
-class Resident:
-    """The whole component on one device; a VAE with a `tile` decodes in tiles of so many pixels a side.
-
-    With `via_host`, what crosses from card to card goes through host memory.
-    """
+@dataclass(frozen=True, repr=False)
+class Resident(Placement):
+    """The whole component on one device."""
 
     device: str
+    """The device."""
     tile: int | None = None
-    via_host: bool = False
-
-    def __repr__(self) -> str:
-        return f"Resident({self})"
+    """The pixels along a side of the tiles that a VAE works in; None where it takes pictures whole."""
 
     def __str__(self) -> str:
         return self.device if self.tile is None else f"{self.device} in tiles of {self.tile} pixels"
@@ -89,154 +135,48 @@ class Resident:
     def compute_devices(self) -> dict[str, str]:
         return {"": self.device}
 
-    @property
-    def storage_devices(self) -> dict[str, str]:
-        return self.compute_devices
-
-    @property
-    def device_map(self) -> dict[str, str]:
-        return self.compute_devices
-
-    @property
-    def transfer(self) -> Transfer:
-        return via_host if self.via_host else direct
-
-    processes = 1
-    concurrency = 1
-
-    def tiled(self, side):
-        return replace(self, tile=side)
-
-    def for_rank(self, rank):
-        return self
-
-    def renamed(self, names):
-        return replace(self, device=names.get(self.device, self.device))
-
-    def through_host(self):
-        return replace(self, via_host=True)
-
     def share(self, weights: Weights) -> dict[str, int]:
         return {self.device: weights.total}
 
-    def attach(self, model: nn.Module, home: str, move: Transfer | None = None, fetch: Fetch = waiting) -> None:
+    def attach(self, model: nn.Module, home: str, transfer: Transfer | None = None, fetch: Fetch = from_host) -> None:
         if self.tile is not None:
-            cut(model, self.tile)
+            _set_tiles(model, self.tile)
         if torch.device(home) != torch.device(self.device):
-            Crossing(model, {"": self.device}, home, move or self.transfer)
+            Crossing(model, {"": self.device}, home, transfer or self.transfer)
+
+    def renamed(self, names: Mapping[str, str]) -> "Resident":
+        return replace(self, device=names.get(self.device, self.device))
+
+    def tiled(self, side: int | None) -> "Resident":
+        return replace(self, tile=side)
 
 
-@dataclass(frozen=True)
-class Sharded:
-    """Blocks dealt over `devices`; everything else, named in `rest`, stays on `entry`, where a pass starts and ends.
-
-    The blocks named in `cpu_blocks` wait in host memory and those in `disk_blocks` on the disk: they are on their
-    device only while they compute. With `via_host`, what crosses from card to card goes through host memory.
-    """
-
-    entry: str
-    devices: Mapping[str, str]
-    rest: tuple[str, ...] = ()
-    cpu_blocks: frozenset[str] = frozenset()
-    via_host: bool = False
-    disk_blocks: frozenset[str] = frozenset()
-
-    def __repr__(self) -> str:
-        return f"Sharded({self})"
-
-    def __str__(self) -> str:
-        dealt = ",".join(f"{device}:{len(list(run))}" for device, run in groupby(self.devices.values()))
-        told = [f"{len(blocks)} of them {how}" for how, blocks in
-                (("streamed", self.cpu_blocks), ("read from the disk", self.disk_blocks)) if blocks]
-        return f"{dealt} ({', '.join(told)})" if told else dealt
-
-    @property
-    def compute_devices(self) -> dict[str, str]:
-        return {"": self.entry, **self.devices}
-
-    @property
-    def storage_devices(self) -> dict[str, str]:
-        return self.compute_devices | dict.fromkeys(self.cpu_blocks, "cpu") | dict.fromkeys(self.disk_blocks, DISK)
-
-    @property
-    def device_map(self) -> dict[str, str]:
-        # No name may hold another's: accelerate first moves what stands under the outer one to its device.
-        waiting = dict.fromkeys(self.cpu_blocks, "cpu") | dict.fromkeys(self.disk_blocks, "meta")
-        return {**dict.fromkeys(self.rest, self.entry), **self.devices, **waiting}
-
-    @property
-    def transfer(self) -> Transfer:
-        return via_host if self.via_host else direct
-
-    processes = 1
-    tile = None
-
-    @property
-    def concurrency(self):
-        return 1 if self.cpu_blocks or self.disk_blocks else len(set(self.devices.values()))
-
-    def tiled(self, side):
-        return self
-
-    def for_rank(self, rank):
-        return self
-
-    def renamed(self, names):
-        return replace(self, entry=names.get(self.entry, self.entry), devices={b: names.get(d, d) for b, d in self.devices.items()})
-
-    def through_host(self):
-        return replace(self, via_host=True)
-
-    def share(self, weights: Weights) -> dict[str, int]:
-        found = Counter({self.entry: sum(weights.rest.values())})
-        for block, size in weights.blocks.items():
-            found[self.storage_devices[block]] += size
-        return dict(found)
-
-    def attach(self, model: nn.Module, home: str, move: Transfer | None = None, fetch: Fetch = waiting) -> None:
-        move, storage_devices = move or self.transfer, self.storage_devices
-        # accelerate puts tensors of modules that hold blocks on a card of its choice.
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if device_of(name, storage_devices) != DISK:
-                tensor.data = move(tensor.data, device_of(name, storage_devices))
-        around = dict.fromkeys(outside(model, self.devices), self.entry)
-        Crossing(model, {"": self.entry, **around, **self.devices}, home, move)
-        turns = {device: threading.Lock() for device in self.devices.values()}
-        for block in self.cpu_blocks | self.disk_blocks:
-            device = self.devices[block]
-            stream(model, block, device, move, fetch if block in self.disk_blocks else waiting, turns[device])
+def _set_tiles(vae: Any, side: int) -> None:
+    """Make a VAE work in tiles of `side` pixels; DoesNotFit for one whose tiles have no size to set."""
+    if hasattr(vae, "tile_sample_min_height"):
+        vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+    elif hasattr(vae, "tile_latent_min_size"):
+        scale = vae.tile_sample_min_size // vae.tile_latent_min_size
+        vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // scale
+        vae.enable_tiling()
+    else:
+        raise DoesNotFit(f"{type(vae).__name__} cannot decode in tiles: choose a smaller `size`")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A component's placement and the type of its weights; the layers named in `precomputed` stay on the disk."""
+    """Where a component goes, and in which shape."""
 
     placement: Placement
+    """Where its weights live and where it computes."""
     dtype: torch.dtype
+    """The type of its weights."""
     precomputed: frozenset[str] = frozenset()
+    """The layers that stay on the disk, because the modulation table stands in for them."""
 
 
+# By the name of the component.
 Places = Mapping[str, Place]
-
-
-def outside(model: nn.Module, blocks: Collection[str]) -> tuple[str, ...]:
-    """The outermost modules that neither are blocks nor hold some; of lists and dicts, which nobody calls, what they
-    hold."""
-    above, found = _above(blocks), []
-    for name, module in model.named_modules():
-        if name not in above and name not in blocks and name.rpartition(".")[0] in above:
-            if isinstance(module, nn.ModuleList | nn.ModuleDict):
-                above.add(name)
-            else:
-                found.append(name)
-    return tuple(found)
-
-
-def remainder(model: nn.Module, blocks: Collection[str]) -> tuple[str, ...]:
-    """The names that cover all of the model that is in no block: modules, and tensors of modules that hold blocks."""
-    above = _above(blocks)
-    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    return (*outside(model, blocks), *(name for name in names if name.rpartition(".")[0] in above))
 
 
 def device_of(name: str, devices: Mapping[str, str]) -> str:
@@ -246,43 +186,19 @@ def device_of(name: str, devices: Mapping[str, str]) -> str:
     return devices[name]
 
 
-def _above(blocks: Collection[str]) -> set[str]:
-    return {""} | {name[:at] for name in blocks for at, letter in enumerate(name) if letter == "."}
+def through_host(places: Places) -> dict[str, Place]:
+    """The same places, with everything that crosses between cards going through host memory."""
+    return {name: replace(place, placement=place.placement.through_host()) for name, place in places.items()}
 
 
-def stream(model: nn.Module, name: str, device: str, move: Transfer, fetch: Fetch, turn: threading.Lock) -> None:
-    """Make a block that waits elsewhere have its weights on `device` for each call; they are copied there, never back.
-
-    `fetch` gives a weight as it waits. Blocks that share a `turn` are never on the device at the same time.
-    """
-    block = model.get_submodule(name)
-    tensors = {f"{name}.{inner}": tensor for inner, tensor in (*block.named_parameters(), *block.named_buffers())}
-    put_off: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def arrive(*call: Any) -> None:
-        # Lanes share the block: the next one waits until this one is done.
-        turn.acquire()
-        for full, tensor in tensors.items():
-            put_off.append((tensor, tensor.data))
-            tensor.data = move(fetch(full, tensor.data), device)
-
-    def leave(*call: Any) -> None:
-        for tensor, data in put_off:
-            tensor.data = data
-        put_off.clear()
-        turn.release()
-
-    block.register_forward_pre_hook(arrive)
-    block.register_forward_hook(leave, always_call=True)
-
-
-def cut(model: Any, side: int) -> None:
-    """Make a VAE work in tiles of `side` pixels; DoesNotFit for one whose tiles have no size to set."""
-    if hasattr(model, "tile_sample_min_height"):
-        model.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
-    elif hasattr(model, "tile_latent_min_size"):
-        scale = model.tile_sample_min_size // model.tile_latent_min_size
-        model.tile_sample_min_size, model.tile_latent_min_size = side, side // scale
-        model.enable_tiling()
-    else:
-        raise DoesNotFit(f"{type(model).__name__} cannot decode in tiles: choose a smaller --size")
+def verified(places: Places, emit: Emit) -> Places:
+    """The places of one stage as they may be relied on: through the host, with a warning, where copies are garbled."""
+    relied = (place.placement for place in places.values() if place.placement.transfer is direct)
+    cards = sorted({card for placement in relied for card in placement.compute_devices.values() if card != "cpu"})
+    bad = corrupted_pairs(cards)
+    if not bad:
+        return places
+    pairs = ", ".join(f"{source} to {target}" for source, target in bad)
+    emit("warning", {"text": f"copies from {pairs} arrive garbled, so they go through host memory, which is slower: "
+                             f"turn the IOMMU off, or set NCCL_P2P_DISABLE=1 where other programs use these cards"})
+    return through_host(places)

@@ -6,7 +6,7 @@ of 15.2.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,18 +20,22 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from stages.errors import DoesNotFit
 from stages.models.checkpoint import Component
-from stages.models.weights import Weights, sizes, skeleton
-from stages.placement.placement import Fetch, waiting
-from stages.placement.transfers import Transfer, direct
+from stages.models.skeleton import skeleton
+from stages.models.weights import Weights, sizes
+from stages.placement.placement import Fetch, Placement, from_host
+from stages.placement.transfers import Transfer
 
 
-@dataclass(frozen=True)
-class TensorParallel:
-    """A component cut over `devices`, one process each, with `part` bytes of it; this process is the `rank`-th."""
+@dataclass(frozen=True, repr=False)
+class TensorParallel(Placement):
+    """A component cut over several devices, with a process for each."""
 
     devices: tuple[str, ...]
+    """The device of each process."""
     part: int
+    """Bytes of the component on each of them."""
     rank: int = 0
+    """The number of this process."""
 
     def __repr__(self) -> str:
         return f"TensorParallel({', '.join(self.devices)})"
@@ -51,40 +55,30 @@ class TensorParallel:
     def storage_devices(self) -> dict[str, str]:
         return {"": ",".join(self.devices)}
 
-    @property
-    def device_map(self) -> dict[str, str]:
-        return self.compute_devices
-
-    @property
-    def transfer(self) -> Transfer:
-        return direct
-
-    concurrency = 1
-    tile = None
-
-    @property
-    def processes(self):
-        return len(self.devices)
-
-    def tiled(self, side):
-        return self
-
-    def for_rank(self, rank):
-        return replace(self, rank=rank)
-
-    def renamed(self, names):
-        return self
-
-    def through_host(self):
-        return self
-
     def share(self, weights: Weights) -> dict[str, int]:
         return {device: count * self.part for device, count in Counter(self.devices).items()}
 
-    def attach(self, model: nn.Module, home: str, move: Transfer | None = None, fetch: Fetch = waiting) -> None:
-        # Cursor the parts puts parameters on the device, and nothing else.
+    def attach(self, model: nn.Module, home: str, transfer: Transfer | None = None, fetch: Fetch = from_host) -> None:
+        # Reading the parts puts parameters on the device, and nothing else.
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.entry)
+
+    def renamed(self, names: Mapping[str, str]) -> "TensorParallel":
+        return replace(self, devices=tuple(names.get(device, device) for device in self.devices))
+
+    @property
+    def loads_directly(self) -> bool:
+        return False
+
+    def model_class(self, cls: Any) -> Any:
+        return _divided(cls, self)
+
+    @property
+    def processes(self) -> int:
+        return len(self.devices)
+
+    def for_rank(self, rank: int) -> "TensorParallel":
+        return replace(self, rank=rank)
 
 
 def part_of(component: Component, dtype: torch.dtype, precomputed: Collection[str], count: int) -> int:
@@ -96,27 +90,27 @@ def part_of(component: Component, dtype: torch.dtype, precomputed: Collection[st
     plan = getattr(model, "_tp_plan", None)
     if not plan:
         raise DoesNotFit(f"{component.name} cannot be cut over cards: diffusers {diffusers.__version__} has no tensor "
-                        f"parallel plan for {component.class_name} -> --place denoise=sharded")
+                         f"parallel plan for {component.class_name} -> `place=denoise=sharded`")
     heads = int(model.config.num_attention_heads)
     if heads % count:
         fitting = ", ".join(str(part) for part in range(2, heads + 1) if heads % part == 0)
         raise DoesNotFit(f"{component.name} has {heads} attention heads, which {count} cards cannot share evenly "
-                        f"-> --place denoise=tensor_parallel:N with N of {fitting or 'none'}")
+                         f"-> `place=denoise=tensor_parallel:N` with N of {fitting or 'none'}")
     try:
         specs = tensor_parallel.resolve_tp_shard_specs(model, plan, count)
     except ValueError as error:
         raise DoesNotFit(f"{component.name} cannot be cut over {count} cards: {error}") from error
-    among = {name for name, spec in specs.items() if spec.dim is not None}
-    assert not any(name.rpartition(".")[0] in precomputed for name in among), "a layer is both cut and precomputed"
-    return sum(size // count if name in among else size for name, size in sizes(component, model, dtype)
+    divided = {name for name, spec in specs.items() if spec.dim is not None}
+    assert not any(name.rpartition(".")[0] in precomputed for name in divided), "a layer is both cut and precomputed"
+    return sum(size // count if name in divided else size for name, size in sizes(model)
                if name.rpartition(".")[0] not in precomputed)
 
 
-def divided(cls: Any, placement: TensorParallel) -> Any:
+def _divided(cls: Any, placement: TensorParallel) -> Any:
     """`cls` so that `from_pretrained` reads this process's part of every tensor; torch.distributed is initialized."""
     mesh = init_device_mesh(torch.device(placement.entry).type, (len(placement.devices),))
 
-    class Cut(cls):
+    class Divided(cls):
         @classmethod
         def from_pretrained(kind, folder: Any, *, device_map: Any, **options: Any) -> Any:
             with _any_device():
@@ -130,8 +124,8 @@ def divided(cls: Any, placement: TensorParallel) -> Any:
             return config
 
     # The library knows models by name.
-    Cut.__name__, Cut.__qualname__ = cls.__name__, cls.__qualname__
-    return Cut
+    Divided.__name__, Divided.__qualname__ = cls.__name__, cls.__qualname__
+    return Divided
 
 
 @contextmanager

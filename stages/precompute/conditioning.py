@@ -11,81 +11,83 @@ from torch.utils._pytree import tree_map
 
 from stages.errors import NotPrecomputable
 from stages.precompute.program import Call, Layer, Program, Step, leading_to
-from stages.precompute.replay import fold, precomputed_linears
+from stages.precompute.replay import precomputed_linears, replace_linears
 from stages.precompute.trace import Trace
 
 
 def program_of(model: nn.Module, call: Call, layers: Collection[str] | None = None) -> Program:
-    """What `model`, a skeleton, computes from the call's conditioning alone, up to `layers`.
+    """What a skeleton computes from the conditioning of the call alone, up to `layers`.
 
     These are by default all linear layers that the model can do without. Raises NotPrecomputable where `layers` see
     more than conditioning, or where it cannot be told without the weights.
     """
-    tracing, inputs, result = _traced(model, call)
-    chosen = _spare(model, call, tracing) if layers is None else frozenset(layers)
-    if more := sorted(chosen - tracing.layers.keys()):
+    trace, inputs, result = _traced(model, call)
+    chosen = _replaceable(model, call, trace) if layers is None else frozenset(layers)
+    if more := sorted(chosen - trace.layers.keys()):
         raise NotPrecomputable(f"{more[0]} and {len(more) - 1} other layers see more than conditioning in this call: "
-                               f"run with --no-modulation-table")
-    looks = [step for step in tracing.steps if step.seen is not None]
-    ends = [step for step in tracing.steps if step.layer in chosen]
+                               f"run with `modulation_table=False`")
+    looks = [step for step in trace.steps if step.seen is not None]
+    ends = [step for step in trace.steps if step.layer in chosen]
     return Program(
-        call.likeness, inputs, leading_to(tracing.steps, looks), leading_to(tracing.steps, ends),
-        {name: layer for name, layer in tracing.layers.items() if name in chosen},
+        call.kind, inputs, leading_to(trace.steps, looks), leading_to(trace.steps, ends),
+        {name: layer for name, layer in trace.layers.items() if name in chosen},
         tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, result),
     )
 
 
-def _spare(model: nn.Module, call: Call, tracing: Trace) -> frozenset[str]:
+def _replaceable(model: nn.Module, call: Call, trace: Trace) -> frozenset[str]:
     """The recorded layers, but for inner ones where the model looks at those otherwise than by calling them."""
-    last = _last(tracing.steps)
-    whole = {name: model.get_submodule(name) for name in tracing.layers.keys() - last}
-    fold(model, whole)
+    last = _last(trace.steps)
+    inner = {name: model.get_submodule(name) for name in trace.layers.keys() - last}
+    replace_linears(model, inner)
     for replay in precomputed_linears(model):
-        replay.source = MetaOutputs(tracing.layers)
+        replay.source = MetaOutputs(trace.layers)
     try:
-        _traced(model, call, tracing)
+        _traced(model, call, trace)
     except (AttributeError, StopIteration):
         return last
     finally:
-        for name, layer in whole.items():
+        for name, layer in inner.items():
             model.set_submodule(name, layer)
-    return frozenset(tracing.layers)
+    return frozenset(trace.layers)
 
 
 @dataclass(frozen=True)
 class MetaOutputs:
-    """Outputs of layers on the meta device: a `Source`."""
+    """A `Source` of outputs on the meta device."""
 
     layers: Mapping[str, Layer]
+    """The layers by name."""
 
     def row(self, layer: str, device: torch.device) -> torch.Tensor:
         return torch.empty(self.layers[layer].shape, dtype=self.layers[layer].dtype, device="meta")
 
 
-def _traced(
-    model: nn.Module, call: Call, before: Trace | None = None
-) -> tuple[Trace, dict[int, int], Any]:
-    """A recorded call: the numbers of its conditioning by leaf, and its result."""
-    kwargs, given = call.entered()
-    tracing = Trace(model, given.values(), call.rows, before)
+def _traced(model: nn.Module, call: Call, before: Trace | None = None) -> tuple[Trace, dict[int, int], Any]:
+    """A recorded call: the numbers of its conditioning by position, and its result.
+
+    With a trace of a call `before`, blocks that it went through are passed over.
+    """
+    kwargs, conditioning = call.for_trace()
+    trace = Trace(model, conditioning.values(), call.batch, before)
     replaced: list[Any] = []
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
-            module.forward = partial(tracing.linear, name, module)  # type: ignore[method-assign]
+            module.forward = partial(trace.linear, name, module)  # type: ignore[method-assign]
             replaced.append(module)
     for name, block in _blocks(model):
-        block.forward = tracing.repeating(name, block, block.forward)
+        trace.wrap(name, block)
         replaced.append(block)
     try:
-        with torch.no_grad(), tracing:
+        with torch.no_grad(), trace:
             result = model(**kwargs)
     except (RuntimeError, NotImplementedError) as error:
         raise NotPrecomputable(f"{type(model).__name__} looks at what its weights make of the conditioning "
-                         f"({' '.join(str(error).split()):.150})") from error
+                               f"({' '.join(str(error).split()):.150})") from error
     finally:
         for module in replaced:
             del module.forward
-    return tracing, {at: number for number, at in enumerate(given)}, result
+    return trace, {at: number for number, at in enumerate(conditioning)}, result
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,6 +1,7 @@
 """A model class without some of its linear layers: their outputs are replayed, and their weights stay on the disk."""
 
 import inspect
+import re
 from collections.abc import Collection
 from typing import Any, Protocol
 
@@ -9,10 +10,10 @@ from torch import nn
 
 
 class Source(Protocol):
-    """Where a replayed layer's output comes from."""
+    """Where the outputs of replayed layers come from."""
 
     def row(self, layer: str, device: torch.device) -> torch.Tensor:
-        """The layer's output in the call that is going on, on `device`."""
+        """The layer's output in the call that goes on, on `device`."""
         ...
 
 
@@ -31,31 +32,32 @@ class PrecomputedLinear(nn.Module):
 
 
 def precomputed(cls: Any, layers: Collection[str]) -> Any:
-    """`cls` with `PrecomputedLinear`s for the linear layers named; `from_pretrained` then leaves their weights."""
+    """The model class with `PrecomputedLinear`s for the linear layers named, whose weights are not loaded then."""
+    if not layers:
+        return cls
 
-    class Folded(cls):
+    class Precomputed(cls):
         # What the files have and the model lacks is no surprise.
         _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
             *(cls._keys_to_ignore_on_load_unexpected or ()),
-            *(rf"^{layer.replace('.', chr(92) + '.')}\.(weight|bias)$" for layer in layers),
+            *(rf"^{re.escape(layer)}\.(weight|bias)$" for layer in layers),
         ]
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            fold(self, layers)
+            replace_linears(self, layers)
 
     # The library reads the signature to see which entries of the config the class takes, and knows models by name.
-    Folded.__init__.__signature__ = inspect.signature(cls.__init__)  # type: ignore[attr-defined]
-    Folded.__name__, Folded.__qualname__ = cls.__name__, cls.__qualname__
-    return Folded
+    Precomputed.__init__.__signature__ = inspect.signature(cls.__init__)  # type: ignore[attr-defined]
+    Precomputed.__name__, Precomputed.__qualname__ = cls.__name__, cls.__qualname__
+    return Precomputed
 
 
-def fold(model: nn.Module, layers: Collection[str]) -> None:
+def replace_linears(model: nn.Module, layers: Collection[str]) -> None:
     """Put `PrecomputedLinear`s in place of the linear layers named."""
     for layer in layers:
-        parent, _, name = layer.rpartition(".")
         assert type(model.get_submodule(layer)) is nn.Linear, layer
-        setattr(model.get_submodule(parent), name, PrecomputedLinear(layer))
+        model.set_submodule(layer, PrecomputedLinear(layer))
 
 
 def precomputed_linears(model: nn.Module) -> list[PrecomputedLinear]:

@@ -1,6 +1,6 @@
 """The modulation table: layers that see only conditioning, computed ahead instead of kept on the cards.
 
-The requests' denoise loops are gone through without a denoiser: what its calls would be told is known before it is
+The requests' denoise loops are gone through without a denoiser: what its calls will be given is known before it is
 loaded. Draw Things and DiffusionKit do this for FLUX on Apple machines, and SGLang, vLLM-Omni and ComfyUI for one
 model each; asked for in huggingface/diffusers#9197. Here the layers are found, for any model and every placement.
 """
@@ -12,18 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from stages.errors import NotPrecomputable
-from stages.loading.lora_merge import LoraMerger
+from stages.loading.disk_weights import DiskWeights
 from stages.models.checkpoint import Component
-from stages.models.safetensors_header import read_header
-from stages.models.weights import skeleton
+from stages.models.skeleton import skeleton
 from stages.pipeline.stage import Inputs, Loaded, Stage
 from stages.placement.placement import Place, Places, device_of
 from stages.precompute.program import Call, Layer, Program, Step
-from stages.precompute.recorder import RecordedCall, Recorder
+from stages.precompute.recorder import CallRecorder, RecordedCall
 from stages.precompute.replay import precomputed_linears
 from stages.state import State
 
@@ -31,93 +29,113 @@ from stages.state import State
 LIMIT = 2 * 2**30
 _ALIGN = 64
 
-Ask = Callable[[int], tuple[State, Inputs]]
-
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each layer's output stands in a row: its first byte, shape and type."""
+    """Where the outputs of layers stand in a row, which is a tensor of bytes."""
 
-    at: Mapping[str, tuple[int, Layer]]
+    layers: Mapping[str, tuple[int, Layer]]
+    """The first byte of each layer's output, and its shape and type."""
     size: int
+    """Bytes of a row."""
 
     @classmethod
     def of(cls, layers: Mapping[str, Layer]) -> "Layout":
         """The layers one after the other."""
-        at, size = {}, 0
+        placed, size = {}, 0
         for name, layer in layers.items():
-            at[name] = size, layer
+            placed[name] = size, layer
             size += -(-layer.bytes // _ALIGN) * _ALIGN
-        return cls(at, size)
+        return cls(placed, size)
 
     def view(self, row: torch.Tensor, name: str) -> torch.Tensor:
-        """The layer's output in a row of bytes."""
-        start, layer = self.at[name]
+        """The layer's output in a row."""
+        start, layer = self.layers[name]
         return row[start:start + layer.bytes].view(layer.dtype).view(layer.shape)
 
 
 @dataclass(frozen=True)
 class TableChunk:
-    """The rows for some requests: for each request its calls, and by what they were told the row of a call."""
+    """The part of the table that is there: what some of the requests need."""
 
-    calls: Mapping[int, Sequence[RecordedCall]]
-    rows: Mapping[Any, torch.Tensor]
-    layouts: Mapping[Program, Layout]
+    calls: Mapping[int, Sequence[RecordedCall]] = field(default_factory=dict)
+    """The calls of each request, in their order."""
+    rows: Mapping[Any, torch.Tensor] = field(default_factory=dict)
+    """The row of each call by its key, on the host."""
+    layouts: Mapping[Program, Layout] = field(default_factory=dict)
+    """How the rows of a program's calls are laid out."""
 
 
 class Cursor(threading.local):
-    """Where a thread is: its request's calls, the number of the one that goes on, and its row on each device."""
+    """Where a thread is in the table."""
 
-    chapter: TableChunk
+    chunk: TableChunk
+    """The chunk with its request."""
     calls: Sequence[RecordedCall] = ()
+    """The calls of its request."""
     at: int = -1
-    copies: dict[torch.device, torch.Tensor]
+    """Which of them goes on."""
     differs: torch.Tensor | None = None
+    """Whether a call was given something else than was recorded; on the device, and looked at when all are over."""
+    copies: dict[torch.device, torch.Tensor]
+    """The row of the call that goes on, by device."""
 
     def __init__(self) -> None:
         self.copies = {}
 
+    def next(self, leaves: Sequence[Any]) -> None:
+        """Go on to the next call, which is given these leaves."""
+        self.at, self.copies = self.at + 1, {}
+        assert self.at < len(self.calls), f"the denoiser was called more than {len(self.calls)} times"
+        call = self.calls[self.at]
+        for (at, _), recorded in zip(call.program.reads, call.given, strict=True):
+            # Looked at when the loop is over: the host never waits for the card within a step.
+            differs = (leaves[at] != recorded.to(leaves[at].device)).any()
+            self.differs = differs if self.differs is None else self.differs | differs.to(self.differs.device)
+
     def check(self) -> None:
         """Assert that the loop that ended made the calls that the table was computed for."""
         assert self.at + 1 == len(self.calls), f"{self.at + 1} calls of the denoiser, {len(self.calls)} expected"
-        assert self.differs is None or not bool(self.differs), "the denoiser was told what the table was not"
+        assert self.differs is None or not bool(self.differs), "the denoiser was given what the table was not"
 
 
 @dataclass
 class ModulationTable:
-    """The table of a run: the outputs of `layers` for every call of the denoise loops of its requests.
-
-    Rows are on the host, at most `limit` bytes of them at a time: when a request has none, those of the next
-    requests are made, and the old ones are dropped. `order` is the order of the requests, and `ask` tells of one.
-    """
+    """The table of a run, made for some of the requests at a time: when one is not in it, the next ones take turns."""
 
     stage: Stage
+    """The stage of the denoiser."""
     places: Places
+    """The place of the denoiser."""
     layers: frozenset[str]
+    """The layers whose outputs are in it."""
     order: Sequence[int]
-    ask: Ask
+    """The requests in their order."""
+    ask: Callable[[int], tuple[State, Inputs]]
+    """Gives the state and the inputs of a request."""
     limit: int = LIMIT
+    """The most bytes of rows at a time."""
     programs: list[Program] = field(default_factory=list)
+    """The programs found so far."""
 
     def __post_init__(self) -> None:
-        self._reading, self._turn = Cursor(), threading.Lock()
-        self._chapter = TableChunk({}, {}, {})
+        self._cursor, self._lock, self._chunk = Cursor(), threading.Lock(), TableChunk()
 
     @property
     def bytes(self) -> int:
         """Bytes of the rows that are there."""
-        return sum(row.nbytes for row in self._chapter.rows.values())
+        return sum(row.nbytes for row in self._chunk.rows.values())
 
     @contextmanager
     def attached(self, loaded: Loaded) -> Iterator[None]:
-        """The precomputed model of the loaded stage reads its layers' outputs here in the block."""
+        """Inside, the precomputed model of the loaded stage has its layers' outputs from here."""
         (component,) = self.stage.components
         model = getattr(loaded.pipe, component.name)
         found = precomputed_linears(model)
         assert {replay.layer for replay in found} == self.layers
         for replay in found:
             replay.source = self
-        hook = model.register_forward_pre_hook(self._turn_page, with_kwargs=True, prepend=True)
+        hook = model.register_forward_pre_hook(self._begin_call, with_kwargs=True, prepend=True)
         try:
             yield
         finally:
@@ -128,109 +146,102 @@ class ModulationTable:
     @contextmanager
     def request(self, index: int, done: int = 0) -> Iterator[None]:
         """Whatever calls the model inside, in this thread, is the loop of this request, from step `done` on."""
-        chapter, here = self.open(index), self._reading
-        here.chapter, here.calls, here.differs = chapter, chapter.calls[index], None
-        here.at = sum(told.step < done for told in here.calls) - 1
+        chunk, cursor = self.chunk_for(index), self._cursor
+        cursor.chunk, cursor.calls, cursor.differs = chunk, chunk.calls[index], None
+        cursor.at = sum(call.step < done for call in cursor.calls) - 1
         try:
             yield
-            here.check()
+            cursor.check()
         finally:
-            here.calls, here.differs, here.copies = (), None, {}
+            cursor.calls, cursor.differs, cursor.copies = (), None, {}
 
-    def open(self, index: int) -> TableChunk:
-        """The rows for this request and the ones after it, computed unless they are there."""
-        with self._turn:
-            if index not in self._chapter.calls:
-                self._chapter = TableChunk({}, {}, {})
-                self._chapter = self._written(self.order[self.order.index(index):])
-            return self._chapter
+    def chunk_for(self, index: int) -> TableChunk:
+        """The rows for this request and some of those after it, computed unless they are there."""
+        with self._lock:
+            if index not in self._chunk.calls:
+                # The old rows are gone before there are new ones.
+                self._chunk = TableChunk()
+                self._chunk = self.compute(self.order[self.order.index(index):])
+            return self._chunk
 
     def row(self, layer: str, device: torch.device) -> torch.Tensor:
-        """The layer's output in the call that goes on."""
-        here = self._reading
-        told = here.calls[here.at]
-        if device not in here.copies:
-            row = here.chapter.rows[told.key]
+        """The layer's output in the call that goes on, on `device`."""
+        cursor = self._cursor
+        call = cursor.calls[cursor.at]
+        if device not in cursor.copies:
+            row = cursor.chunk.rows[call.key]
             # From pinned memory the host need not wait for the card.
-            here.copies[device] = row.clone() if device.type == "cpu" else row.pin_memory().to(
+            cursor.copies[device] = row.clone() if device.type == "cpu" else row.pin_memory().to(
                 device, non_blocking=True)
-        return here.chapter.layouts[told.program.kind].view(here.copies[device], layer)
+        return cursor.chunk.layouts[call.program.canonical].view(cursor.copies[device], layer)
 
-    def _turn_page(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        here = self._reading
-        here.at, here.copies = here.at + 1, {}
-        assert here.at < len(here.calls), f"the denoiser was called more than {len(here.calls)} times"
-        leaves = Call(model, args, kwargs).leaves
-        told = here.calls[here.at]
-        for (at, _), given in zip(told.program.reads, told.given, strict=True):
-            # Looked at when the loop is over: the host never waits for the card within a step.
-            differs = (leaves[at] != given.to(leaves[at].device)).any()
-            here.differs = differs if here.differs is None else here.differs | differs.to(here.differs.device)
-
-    def _written(self, order: Sequence[int]) -> TableChunk:
-        calls: dict[int, Sequence[RecordedCall]] = {}
-        rows: dict[Any, RecordedCall] = {}
-        size = 0
-        with Recorder(self.stage, self.places, self.programs, self.layers) as recorder:
-            for index in order:
-                told = recorder.record(*self.ask(index))
-                new = {one.key: one for one in told if one.key not in rows}
-                size += sum(Layout.of(one.program.layers).size for one in new.values())
-                if calls and size > self.limit:
-                    break
-                calls[index] = told
-                rows |= new
-        layouts: dict[Program, Layout] = {}
-        made: dict[Any, torch.Tensor] = {}
+    def compute(self, order: Sequence[int]) -> TableChunk:
+        """The rows for the first of these requests, and for as many of the next ones as the limit allows."""
         (component,) = self.stage.components
-        for found in dict.fromkeys(told.program.kind for told in rows.values()):
-            layouts[found] = Layout.of(found.layers)
-            mine = {key: told for key, told in rows.items() if told.program.kind is found}
-            made |= computed(component, self.places[component.name], found, mine)
-        return TableChunk(calls, made, layouts)
+        calls: dict[int, Sequence[RecordedCall]] = {}
+        distinct: dict[Any, RecordedCall] = {}
+        size = 0
+        recorder = CallRecorder(self.stage, self.places, self.programs, self.layers)
+        for index in order:
+            recorded = recorder.record(*self.ask(index))
+            new = {call.key: call for call in recorded if call.key not in distinct}
+            size += sum(Layout.of(call.program.layers).size for call in new.values())
+            if calls and size > self.limit:
+                break
+            calls[index] = recorded
+            distinct |= new
+        rows: dict[Any, torch.Tensor] = {}
+        programs = dict.fromkeys(call.program.canonical for call in distinct.values())
+        for program in programs:
+            mine = {key: call for key, call in distinct.items() if call.program.canonical is program}
+            rows |= compute_rows(component, self.places[component.name], program, mine)
+        return TableChunk(calls, rows, {program: Layout.of(program.layers) for program in programs})
+
+    def _begin_call(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self._cursor.next(Call(model, args, kwargs).leaves)
 
 
-def computed(
-    component: Component, place: Place, found: Program, told: Mapping[Any, RecordedCall]
+def compute_rows(
+    component: Component, place: Place, program: Program, calls: Mapping[Any, RecordedCall]
 ) -> dict[Any, torch.Tensor]:
-    """The row of every call told of, by its key: step by step, so that each weight is read once and then dropped."""
-    layout = Layout.of(found.layers)
-    rows = {key: torch.empty(layout.size, dtype=torch.uint8) for key in told}
-    entry, move = place.placement.entry, place.placement.transfer
-    values = [{number: tensor.to(entry) for (_, number), tensor in zip(found.reads, one.given, strict=True)}
-              for one in told.values()]
-    reader = Reader(component, place)
+    """The row of each of these calls of a program, by its key.
+
+    They are computed step by step, so that each weight is read once and then dropped.
+    """
+    layout = Layout.of(program.layers)
+    rows = {key: torch.empty(layout.size, dtype=torch.uint8) for key in calls}
+    entry, transfer = place.placement.entry, place.placement.transfer
+    values = [{number: tensor.to(entry) for (_, number), tensor in zip(program.reads, call.given, strict=True)}
+              for call in calls.values()]
+    reader = _StepReader(component, place)
     with torch.no_grad():
-        for step, done in zip(found.steps, found.last_uses(), strict=True):
+        for step, done in zip(program.steps, program.last_uses(), strict=True):
             weights, device = reader.read(step)
             # One call at a time, with the rows that it will have: a product of more rows rounds otherwise.
             for row, known in zip(rows.values(), values, strict=True):
-                known.update(zip(step.out, step.run(known, weights, entry, device, move), strict=True))
-                if step.layer is not None and step.layer in layout.at:
+                known.update(zip(step.out, step.run(known, weights, entry, device, transfer), strict=True))
+                if step.layer is not None and step.layer in layout.layers:
                     layout.view(row, step.layer).copy_(known[step.out[0]])
                 for number in done:
                     del known[number]
     return rows
 
 
-class Reader:
-    """Reads single weights of a component from its files, as loading it would."""
+class _StepReader:
+    """Reads the weights of single steps from a component's files."""
 
     def __init__(self, component: Component, place: Place) -> None:
-        self._files = {name: path for path in component.files for name in read_header(path)}
-        self._types = {name: weight.dtype for name, weight in skeleton(component, place.dtype).named_parameters()}
-        self._place, self._merger = place, LoraMerger(component)
+        model = skeleton(component, place.dtype)
+        self._disk = DiskWeights(component, model)
+        self._types = {name: weight.dtype for name, weight in model.named_parameters()}
+        self._devices = place.placement.compute_devices
 
     def read(self, step: Step) -> tuple[dict[str, torch.Tensor], str | None]:
         """The weights that a step needs, and the device that it computes on if it is a layer."""
-        placement = self._place.placement
-        device = None if step.layer is None else device_of(step.layer, placement.compute_devices)
-        weights = {}
+        device = None if step.layer is None else device_of(step.layer, self._devices)
         for name in step.weights():
-            if name not in self._files:
-                raise NotPrecomputable(f"{name} is not in the files under this name: run with --no-modulation-table")
-            with safe_open(self._files[name], "pt") as file:
-                stored = file.get_tensor(name)
-            weight = stored.to(self._types[name]).to(device or device_of(name, placement.compute_devices))
-            weights[name] = self._merger.merged(name, weight)
-        return weights, device
+            if name not in self._disk:
+                raise NotPrecomputable(f"{name} is not in the files under this name: run with "
+                                       f"`modulation_table=False`")
+        return {name: self._disk.read(name, self._types[name], device or device_of(name, self._devices))
+                for name in step.weights()}, device
