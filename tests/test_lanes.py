@@ -189,7 +189,7 @@ def test_out_of_memory_with_two_lanes_goes_on_with_one(
     assert "denoise ran out of memory" in warning and "one request at a time" in warning
     # No step was done twice.
     assert sum(kind == "step" for kind, _ in told) == 3 * len(ASKED)
-    assert sum(kind == "rejoin" for kind, _ in told) >= 1
+    assert sum(kind == "resumed" for kind, _ in told) >= 1
 
 
 def test_without_leave_to_degrade_out_of_memory_ends_the_run(model: Path, cards: Cards, sim: ModuleType) -> None:

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from runner.planning.memory_limits import limited, read_bytes, read_machine
+from runner.placement_options import MemoryLimits, read_bytes
+from runner.planning.memory_limits import limited, read_machine
 from stages.errors import DoesNotFit, Fix
 from stages.machine import Device, Machine, probe
 
@@ -37,54 +38,55 @@ def test_a_unit_that_may_mean_two_things_is_refused_with_both() -> None:
 
 
 def test_one_value_is_for_every_card_and_not_for_the_host() -> None:
-    machine = limited(TWO, "7GiB")
+    machine = limited(TWO, MemoryLimits.read("7GiB"))
     assert machine.limits == {"cuda:0": 7 * GIB, "cuda:1": 7 * GIB}
     assert machine.host_limit is None and machine.host_room == 60 * GIB - 256 * 2**20
 
 
 def test_values_by_device() -> None:
-    machine = limited(TWO, "0=14GiB, cuda:1=4GB ,cpu=24GiB")
+    machine = limited(TWO, MemoryLimits.read("0=14GiB, cuda:1=4GB ,cpu=24GiB"))
     assert machine.limits == {"cuda:0": 14 * GIB, "cuda:1": 4 * 10**9, "cpu": 24 * GIB}
     assert machine.host_room == 24 * GIB and machine.unlimited == TWO
-    assert limited(TWO, "1=2GiB").limits == {"cuda:1": 2 * GIB}
+    assert limited(TWO, MemoryLimits.read("1=2GiB")).limits == {"cuda:1": 2 * GIB}
 
 
 def test_percent_are_of_the_whole_card_and_a_negative_value_stays_free() -> None:
-    assert limited(TWO, "50%").limits == {"cuda:0": 8 * GIB, "cuda:1": 4 * GIB}
-    assert limited(TWO, "-2GiB").limits == {"cuda:0": 13 * GIB, "cuda:1": 6 * GIB}
+    assert limited(TWO, MemoryLimits.read("50%")).limits == {"cuda:0": 8 * GIB, "cuda:1": 4 * GIB}
+    assert limited(TWO, MemoryLimits.read("-2GiB")).limits == {"cuda:0": 13 * GIB, "cuda:1": 6 * GIB}
 
 
 def test_a_limit_that_cannot_be_is_left_out_of_the_next_command() -> None:
-    for text, left in (("0=20GiB,1=4GiB,cpu=8GiB", "cuda:1=4GiB,cpu=8GiB"), ("20GiB", ""), ("-20GiB", "")):
+    for text, left in (("0=20GiB,1=4GiB,cpu=8GiB", "1=4GiB,cpu=8GiB"), ("20GiB", ""), ("-20GiB", "")):
         with pytest.raises(DoesNotFit) as refused:
-            limited(TWO, text)
+            limited(TWO, MemoryLimits.read(text))
         assert refused.value.fixes == (Fix("max_memory", left or None),)
 
 
 def test_where_there_are_no_cards_the_host_is_named_once() -> None:
     host = Machine((Device("cpu", 16 * GIB, 15 * GIB, bfloat16=False),), 16 * GIB, 15 * GIB)
     with pytest.raises(ValueError, match=r"'0', which is not used here: choose from cpu$"):
-        limited(host, "0=1GB")
+        limited(host, MemoryLimits.read("0=1GB"))
 
 
 def test_a_limit_is_no_promise_that_the_memory_is_free() -> None:
-    room = limited(TWO, "100%").devices[0].room
+    room = limited(TWO, MemoryLimits.read("100%")).devices[0].room
     assert room == TWO.devices[0].room == 15 * GIB - 512 * 2**20
-    assert limited(TWO, "0=14GiB").devices[0].room == 14 * GIB
+    assert limited(TWO, MemoryLimits.read("0=14GiB")).devices[0].room == 14 * GIB
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
         ("7=1GB", "'7', which is not used here: choose from cuda:0, cuda:1, cpu"),
-        ("0=-1GB", "leave memory free on every card write --max-memory -1GB"),
-        ("0=1GB,0=2GB", "twice"), ("0=1GB,", "no device=amount"), ("=1GB", "no device=amount"), ("0=", "no device"),
+        ("0=-1GB", "leave memory free on every card write max_memory"),
+        ("0=1GB,0=2GB", "twice"), ("0=1GB,cuda:0=2GB", "twice"),
+        ("0=1GB,", "no device=amount"), ("=1GB", "no device=amount"), ("0=", "no device"),
         ("0%", "more than 0%"), ("101%", "no more than 100%"), ("nonsense", "no amount"),
     ],
 )
 def test_nonsense_is_refused_by_name(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        limited(TWO, text)
+        limited(TWO, MemoryLimits.read(text))
 
 
 @pytest.mark.parametrize(("text", "why"), [
@@ -93,7 +95,7 @@ def test_nonsense_is_refused_by_name(text: str, why: str) -> None:
 ])
 def test_a_limit_above_the_card_does_not_fit(text: str, why: str) -> None:
     with pytest.raises(DoesNotFit, match=why):
-        limited(TWO, text)
+        limited(TWO, MemoryLimits.read(text))
 
 
 def test_machines_that_are_not_here() -> None:
@@ -117,5 +119,5 @@ def test_what_is_no_machine_is_refused(text: str) -> None:
 
 def test_limits_hold_on_a_machine_that_has_only_a_host() -> None:
     host = probe(["cpu"])
-    assert limited(host, "50%").devices[0].room <= host.host_total // 2
-    assert dataclasses.replace(limited(host, "cpu=1GiB"), devices=()).host_room == GIB
+    assert limited(host, MemoryLimits.read("50%")).devices[0].room <= host.host_total // 2
+    assert dataclasses.replace(limited(host, MemoryLimits.read("cpu=1GiB")), devices=()).host_room == GIB

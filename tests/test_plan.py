@@ -58,16 +58,19 @@ def asked(name: str = "flux", **more: Any) -> Request:
                                              "text_tokens": family.text_tokens} | more)
 
 
-def hypothetical(model: Path, machine: str, name: str = "flux", **more: Any) -> Plan:
+def hypothetical(
+    model: Path, machine: str, name: str = "flux", cache: PlanCache | None = None, **more: Any
+) -> Plan:
     """The plan for a machine that is not here, made in less than five seconds."""
     start = time.process_time()
-    job = make_plan(Job(name, [asked(name)], model=model, **{"modulation_table": False} | more), machine=machine)
+    job = make_plan(Job(name, [asked(name)], model=model, **{"modulation_table": False} | more), machine=machine,
+                    cache=cache)
     assert time.process_time() - start < 5
     return job
 
 
-def rung(job: Plan, stage: str) -> str:
-    """The name of the rung that a stage stands on."""
+def strategy(job: Plan, stage: str) -> str:
+    """The name of the strategy that a stage is placed by."""
     return job.strategies[stage][-1].name
 
 
@@ -81,7 +84,7 @@ def test_flux_on_two_cards_of_16_gb(flux_dev: Path) -> None:
     """Encoders 9.77 of 14.93 GB; the transformer 11.9 + 11.9 of 14.93 each, with 0.5 for activations."""
     job = hypothetical(flux_dev, "2x16GB")
     assert job.needs["encode"]["cuda:0"].weights == T5 + CLIP
-    assert [rung(job, stage) for stage in ("encode", "denoise", "decode")] == ["resident", "sharded", "resident"]
+    assert [strategy(job, stage) for stage in ("encode", "denoise", "decode")] == ["resident", "sharded", "resident"]
     assert str(job.places["denoise", "transformer"].placement) == "cuda:0:9,cuda:1:28,cuda:0:20"
     need = job.needs["denoise"]
     assert need["cuda:1"].weights == 10 * DOUBLE + 18 * SINGLE
@@ -96,16 +99,17 @@ def test_flux_on_one_card_of_24_gb(flux_dev: Path) -> None:
     with pytest.raises(NoStrategyFits, match=r"denoise does not fit\.\n  resident: 22\.2 GiB .* cuda:0 has 20\.9 GiB"):
         hypothetical(flux_dev, "1x24GB")
     job = hypothetical(flux_dev, "1x24GiB")
-    assert rung(job, "denoise") == "resident" and job.needs["denoise"]["cuda:0"].weights == FLUX
+    assert strategy(job, "denoise") == "resident" and job.needs["denoise"]["cuda:0"].weights == FLUX
 
 
 def test_flux_with_the_modulation_table(flux_dev: Path) -> None:
     """6.56 GB of the 23.80 see only conditioning: 17.24 GB go on one card of 24 GB, and on cards of 16 and 8 GB."""
     job = hypothetical(flux_dev, "1x24GB", modulation_table=True)
     need = job.needs["denoise"]["cuda:0"]
-    assert rung(job, "denoise") == "resident" and abs(need.weights - 17.24 * GB) < 0.01 * GB
+    assert strategy(job, "denoise") == "resident" and abs(need.weights - 17.24 * GB) < 0.01 * GB
     two = hypothetical(flux_dev, "16GB+8GB", modulation_table=True)
-    assert rung(two, "denoise") == "sharded" and sum(n.weights for n in two.needs["denoise"].values()) == need.weights
+    assert strategy(two, "denoise") == "sharded"
+    assert sum(n.weights for n in two.needs["denoise"].values()) == need.weights
 
 
 def test_flux_on_cards_of_16_and_8_gb(flux_dev: Path) -> None:
@@ -115,7 +119,7 @@ def test_flux_on_cards_of_16_and_8_gb(flux_dev: Path) -> None:
     assert refused.value.fixes == (Fix("allow_offload", "cpu"),)
     job = hypothetical(flux_dev, "16GB+8GB", allow_offload="cpu")
     need = job.needs["denoise"]
-    assert rung(job, "denoise") == "streamed" and sum(one.weights for one in need.values()) == FLUX
+    assert strategy(job, "denoise") == "streamed" and sum(one.weights for one in need.values()) == FLUX
     assert need["cpu"].weights == pytest.approx(FLUX - (16 * GB + 8 * GB - 2 * GIB - 2 * (DOUBLE + GB // 2)), rel=0.1)
     assert need["cuda:0"].total < 16 * GB - GIB and need["cuda:1"].total < 8 * GB - GIB
 
@@ -155,22 +159,22 @@ def test_flux_on_one_card_of_16_gb(flux_dev: Path) -> None:
 
 def test_plans_that_share_what_they_know_are_those_that_do_not(flux_dev: Path) -> None:
     """Blocks that one plan went through cost the same in another one, on whichever card, and with some in the host."""
-    known = PlanCache()
-    hypothetical(flux_dev, "1x24GiB", known=known)
+    cache = PlanCache()
+    hypothetical(flux_dev, "1x24GiB", cache=cache)
     alone = hypothetical(flux_dev, "3x8GB", allow_offload="cpu")
-    shared = hypothetical(flux_dev, "3x8GB", allow_offload="cpu", known=known)
+    shared = hypothetical(flux_dev, "3x8GB", allow_offload="cpu", cache=cache)
     assert (shared.needs, shared.places, shared.strategies) == (alone.needs, alone.places, alone.strategies)
-    assert {rung(shared, "denoise"), rung(shared, "encode")} == {"streamed", "sharded"}
-    count = len(known.rehearsals)
-    assert hypothetical(flux_dev, "3x8GB", allow_offload="cpu", known=known).needs == alone.needs
-    assert len(known.rehearsals) == count
+    assert {strategy(shared, "denoise"), strategy(shared, "encode")} == {"streamed", "sharded"}
+    count = len(cache.estimates)
+    assert hypothetical(flux_dev, "3x8GB", allow_offload="cpu", cache=cache).needs == alone.needs
+    assert len(cache.estimates) == count
 
 
 def test_what_an_error_names_makes_it_fit(flux_dev: Path) -> None:
     with pytest.raises(NoStrategyFits, match="it fits without max_memory") as refused:
         hypothetical(flux_dev, "2x16GB", max_memory="10GiB")
     assert refused.value.fixes == (Fix("max_memory"),)
-    assert rung(hypothetical(flux_dev, "2x16GB"), "denoise") == "sharded"
+    assert strategy(hypothetical(flux_dev, "2x16GB"), "denoise") == "sharded"
 
 
 def test_the_demo_checkpoint_runs_under_names_of_its_own_pipeline_alone() -> None:
@@ -204,7 +208,7 @@ def test_flux_at_2048_decodes_in_tiles_only_where_it_must(flux_dev: Path) -> Non
     request = asked(size=(2048, 2048))
     assert make_plan(Job("flux", [request], model=flux_dev, modulation_table=False), machine="2x24GB").tile is None
     job = make_plan(Job("flux", [request], model=flux_dev, modulation_table=False), machine="3x11GB")
-    assert job.tile == 1024 and rung(job, "decode") == "tiles of 1024 pixels"
+    assert job.tile == 1024 and strategy(job, "decode") == "tiles of 1024 pixels"
     assert "decode" in job.strategies and "for activations" in job.strategies["decode"][0].refused
 
 
@@ -213,14 +217,14 @@ def test_types_follow_the_cards(flux_dev: Path) -> None:
     cards = [dataclasses.replace(card, bfloat16=False) for card in imagined_machine([16 * GB] * 2).devices]
     old = Machine(tuple(cards), 64 * GB, 64 * GB, here=False)
     job = make_plan(Job("flux", [asked()], model=flux_dev, modulation_table=False), machine=old)
-    assert {name: place.dtype for name, place in job.places.items()} == {
+    assert {name: place.dtype for (_, name), place in job.places.items()} == {
         "text_encoder": torch.float32, "text_encoder_2": torch.float32, "transformer": torch.float16,
         "vae": torch.float32,
     }
     assert job.reasons["denoise", "transformer"] == "cuda:0 has no bfloat16, and the model guards against overflow"
     # CLIP's 77 positions are whole numbers, and no wider.
     assert sum(one.weights for one in job.needs["encode"].values()) == 2 * (T5 + CLIP) - 77 * 8
-    assert rung(job, "encode") == "sharded"
+    assert strategy(job, "encode") == "sharded"
     wished = make_plan(Job("flux", [asked()], model=flux_dev, dtype={"vae": torch.float16},
                            modulation_table=False), machine=old)
     assert wished.places["decode", "vae"].dtype == torch.float16 and wished.reasons["decode", "vae"] == "asked for"
@@ -293,7 +297,7 @@ def test_plans_for_scaled_down_cards_run_as_planned(
 ) -> None:
     expected = measured(small(thousandth, cards(64 * MIB)))[1]
     job = small(thousandth, cards(*(limit * 10**6 for limit in limits)))
-    assert rung(job, "denoise") == "sharded"
+    assert strategy(job, "denoise") == "sharded"
     peaks, picture = measured(job)
     agree(job, peaks)
     assert np.array_equal(picture, expected)
@@ -305,7 +309,7 @@ def test_encoders_that_do_not_fit_a_card_are_dealt_like_a_denoiser(
 ) -> None:
     expected = measured(small(thousandth, cards(64 * MIB)))[1]
     job = small(thousandth, cards(*[5 * 10**6] * 5))
-    assert rung(job, "encode") == "sharded"
+    assert strategy(job, "encode") == "sharded"
     peaks, picture = measured(job)
     agree(job, peaks)
     assert np.array_equal(picture, expected)
@@ -348,7 +352,7 @@ def test_with_the_modulation_table_plans_hold_too(
     """4.6 of 17 MB are never loaded: resident, dealt over two cards, and partly streamed."""
     expected = measured(small(thousandth, cards(64 * MIB)))[1]
     job = small(thousandth, cards(*(limit * 10**6 for limit in limits)), modulation_table=True, allow_offload="cpu")
-    assert rung(job, "denoise") == {64: "resident", 9: "sharded", 8: "streamed"}[limits[0]]
+    assert strategy(job, "denoise") == {64: "resident", 9: "sharded", 8: "streamed"}[limits[0]]
     peaks, picture = measured(job)
     agree(job, peaks)
     assert np.array_equal(picture, expected)
@@ -401,7 +405,7 @@ def test_every_family_is_planned_and_dealt(
 
 def test_limits_of_the_user_hold(thousandth: Path, cards: Cards, sim: ModuleType) -> None:
     job = small(thousandth, cards(64 * MIB, 64 * MIB), max_memory="12MB")
-    assert rung(job, "denoise") == "sharded"
+    assert strategy(job, "denoise") == "sharded"
     peaks, _ = measured(job)
     assert all(peak <= 12 * 10**6 for stage in peaks.values() for peak in stage.values())
 

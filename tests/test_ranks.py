@@ -18,8 +18,9 @@ import torch
 
 from runner import Job, RankLost, RankProcesses, Report, Request, make_plan, run_all, spawn
 from runner.artifacts import open_store
-from runner.distributed.env import Rank, launched, part, share
+from runner.distributed.env import Rank, launched, share
 from runner.distributed.heartbeat import Heartbeat
+from runner.distributed.machines import part
 from runner.distributed.results import RankResult, differing
 from runner.distributed.watchdog import SILENCE, TIMEOUT, Watchdog
 from runner.engine.keys import artifact_keys

@@ -6,11 +6,9 @@ in the store that all of them use. Ranks on several hosts therefore need one sto
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from stages.errors import InvalidInput
-from stages.machine import Device, Machine
 
 
 @dataclass(frozen=True)
@@ -60,31 +58,3 @@ def share(count: int, part: int, parts: int) -> range:
     least, more = divmod(count, parts)
     start = part * least + min(part, more)
     return range(start, start + least + (part < more))
-
-
-def part(machine: Machine, rank: Rank) -> Machine:
-    """The rank's part of its host: its own cards, in their order, or a part of the memory where there are no cards.
-
-    Raises InvalidInput where there are fewer cards than ranks.
-    """
-    parts, cards = rank.local_size, machine.cards
-    if not cards:
-        devices = tuple(replace(device, free=device.free // parts) for device in machine.devices)
-        return replace(machine, devices=devices, host_free=machine.host_free // parts)
-    if len(cards) < parts:
-        raise InvalidInput(
-            f"{parts} ranks on this host, and {len(cards)} cards for them: {', '.join(card.name for card in cards)} "
-            f"-> start {len(cards)} ranks, or choose `devices=cpu`"
-        )
-    mine = tuple(cards[index] for index in share(len(cards), rank.local, parts))
-    return replace(machine, devices=mine, host_free=machine.host_free // parts)
-
-
-def machine_to_json(machine: Machine) -> dict[str, Any]:
-    """A machine as JSON, for a process that is to plan for it."""
-    return asdict(machine)
-
-
-def machine_from_json(said: Mapping[str, Any]) -> Machine:
-    """The machine that `machine_to_json` wrote."""
-    return Machine(**{**said, "devices": tuple(Device(**device) for device in said["devices"])})

@@ -7,8 +7,9 @@ from typing import Any
 
 from runner.artifacts import ForwardingStore, Store
 from runner.distributed.channel import Channel
-from runner.distributed.env import Rank, part, share
+from runner.distributed.env import Rank, share
 from runner.distributed.heartbeat import Heartbeat
+from runner.distributed.machines import part
 from runner.distributed.results import RankResult, differing, recorded
 from runner.engine.keys import artifact_keys
 from runner.engine.report import Failure

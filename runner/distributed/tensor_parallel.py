@@ -11,8 +11,9 @@ from runner.artifacts import ForwardingStore, Store
 from runner.artifacts.atomic_files import File
 from runner.distributed.channel import Channel
 from runner.distributed.collectives import RankCollectives
-from runner.distributed.env import Rank, machine_from_json, machine_to_json
+from runner.distributed.env import Rank
 from runner.distributed.heartbeat import Heartbeat
+from runner.distributed.machines import machine_from_json, machine_to_json
 from runner.distributed.rank import RankStore, RankWorker, check_shared, usable_machine
 from runner.distributed.results import RankResult
 from runner.engine.report import StageReport

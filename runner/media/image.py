@@ -141,12 +141,12 @@ def _quoted(value: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from PIL import Image, UnidentifiedImageError
-
     # O_NONBLOCK: a FIFO would wait for ever.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise InvalidInput("it is not a plain file")
+        from PIL import Image, UnidentifiedImageError
+
         try:
             with Image.open(file, formats=("PNG",)) as image:
                 if "runner" not in image.info and image.width * image.height <= PIXELS:

@@ -44,7 +44,7 @@ def document(plan: Plan) -> dict[str, Any]:
         },
         "components": {
             plan.label(part): {"dtype": dtype_name(place.dtype), "placement": str(place.placement),
-                               "bytes": plan.weights[part].total, "reason": plan.reasons.get(part[1], ""),
+                               "bytes": plan.weights[part].total, "reason": plan.reasons.get(part, ""),
                                "device_map": plan.device_map[plan.label(part)]}
             for part, place in plan.places.items()
         },
@@ -76,7 +76,7 @@ def needs(plan: Plan) -> Iterator[tuple[str, ...]]:
 def choices(plan: Plan) -> Iterator[str]:
     """What was decided: type and placement of every component, the modulation table, tiles."""
     for part, place in plan.places.items():
-        reason = plan.reasons.get(part[1], "")
+        reason = plan.reasons.get(part, "")
         why = f" ({reason})" if reason else ""
         yield (f"{plan.label(part)}: {gib(plan.weights[part].total)} in {dtype_name(place.dtype)}{why}, "
                f"{place.placement}")

@@ -28,7 +28,12 @@ def limited(machine: Machine, limits: MemoryLimits) -> Machine:
 
     Raises InvalidInput for a limit that names no device of the machine, DoesNotFit for one above it.
     """
-    named = {_device(machine, name): limit for name, limit in limits.by_device.items()}
+    named: dict[str, MemoryLimit] = {}
+    for name, amount in limits.by_device.items():
+        full = _device(machine, name)
+        if full in named:
+            raise InvalidInput(f"`max_memory` names {full} twice")
+        named[full] = amount
     devices = []
     for device in machine.devices:
         limit = named.get(device.name, named.get(""))

@@ -26,6 +26,8 @@ from stages.placement.sharded import remainder
 from stages.placement.tensor_parallel import TensorParallel, part_of
 from stages.state import State
 
+# A component of a stage: the names of both.
+Part = tuple[str, str]
 TILES = (1024, 512, 256)
 TRIES = 4
 
@@ -51,15 +53,15 @@ class Need:
 class Placed:
     """The stages placed so far; what is said by part is keyed by (stage, component)."""
 
-    places: dict[tuple[str, str], Place] = field(default_factory=dict)
+    places: dict[Part, Place] = field(default_factory=dict)
     """Where each component goes, by part."""
-    weights: dict[tuple[str, str], Weights] = field(default_factory=dict)
+    weights: dict[Part, Weights] = field(default_factory=dict)
     """What each component weighs, by part."""
     needs: dict[str, dict[str, Need]] = field(default_factory=dict)
     """Bytes by stage and device."""
     strategies: dict[str, Tried] = field(default_factory=dict)
     """What was tried, by stage; the last one is taken."""
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[Part, str] = field(default_factory=dict)
     """Why a component has its type."""
     savings: dict[str, TableSaving] = field(default_factory=dict)
     """What the modulation table saves, by component."""
@@ -148,7 +150,7 @@ class Placer:
         for component in stage.components:
             asked = self.dtypes.get(component.name) or self.dtypes.get("")
             choice = choose_dtype(component.class_name, self.machine.devices)
-            done.reasons[component.name] = "asked for" if asked else choice.reason
+            done.reasons[stage.name, component.name] = "asked for" if asked else choice.reason
             yield component.name, asked or choice.dtype
 
     def _processes(self, stage: Stage) -> int | None:

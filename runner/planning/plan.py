@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from runner.job import Job
 from runner.planning.ladder import Strategy
-from runner.planning.placer import Need, Placer
+from runner.planning.placer import Need, Part, Placer
 from runner.planning.precompute import TableSaving
 from runner.request import Request
 from runner.text import pictures
@@ -17,7 +17,6 @@ from stages.pipeline.stage import Stage
 from stages.placement.placement import Place
 
 # A component may stand in two stages: the VAE of pipelines that take pictures is in encode and in decode.
-Part = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Plan:
     """By stage and device, the bytes that it takes."""
     strategies: Mapping[str, tuple[Strategy, ...]] = field(default_factory=dict)
     """By stage, the ways to place it that were tried; the last one is taken."""
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    """By component, why it has its type."""
+    reasons: Mapping[Part, str] = field(default_factory=dict)
+    """By part, why it has its type."""
     lanes: int = 1
     """Requests that are denoised at a time."""
     savings: Mapping[str, TableSaving] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from runner.distributed.env import machine_from_json
+from runner.distributed.machines import machine_from_json
 from runner.distributed.rank import check_shared
 from runner.engine.keys import artifact_keys, computed_anew
 from runner.engine.oom import degrade

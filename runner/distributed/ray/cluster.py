@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from runner.artifacts import Store
-from runner.distributed.env import machine_from_json, machine_to_json
+from runner.distributed.machines import machine_from_json, machine_to_json
 from runner.distributed.ray.actor import ACTORS, cards_of
 from runner.distributed.ray.pools import Pools, groups, pools
 from runner.engine.keys import artifact_keys, missing
