@@ -10,7 +10,7 @@ from runner.text import gib
 from stages.errors import DoesNotFit, Fix
 from stages.estimate.dry_run import Estimate
 from stages.placement.placement import Place, Resident
-from stages.placement.tensor_parallel import TensorParallel, part_of
+from stages.placement.tensor_parallel import TensorParallel, bytes_per_device
 
 if TYPE_CHECKING:
     from runner.planning.placer import Placer, Task
@@ -33,7 +33,7 @@ def cut(placer: "Placer", task: "Task", count: int) -> tuple[dict[str, Place], E
     if component.loras:
         raise DoesNotFit("denoise=tensor_parallel reads parts of weights, and LoRA is merged into whole ones -> "
                         "leave `place=denoise` or `loras` out", (Fix("place", None, "denoise"),))
-    part = part_of(component, task.types[name], task.precomputed.get(name, frozenset()), len(cards))
+    part = bytes_per_device(component, task.types[name], task.precomputed.get(name, frozenset()), len(cards))
     found = placer.rehearsed(task, task.places({name: Resident(cards[0])}))
     taken = found.peak[cards[0]]
     found = replace(found, peak={card: taken * times for card, times in Counter(cards).items()})
