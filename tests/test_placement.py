@@ -1,6 +1,7 @@
 """What a placement says of itself, and that a block that waits elsewhere goes back there whatever happens."""
 
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -100,3 +101,6 @@ def test_a_streamed_block_that_fails_is_put_back_and_lets_the_next_one_in() -> N
     thread.join(60)
     assert not thread.is_alive()
     assert [tensor.data_ptr() for tensor in model.a[1].parameters()] == waiting
+    reference = weakref.ref(model.a[1])
+    del model, thread
+    assert reference() is None, "nothing holds it, and no garbage was collected"

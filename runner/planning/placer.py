@@ -23,10 +23,10 @@ from stages.models.weights import Weights, weigh
 from stages.pipeline.stage import Inputs, Stage
 from stages.placement.placement import DISK, Place, Placement, Resident
 from stages.placement.sharded import remainder
-from stages.placement.tensor_parallel import TensorParallel, part_of
+from stages.placement.tensor_parallel import TensorParallel, bytes_per_device
 from stages.state import State
 
-# A component of a stage: the names of both.
+# The names of a stage and a component: one may stand in two stages, as the VAE of pipelines that take pictures does.
 Part = tuple[str, str]
 TILES = (1024, 512, 256)
 TRIES = 4
@@ -242,7 +242,7 @@ class Placer:
         if component.loras:
             raise DoesNotFit("denoise=tensor_parallel reads parts of weights, and LoRA is merged into whole ones -> "
                              "leave `place=denoise` or `loras` out", (Fix("place", None, "denoise"),))
-        part = part_of(component, task.types[name], task.precomputed.get(name, frozenset()), len(cards))
+        part = bytes_per_device(component, task.types[name], task.precomputed.get(name, frozenset()), len(cards))
         estimate = self.estimate(task, task.places({name: Resident(cards[0])}))
         taken = estimate.peak[cards[0]]
         estimate = replace(estimate, peak={card: taken * times for card, times in Counter(cards).items()})

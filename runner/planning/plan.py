@@ -16,8 +16,6 @@ from stages.models.weights import Weights
 from stages.pipeline.stage import Stage
 from stages.placement.placement import Place
 
-# A component may stand in two stages: the VAE of pipelines that take pictures is in encode and in decode.
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -155,8 +155,10 @@ class MemoryTracker(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention that makes nothing but its result, as every card's own kernels do; on meta, torch would show the
-    score matrix."""
+    """Attention that makes nothing but its result, as every card's own kernels do.
+
+    On the meta device torch would make the matrix of scores, too.
+    """
 
     def __init__(self, tracker: MemoryTracker) -> None:
         super().__init__()

@@ -71,8 +71,10 @@ def remainder(model: nn.Module, blocks: Collection[str]) -> tuple[str, ...]:
 
 
 def _outside(model: nn.Module, blocks: Collection[str]) -> tuple[str, ...]:
-    """The outermost modules that neither are blocks nor hold some; of lists and dicts, which nobody calls, what they
-    hold."""
+    """The outermost modules that neither are blocks nor hold some; in place of a list or dict, what it holds.
+
+    Nobody calls lists and dicts.
+    """
     above, found = _above(blocks), []
     for name, module in model.named_modules():
         if name not in above and name not in blocks and name.rpartition(".")[0] in above:

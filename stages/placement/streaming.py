@@ -1,8 +1,9 @@
 """Blocks that wait in host memory or on the disk, and are on their device only while they compute."""
 
 import threading
+import weakref
 from dataclasses import dataclass
-from functools import wraps
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -52,19 +53,22 @@ class Streamed(Sharded):
 def _stream(
     block: nn.Module, name: str, device: str, transfer: Transfer, fetch: Fetch, lock: threading.Lock
 ) -> None:
-    """Make a block have its weights on `device` for each call, alone with the `lock`; they are copied there, never
-    back."""
-    forward = block.forward
-    tensors = {f"{name}.{inner}": tensor for inner, tensor in (*block.named_parameters(), *block.named_buffers())}
+    """Have a block's weights on `device` during each call of it, alone with the `lock`.
 
-    @wraps(forward)
+    They are copied there, never back.
+    """
+    tensors = {f"{name}.{inner}": tensor for inner, tensor in (*block.named_parameters(), *block.named_buffers())}
+    # A block that holds itself would stay in memory until somebody collects garbage.
+    assert isinstance(block.forward, MethodType)
+    forward, weak_block = block.forward.__func__, weakref.ref(block)
+
     def streamed(*args: Any, **kwargs: Any) -> Any:
         with lock:
             waiting = [(tensor, tensor.data) for tensor in tensors.values()]
             try:
                 for full_name, tensor in tensors.items():
                     tensor.data = transfer(fetch(full_name, tensor.data), device)
-                return forward(*args, **kwargs)
+                return forward(weak_block(), *args, **kwargs)
             finally:
                 for tensor, data in waiting:
                     tensor.data = data

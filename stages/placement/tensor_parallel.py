@@ -32,7 +32,7 @@ class TensorParallel(Placement):
 
     devices: tuple[str, ...]
     """The device of each process."""
-    part: int
+    bytes_per_device: int
     """Bytes of the component on each of them."""
     rank: int = 0
     """The number of this process."""
@@ -56,7 +56,7 @@ class TensorParallel(Placement):
         return {"": ",".join(self.devices)}
 
     def share(self, weights: Weights) -> dict[str, int]:
-        return {device: count * self.part for device, count in Counter(self.devices).items()}
+        return {device: count * self.bytes_per_device for device, count in Counter(self.devices).items()}
 
     def attach(self, model: nn.Module, home: str, transfer: Transfer | None = None, fetch: Fetch = from_host) -> None:
         # Reading the parts puts parameters on the device, and nothing else.
@@ -81,7 +81,7 @@ class TensorParallel(Placement):
         return replace(self, rank=rank)
 
 
-def part_of(component: Component, dtype: torch.dtype, precomputed: Collection[str], count: int) -> int:
+def bytes_per_device(component: Component, dtype: torch.dtype, precomputed: Collection[str], count: int) -> int:
     """The bytes of a component on each of `count` cards that it is cut over, without the layers `precomputed`.
 
     Raises DoesNotFit where it cannot be cut, or not into so many parts.

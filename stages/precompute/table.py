@@ -20,7 +20,7 @@ from stages.models.checkpoint import Component
 from stages.models.skeleton import skeleton
 from stages.pipeline.stage import Inputs, Loaded, Stage
 from stages.placement.placement import Place, Places, device_of
-from stages.precompute.program import Call, Layer, Program, Step
+from stages.precompute.program import Call, Layer, Program
 from stages.precompute.recorder import CallRecorder, RecordedCall
 from stages.precompute.replay import precomputed_linears
 from stages.state import State
@@ -206,17 +206,25 @@ def compute_rows(
 ) -> dict[Any, torch.Tensor]:
     """The row of each of these calls of a program, by its key.
 
-    They are computed step by step, so that each weight is read once and then dropped.
+    They are computed step by step, so that each weight is read once and then dropped. Raises NotPrecomputable for a
+    weight that the files do not hold as it is.
     """
     layout = Layout.of(program.layers)
     rows = {key: torch.empty(layout.size, dtype=torch.uint8) for key in calls}
-    entry, transfer = place.placement.entry, place.placement.transfer
+    entry, devices, transfer = place.placement.entry, place.placement.compute_devices, place.placement.transfer
     values = [{number: tensor.to(entry) for (_, number), tensor in zip(program.reads, call.given, strict=True)}
               for call in calls.values()]
-    reader = _StepReader(component, place)
+    model = skeleton(component, place.dtype)
+    disk, dtypes = DiskWeights(component, model), {name: weight.dtype for name, weight in model.named_parameters()}
     with torch.no_grad():
         for step, done in zip(program.steps, program.last_uses(), strict=True):
-            weights, device = reader.read(step)
+            # A layer computes where it would if it were loaded.
+            device = None if step.layer is None else device_of(step.layer, devices)
+            if absent := [name for name in step.weights() if name not in disk]:
+                raise NotPrecomputable(f"{absent[0]} is not in the files under this name: run with "
+                                       f"`modulation_table=False`")
+            weights = {name: disk.read(name, dtypes[name], device or device_of(name, devices))
+                       for name in step.weights()}
             # One call at a time, with the rows that it will have: a product of more rows rounds otherwise.
             for row, known in zip(rows.values(), values, strict=True):
                 known.update(zip(step.out, step.run(known, weights, entry, device, transfer), strict=True))
@@ -225,23 +233,3 @@ def compute_rows(
                 for number in done:
                     del known[number]
     return rows
-
-
-class _StepReader:
-    """Reads the weights of single steps from a component's files."""
-
-    def __init__(self, component: Component, place: Place) -> None:
-        model = skeleton(component, place.dtype)
-        self._disk = DiskWeights(component, model)
-        self._types = {name: weight.dtype for name, weight in model.named_parameters()}
-        self._devices = place.placement.compute_devices
-
-    def read(self, step: Step) -> tuple[dict[str, torch.Tensor], str | None]:
-        """The weights that a step needs, and the device that it computes on if it is a layer."""
-        device = None if step.layer is None else device_of(step.layer, self._devices)
-        for name in step.weights():
-            if name not in self._disk:
-                raise NotPrecomputable(f"{name} is not in the files under this name: run with "
-                                       f"`modulation_table=False`")
-        return {name: self._disk.read(name, self._types[name], device or device_of(name, self._devices))
-                for name in step.weights()}, device

@@ -51,8 +51,7 @@ class Trace(TorchDispatchMode):
     def __init__(
         self, model: nn.Module, conditioning: Collection[torch.Tensor], batch: int, before: "Trace | None" = None
     ) -> None:
-        """For a call of `batch` requests. Blocks that a trace `before` went through are passed over, and not recorded.
-        """
+        """`batch` requests are in the call; blocks that a trace `before` went through are passed over, unrecorded."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps, self.layers = [], {}
         self._batch, self._recording = batch, True
