@@ -28,7 +28,7 @@ from typing import Any
 from PIL import Image
 
 from runner.commands.cli import answer
-from runner.commands.results import Writer
+from runner.commands.results import Results
 from tests.tiny import flux
 
 CALLS = ("mkdir", "write", "fsync", "fchmod", "rename", "replace", "link", "unlink", "rmdir")
@@ -137,9 +137,9 @@ def ended(pid: int, reading: int) -> Ended:
 
 def _answer(folder: Path, words: tuple[str, ...], point: Failpoint, pipe: int) -> None:
     os.chdir(folder)
-    hear, write = Writer.hear, os.write
+    hear, write = Results.__call__, os.write
 
-    def heard(self: Writer, kind: str, data: Mapping[str, Any]) -> None:
+    def heard(self: Results, kind: str, data: Mapping[str, Any]) -> None:
         computed = kind == "part" and data["part"] == "compute" and data["stage"] != "denoise"
         if kind == "step" or computed:
             write(pipe, b"unit\n")
@@ -147,7 +147,7 @@ def _answer(folder: Path, words: tuple[str, ...], point: Failpoint, pipe: int) -
         if kind == "step" and point.passed(STEP):
             point.die()
 
-    Writer.hear = heard  # type: ignore[method-assign]
+    Results.__call__ = heard  # type: ignore[method-assign]
     point.install()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as stderr:
         code = answer(words)

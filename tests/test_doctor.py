@@ -35,7 +35,7 @@ def test_a_garbled_copy_is_found(cards: Cards, sim: ModuleType) -> None:
     sim.corrupt(second, first, "noise")
     checks = examine()
     bad = named(checks)["copies between cards"]
-    assert not bad.ok and bad.found == "corrupted_pairs from sim:1 to sim:0" and "--no-p2p" in bad.advice
+    assert not bad.ok and bad.found == "garbled from sim:1 to sim:0" and "--no-p2p" in bad.advice
     assert not healthy(checks) and not document(checks)["healthy"]
 
 

@@ -129,7 +129,7 @@ def test_every_cell_runs_with_flux_on_two_cards(
     small = f"MODEL, SIZE, STEPS = {str(model)!r}, (64, 48), 2"
     for cell in (switch.replace("FLUX = False", "FLUX = True"), small, *cells, check(path)):
         shell.run_cell(cell).raise_error()
-    assert shell.user_ns["FAMILY"] == "flux" and shell.user_ns["job"].devices == tuple(devices)
+    assert shell.user_ns["FAMILY"] == "flux" and shell.user_ns["plan"].devices == tuple(devices)
 
 
 def test_flux_as_the_notebooks_ask_for_it_fits_a_service_with_two_t4(
