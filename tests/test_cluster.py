@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from runner.distributed.ray.actor import Denoise, cards_of, on_own_cards
 from runner.distributed.ray.cluster import group_rows
 from runner.distributed.ray.pools import Pool, groups, pools
 from runner.engine.keys import artifact_keys
+from runner.media.previews import strips
+from runner.notebook import Memory
 from runner.request import Request, requests_for
 from stages.errors import DoesNotFit, Fix, InvalidInput, StageOutOfMemory, from_json
 from stages.families import FAMILIES
@@ -106,6 +108,27 @@ def test_ray_makes_the_pictures_of_one_process_and_a_killed_worker_loses_nothing
     assert [stage.ran for stage in again.stages] == [0, 0, 0]
 
 
+@pytest.mark.usefixtures("ray_alone")
+def test_ray_shows_previews_and_records_memory(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    def emit(kind: str, data: Mapping[str, Any]) -> None:
+        if kind == "preview":
+            assert data["pixels"]().shape == (16, 16, 3)
+            told.append((data["request"], data["step"]))
+
+    asked = [replace(requests_for("a red circle", FAMILIES["demo"], size=(64, 64), steps=2, seed=at)[0], index=at)
+             for at in range(2)]
+    made = run_on_ray(Job("demo", asked, store=tmp_path / "store", devices=["cpu"],
+                          policy=RunPolicy(preview=1, sample_memory=True)), emit=emit)
+    assert sorted(told) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    store = open_store(str(tmp_path / "store"))
+    record = store.load_run(made.run)
+    assert [sorted(step for step, _ in strip) for strip in strips(record, store).values()] == [[1, 2], [1, 2]]
+    rows = Memory(store, made.run).rows
+    assert [row.stage for row in rows] == ["encode", "denoise", "decode"] and all(row.peak > 0 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("cards", "there", "sizes", "together"),
     [
@@ -177,7 +200,6 @@ def test_options_that_contradict_ray_are_refused() -> None:
         check_engine(RunOptions(engine="ray"), launched=True)
     wrongs: tuple[tuple[dict[str, Any], str], ...] = (
         ({"ranks": "2"}, "--ranks has no meaning"), ({"gpus": "0"}, "--gpus has no meaning"),
-        ({"preview": "5"}, "--preview has no meaning"), ({"sample_memory": True}, "--sample-memory has no meaning"),
         ({"artifacts": "memory"}, "a store that all"),
         ({"place": ["denoise=tensor_parallel"]}, "contradict each other"),
     )
@@ -189,9 +211,7 @@ def test_options_that_contradict_ray_are_refused() -> None:
 
 def test_what_ray_does_not_do_is_refused_in_python_too() -> None:
     asked = requests_for("a fox", FAMILIES["demo"])
-    for more, says in (({"policy": RunPolicy(preview=2)}, "preview has no meaning with Ray"),
-                       ({"policy": RunPolicy(sample_memory=True)}, "sample_memory=True has no meaning with Ray"),
-                       ({"store": "memory"}, "a store that all"),
+    for more, says in (({"store": "memory"}, "a store that all"),
                        ({"place": ["denoise=tensor_parallel"]}, "contradict")):
         with pytest.raises(InvalidInput, match=says):
             run_on_ray(Job("demo", asked, **more))

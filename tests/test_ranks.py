@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from runner import Job, RankLost, RankProcesses, Report, Request, make_plan, run_all, spawn
+from runner import Job, RankLost, RankProcesses, Report, Request, RunPolicy, make_plan, run_all, spawn
 from runner.artifacts import open_store
 from runner.distributed.env import Rank, launched, share
 from runner.distributed.heartbeat import Heartbeat
@@ -24,7 +25,11 @@ from runner.distributed.machines import part
 from runner.distributed.results import RankResult, differing
 from runner.distributed.watchdog import SILENCE, TIMEOUT, Watchdog
 from runner.engine.keys import artifact_keys
+from runner.job import Output
+from runner.media.previews import strips
+from runner.request import requests_for
 from stages.errors import ModelError
+from stages.families import FAMILIES
 from stages.machine import Device, Machine
 from stages.state import State
 
@@ -260,3 +265,30 @@ def test_ranks_whose_cards_differ_are_named() -> None:
     assert differing([one(0, "bfloat16"), idle, one(2, "bfloat16")]) is None
     told = differing([one(0, "bfloat16"), idle, one(2, "float16")])
     assert told is not None and "rank 2 with {'transformer': 'float16'}" in told
+
+
+def test_ranks_show_previews_and_their_record_has_those_of_all(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    def emit(kind: str, data: Mapping[str, Any]) -> None:
+        if kind == "preview":
+            assert data["pixels"]().shape == (16, 16, 3)
+            told.append((data["request"], data["step"]))
+
+    asked = [replace(requests_for("a red circle", FAMILIES["demo"], size=(64, 64), steps=2, seed=at)[0], index=at)
+             for at in range(3)]
+    paths = tuple(str(tmp_path / f"{at}.png") for at in range(3))
+    job = Job("demo", asked, store=tmp_path / "store", devices=["cpu"], output=Output(paths),
+              policy=RunPolicy(preview=1))
+    made = spawn(job, 2, emit=emit)
+    assert sorted(told) == [(at, step) for at in range(3) for step in (1, 2)]
+    store = open_store(str(tmp_path / "store"))
+    record = store.load_run(made.run)
+    kept = {at: [step for step, _ in strip] for at, strip in strips(record, store).items()}
+    assert kept == {at: [1, 2] for at in range(3)}
+    for path, picture in zip(paths, made.pictures, strict=True):
+        with Image.open(path) as image:
+            assert np.array_equal(np.asarray(image), picture.pixels)
+    # The record has the job of all of it, which one process finds done.
+    again = run_all(make_plan(Job.from_json(record["job"])), store=store)
+    assert [stage.ran for stage in again.stages] == [0, 0, 0]

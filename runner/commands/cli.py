@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from runner.commands import runs_options
-from runner.commands.options import BatchOptions, FamilyOptions, PlanOptions, ResumeOptions
+from runner.commands.options import BatchOptions, FamilyOptions, PlanOptions, ResumeOptions, RunOptions
 from runner.commands.refusal import failed, refuse, usage
 from runner.engine.signals import Interrupted
 from stages.families import FAMILIES, Family
@@ -120,15 +120,32 @@ def answer(words: Sequence[str]) -> int:
         command = app(list(words) or ["--help"], standalone_mode=False)
     except typer.TyperException as error:
         return refuse(usage(error), 2)
-    if not callable(command):
-        return int(command)
+    if isinstance(command, int):
+        return command
     try:
-        return command() or 0
+        return (partial(generate, command) if isinstance(command, RunOptions) else command)() or 0
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         return refuse(f"{stopped}; what was finished is kept", stopped.code, error)
     except Exception as error:  # the last one to answer for the process: a line and an exit code, not a traceback
         return failed(app, error, words, verbose=not {"-v", "--verbose"}.isdisjoint(words))
+
+
+def generate(said: RunOptions) -> int:
+    """Do what the options of a run ask for; the exit code."""
+    from runner.commands import generate as commands
+
+    match said:
+        case ResumeOptions():
+            return commands.resume(said.run, said)
+        case PlanOptions():
+            commands.show_plan(said.family, said)
+            return 0
+        case BatchOptions():
+            return commands.make(said.family, said)
+        case FamilyOptions():
+            return commands.make(str(said.ctx.info_name), said)
+    raise AssertionError(f"no command has {type(said).__name__}")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

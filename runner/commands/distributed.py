@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from runner.commands.options import RunOptions
 from runner.commands.refusal import as_option, complain
@@ -17,9 +18,10 @@ from runner.distributed.results import joined
 from runner.distributed.watchdog import TIMEOUT
 from runner.engine.report import Failure, Report
 from runner.engine.session import open_job_store, prepared
-from runner.events import Emit
+from runner.events import Emit, tee
 from runner.inputs import read_whole
 from runner.job import Job
+from runner.media.previews import PreviewFiles
 from runner.media.writer import PictureWriter
 from runner.placement_options import PROCESSES
 from runner.startup import untracked
@@ -78,8 +80,9 @@ def join(
                 message = channel.receive_job()
             with untracked():
                 from runner.distributed.tensor_parallel import worker_for
-            worker = worker_for(Job.from_json(message["job"]), rank, channel, heartbeat, _warnings_of(rank))
-            result = worker.run_rank(message)
+            job = Job.from_json(message["job"])
+            emit = tee(_warnings_of(rank), PreviewFiles(tuple(map(Path, job.output.paths))))
+            result = worker_for(job, rank, channel, heartbeat, emit).run_rank(message)
         # After the last beat: the first rank may leave as soon as it has all results, and the store with it.
         channel.hand_in(result.to_json())
         return 0

@@ -98,12 +98,7 @@ class PictureOptions:
 # The fields of the second base come first.
 @dataclass(frozen=True)
 class FamilyOptions(RunOptions, PictureOptions):
-    """The options of every family; calling them makes the pictures."""
-
-    def __call__(self) -> int:
-        from runner.commands.generate import make
-
-        return make(str(self.ctx.info_name), self)
+    """The options of every family."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +106,6 @@ class BatchOptions(FamilyOptions):
     """The options of a family, which is named, or flux."""
 
     family: Annotated[str, typer.Argument(metavar="[FAMILY]", help="flux unless said.")] = "flux"
-
-    def __call__(self) -> int:
-        from runner.commands.generate import make
-
-        return make(self.family, self)
 
 
 @dataclass(frozen=True)
@@ -127,21 +117,10 @@ class PlanOptions(FamilyOptions):
         str | None, typer.Option(metavar="CARDS", help="Cards that need not be here: 2x16GB, 16GB+8GB.")
     ] = None
 
-    def __call__(self) -> int:
-        from runner.commands.generate import show_plan
-
-        show_plan(self.family, self)
-        return 0
-
 
 @dataclass(frozen=True)
 class ResumeOptions(RunOptions):
-    """The options of `resume`; calling them goes on with the run. What is not said stays as it was."""
+    """The options of `resume`. What is not said stays as it was."""
 
     run: Annotated[str, typer.Argument(metavar="RUN|last", help="The name of a run.")] = field(kw_only=True)
     from_stage: Annotated[StageChoice | None, typer.Option("--from", help="Compute anew from there on.")] = None
-
-    def __call__(self) -> int:
-        from runner.commands.generate import resume
-
-        return resume(self.run, self)

@@ -109,11 +109,10 @@ def check_engine(said: RunOptions, launched: bool) -> None:
     if launched:
         raise InvalidInput("--engine ray starts processes of its own, and a launcher started this one -> leave one "
                            "out")
-    for option, given in (("ranks", said.ranks), ("gpus", said.gpus), ("preview", said.preview),
-                          ("sample-memory", said.sample_memory or None)):
-        if given is not None:
-            raise InvalidInput(f"--{option} has no meaning with --engine ray, whose workers deal out cards and "
-                               f"pictures themselves and tell of them when they are done -> leave one of them out")
+    for option in ("ranks", "gpus"):
+        if getattr(said, option) is not None:
+            raise InvalidInput(f"--{option} has no meaning with --engine ray, which deals out cards and pictures "
+                               f"itself -> leave one of them out")
     if any("tensor_parallel" in text for text in said.place or ()):
         raise InvalidInput("--engine ray and denoise=tensor_parallel contradict each other -> leave one of them out")
     if said.artifacts == "memory":

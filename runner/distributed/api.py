@@ -56,10 +56,6 @@ def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbo
         raise InvalidInput("Ray needs a store that all its workers share -> `store=DIR` or a URL")
     if job.tensor_parallel is not None:
         raise InvalidInput("Ray and denoise=tensor_parallel contradict each other -> leave one of them out")
-    for name, given in (("preview", job.policy.preview), ("sample_memory=True", job.policy.sample_memory)):
-        if given:
-            raise InvalidInput(f"`{name}` has no meaning with Ray, whose workers tell of pictures when they are done "
-                               f"-> leave it out")
     # After what can be refused without them: torch and Ray take seconds.
     from runner.distributed.ray import cluster
 

@@ -160,6 +160,8 @@ class Heard:
         elif kind == "picture":
             data = {**data, "position": self._positions[data["position"]]}
             self.written.append(data)
+        elif "request" in data:
+            data = {**data, "request": self._positions[data["request"]]}
         self._emit(kind, data)
 
 

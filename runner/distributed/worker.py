@@ -29,7 +29,7 @@ def main() -> int:
 
 def serve(rank: Rank, pipe: Pipe, heartbeat: Heartbeat) -> None:
     """Do jobs until the pipe closes: the first rank those that it is sent, the others those that it publishes."""
-    emit = events(pipe) if rank.first else warnings(rank, pipe)
+    emit = events(pipe) if rank.first else remarks(rank, pipe)
     # All ranks import while the first one still waits for its job.
     heartbeat("begin", {"what": "importing torch and diffusers"})
     hush()
@@ -64,12 +64,14 @@ def events(pipe: Pipe) -> Emit:
     return lambda kind, data: pipe.send("event", to_wire(kind, data))
 
 
-def warnings(rank: Rank, pipe: Pipe) -> Emit:
-    """An emit that passes on warnings, and nothing else, with the number of the rank."""
+def remarks(rank: Rank, pipe: Pipe) -> Emit:
+    """An emit that passes on previews, and warnings with the number of the rank."""
 
     def emit(kind: str, data: Mapping[str, object]) -> None:
         if kind == "warning":
-            pipe.send("event", to_wire(kind, {"text": f"rank {rank.rank}: {data['text']}"}))
+            data = {"text": f"rank {rank.rank}: {data['text']}"}
+        if kind in ("warning", "preview"):
+            pipe.send("event", to_wire(kind, data))
 
     return emit
 

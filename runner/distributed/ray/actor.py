@@ -18,8 +18,10 @@ from runner.engine.recorder import Recorder
 from runner.engine.run import advised, facts_of
 from runner.engine.session import open_job_store
 from runner.engine.stage_runner import StageRunner, work_items
-from runner.events import one_at_a_time, silent
+from runner.events import Emit, one_at_a_time, silent, to_wire
 from runner.job import STAGES, Job
+from runner.media.latent_rgb import colors_of
+from runner.media.previews import Previewer
 from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
 from runner.startup import hush
@@ -35,8 +37,10 @@ class StageActor:
 
     name: ClassVar[str]
 
-    def __init__(self, document: str) -> None:
+    def __init__(self, document: str, previews: Any = None) -> None:
+        """`previews` is a queue of Ray's that takes them as JSON, if any are wanted."""
         self._error: dict[str, Any] = {}
+        self._previews = previews
         try:
             self._start(json.loads(document))
         except StagerunError as error:
@@ -65,17 +69,27 @@ class StageActor:
     def _load(self, plan: Plan) -> None:
         """Load the stage as this plan has it; it stays until the actor ends, or runs out of memory."""
         self._plan, self._keys = plan, artifact_keys(plan)
-        self._recorder = Recorder(silent, plan.devices)
+        policy = plan.job.policy
+        self._recorder = Recorder(self._tell, plan.devices, often=policy.sample_memory)
+        emit: Emit = self._recorder
+        if policy.preview:
+            emit = Previewer(emit, policy.preview, plan.requests, colors_of(plan.checkpoint, self._store))
         self._runner = StageRunner(
-            plan, plan.stage(self.name), self._store, one_at_a_time(self._recorder),
-            anew=computed_anew(plan.job.policy.from_stage, self.name),
+            plan, plan.stage(self.name), self._store, one_at_a_time(emit),
+            anew=computed_anew(policy.from_stage, self.name),
         )
-        self._recorder("stage", {"stage": self.name})
+        emit("stage", {"stage": self.name})
         # Seconds that a group was told of already: the first one is told of the load.
         self._told: dict[str, float] = {}
         self._held = ExitStack()
+        self._held.enter_context(self._recorder)
         self._held.enter_context(self._runner.measured())
         self._enter_loaded()
+
+    def _tell(self, kind: str, data: Mapping[str, Any]) -> None:
+        """What cannot wait until the group is done."""
+        if kind == "preview" and self._previews is not None:
+            self._previews.put(to_wire(kind, data))
 
     def _enter_loaded(self) -> None:
         try:
@@ -110,6 +124,7 @@ class StageActor:
             "ran": len(todo), "seconds": seconds, "peak": dict(self._runner.peak_now()),
             "begun": self._recorder.begun, "worker": f"{platform.node()} {os.getpid()}",
             "changes": list(self._changes), "recorded": self._recorder.document(),
+            "previews": self._recorder.strips.keep(self._store, self._plan.job.run, self._plan.requests),
         }
         if self._changes:
             # Other tiles are another picture, under another key.
@@ -160,10 +175,15 @@ def cards_of(plan: Plan, stage: str) -> list[str]:
     return [device for device in dict.fromkeys(used) if device != "cpu"]
 
 
+def own_names(plan: Plan, stage: str) -> dict[str, str]:
+    """What a worker of a stage, which sees no other cards, calls the stage's cards."""
+    return {card: f"{card.partition(':')[0]}:{at}" for at, card in enumerate(cards_of(plan, stage))}
+
+
 def on_own_cards(plan: Plan, stage: str) -> Plan:
     """The plan as a worker of one stage has it, whose cards are numbered from 0."""
     cards = cards_of(plan, stage)
-    names = {card: f"{card.partition(':')[0]}:{at}" for at, card in enumerate(cards)}
+    names = own_names(plan, stage)
     places = {name: replace(place, placement=place.placement.renamed(names))
               for name, place in plan.places_of(stage).items()}
     devices = tuple(replace(device, name=names.get(device.name, device.name)) for device in plan.machine.devices

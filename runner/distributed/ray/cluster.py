@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
@@ -20,14 +20,14 @@ import torch
 
 from runner.artifacts import Store
 from runner.distributed.machines import machine_from_json, machine_to_json
-from runner.distributed.ray.actor import ACTORS, cards_of
+from runner.distributed.ray.actor import ACTORS, cards_of, own_names
 from runner.distributed.ray.pools import Pools, groups, pools
 from runner.engine.keys import artifact_keys, missing
 from runner.engine.report import Failure, Flushed, Picture, Report, StageReport
 from runner.engine.run import Done, begin, check_runnable, drop_checkpoints, facts_of, record_of, recorded
 from runner.engine.session import open_job_store
 from runner.engine.signals import StopRequest
-from runner.events import Emit
+from runner.events import Emit, from_wire, one_at_a_time
 from runner.job import STAGES, Job
 from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
@@ -59,6 +59,7 @@ def connected(*, verbose: bool = False) -> Iterator[Any]:
     try:
         import ray
         import ray.data
+        import ray.util.queue
     except ImportError:
         raise InvalidInput("`engine=ray` needs Ray -> pip install 'stagerun[ray]'") from None
     context = ray.data.DataContext.get_current()
@@ -120,6 +121,7 @@ def run_all(ray: Any, plan: Plan, *, store: Store, emit: Emit, done: Done | None
     raises.
     """
     check_runnable(plan, None)
+    emit = one_at_a_time(emit)
     policy, name = plan.job.policy, plan.job.run
     stages = [stage.name for stage in plan.stages[: STAGES.index(policy.stop_after or STAGES[-1]) + 1]]
     keys = artifact_keys(plan)
@@ -131,17 +133,42 @@ def run_all(ray: Any, plan: Plan, *, store: Store, emit: Emit, done: Done | None
     with recorded(store, name, lambda: {**whole, **run.record()}), StopRequest().listening():
         emit("begin", {"what": "starting workers"})
         run.finish([at for at in range(len(plan.requests)) if not any(at in todo[stage] for stage in stages)])
-        for group in worked(ray, plan, stages, todo):
-            run.take(group, emit)
-            emit("begin", {"what": f"{len(run.finished):,} of {len(plan.requests):,} pictures done",
-                           "workers": {stage: did["worker"] for stage, did in group["did"].items()}})
+        with previewing(ray, emit) if policy.preview else nullcontext() as previews:
+            for group in worked(ray, plan, stages, todo, previews):
+                run.take(group, emit)
+                emit("begin", {"what": f"{len(run.finished):,} of {len(plan.requests):,} pictures done",
+                               "workers": {stage: did["worker"] for stage, did in group["did"].items()}})
         if len({failure.index for failure in run.failures}) == len(plan.requests):
             raise BadResult(f"every picture failed; the first: {run.failures[0].text}")
     return run.report(name)
 
 
+@contextmanager
+def previewing(ray: Any, emit: Emit) -> Iterator[Any]:
+    """A queue for the previews of workers, of which `emit` is told while the block lasts."""
+    queue = ray.util.queue.Queue(actor_options={"num_cpus": 0})
+    over = threading.Event()
+
+    def listen() -> None:
+        ending = False
+        while not ending:
+            # Once more behind the end, for what came just before it.
+            ending = over.wait(0.1)
+            for event in queue.get_nowait_batch(queue.qsize()):
+                emit(*from_wire(event))
+
+    thread = threading.Thread(target=listen, name="previews", daemon=True)
+    thread.start()
+    try:
+        yield queue
+    finally:
+        over.set()
+        thread.join()
+        queue.shutdown()
+
+
 def worked(
-    ray: Any, plan: Plan, stages: Sequence[str], todo: Mapping[str, Sequence[int]]
+    ray: Any, plan: Plan, stages: Sequence[str], todo: Mapping[str, Sequence[int]], previews: Any = None
 ) -> Iterator[dict[str, Any]]:
     """The groups that Ray's workers did, as they come in."""
     wanted = [stage for stage in stages if todo[stage]]
@@ -154,7 +181,7 @@ def worked(
                            "threads": torch.get_num_threads()})
     size = max(pool.size for pool in chosen.by_stage.values())
     rows = group_rows(groups(len(plan.requests), size), todo)
-    for row in dataset(ray, rows, document, chosen).iter_rows():
+    for row in dataset(ray, rows, (document, previews), chosen).iter_rows():
         group = json.loads(row["group"])
         if group["error"]:
             raise from_json(group["error"])
@@ -172,12 +199,12 @@ def group_rows(ranges: Sequence[range], todo: Mapping[str, Sequence[int]]) -> li
     return rows
 
 
-def dataset(ray: Any, rows: Sequence[Mapping[str, str]], document: str, chosen: Pools) -> Any:
-    """The rows after all stages, as a Ray dataset."""
+def dataset(ray: Any, rows: Sequence[Mapping[str, str]], arguments: tuple[Any, ...], chosen: Pools) -> Any:
+    """The rows after all stages, as a Ray dataset; `arguments` are those of the actors."""
     found = ray.data.from_items(list(rows), override_num_blocks=len(rows))
     for name, pool in chosen.by_stage.items():
         found = found.map(
-            ACTORS[name], fn_constructor_args=(document,), num_cpus=pool.cores,
+            ACTORS[name], fn_constructor_args=arguments, num_cpus=pool.cores,
             compute=ray.data.ActorPoolStrategy(size=pool.size), **({"num_gpus": pool.cards} if pool.cards else {}),
         )
         if not chosen.together:
@@ -241,8 +268,12 @@ class ClusterRun:
                       tuple(self.changes), self._plan.device_map)
 
     def record(self) -> dict[str, Any]:
-        """What the record of the run says by now: the times of all workers on the clock of this process."""
-        spans, peaks = [], dict[str, dict[str, int]]()
+        """What the record of the run says by now: the times of all workers on the clock of this process.
+
+        Of memory it says what the first worker of each stage took, by the plan's names of its cards.
+        """
+        spans, peaks, samples = [], dict[str, dict[str, int]](), list[Any]()
+        cards = [card.name for card in self._plan.machine.cards]
         workers: dict[tuple[str, str], Mapping[str, Any]] = {(stage, did["worker"]): did for stage, did in self._did}
         lanes: dict[str, int] = {}
         for (stage, _), did in workers.items():
@@ -251,11 +282,18 @@ class ClusterRun:
             later = did["begun"] - self._begun
             spans += [{**span, "lane": span["lane"] + lane, "begin": max(0.0, span["begin"] + later),
                        "end": max(0.0, span["end"] + later)} for span in told["timeline"]["spans"]]
-            there = peaks.setdefault(stage, {})
-            there |= {device: max(size, there.get(device, 0)) for device, size in did["peak"].items()}
-        timeline = {"seconds": time.time() - self._begun, "devices": [], "samples": [], "flushes": [], "spans": spans,
-                    "peaks": peaks}
-        return {"timeline": timeline, "warnings": self.warnings, "changes": self.changes, "previews": {},
+            names, there = own_names(self._plan, stage), peaks.setdefault(stage, {})
+            for device, size in did["peak"].items():
+                card = next((card for card, own in names.items() if own == device), device)
+                there[card] = max(size, there.get(card, 0))
+            for seconds, _, what, used, host in () if lane else told["timeline"]["samples"]:
+                own = dict(zip(told["timeline"]["devices"], used, strict=True))
+                samples.append([max(0.0, seconds + later), stage, what,
+                                [own.get(names.get(card, ""), 0) for card in cards], host])
+        timeline = {"seconds": time.time() - self._begun, "devices": cards, "samples": sorted(samples),
+                    "flushes": [], "spans": spans, "peaks": peaks}
+        previews = {position: key for _, did in self._did for position, key in did["previews"].items()}
+        return {"timeline": timeline, "warnings": self.warnings, "changes": self.changes, "previews": previews,
                 "failures": [asdict(failure) for failure in self.failures]}
 
     def _picture(self, at: int) -> Picture:
