@@ -270,7 +270,7 @@ def _typed(job: Any) -> dict[str, Any]:
         "dtype": _types(job.dtype),
         "devices": (job.devices,) if isinstance(job.devices, str) else tuple(map(str, job.devices)),
         "max_memory": _limits(job.max_memory),
-        "place": tuple(each if isinstance(each, PlaceRequest) else PlaceRequest.read(each) for each in place),
+        "place": tuple(map(_place, place)),
         "allow_offload": _one_of("allow_offload", job.allow_offload, (None, "cpu", "disk")),
         "lanes": _lanes(job.lanes),
         "store": os.fspath(job.store),
@@ -295,6 +295,14 @@ def _limits(limits: Any) -> MemoryLimits:
     if isinstance(limits, Mapping):
         limits = ",".join(f"{name}={amount}" for name, amount in limits.items())
     return MemoryLimits.read(str(limits)) if limits else MemoryLimits()
+
+
+def _place(place: Any) -> PlaceRequest:
+    found = place if isinstance(place, PlaceRequest) else PlaceRequest.read(str(place))
+    if found.stage not in STAGES:
+        raise InvalidInput(f"`place` {str(found)!r}: there is no stage {shown(found.stage)} -> write STAGE=WHERE or "
+                           f"STAGE.COMPONENT=WHERE with a stage of {', '.join(STAGES)}")
+    return found
 
 
 def _lanes(lanes: Any) -> int | None:

@@ -22,11 +22,14 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Header:
-    """The tensors of a file, where each begins in it, and its one metadata text."""
+    """What the header of an artifact's file says."""
 
     tensors: Mapping[str, TensorSpec]
+    """Its tensors, in the order of their bytes."""
     begins: Mapping[str, int]
+    """Where each begins, in bytes behind the header."""
     metadata: str
+    """The one text that it has besides."""
 
 
 def compose(

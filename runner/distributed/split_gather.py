@@ -23,10 +23,12 @@ from runner.distributed.env import share
 
 @dataclass(frozen=True)
 class Split:
-    """The last padded split: the length of every share, and how many of this one's items are no copies."""
+    """The last padded split."""
 
     length: int
+    """The length of every share."""
     own: int
+    """How many items of this process's share are no copies."""
 
 
 _LAST: ContextVar[Split | None] = ContextVar("last_split", default=None)

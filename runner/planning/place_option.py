@@ -29,16 +29,12 @@ class StagePlaces:
 
 
 def places_asked_for(places: Sequence[PlaceRequest], stages: Sequence[Stage]) -> dict[str, StagePlaces]:
-    """What is asked for by stage; InvalidInput for a stage, component or word that there is not."""
+    """What is asked for by stage; InvalidInput for a component or word that there is not."""
     strategies: dict[str, str] = {}
     processes: dict[str, int] = {}
     components: dict[str, dict[str, str]] = {stage.name: {} for stage in stages}
     for place in places:
-        stage = next((stage for stage in stages if stage.name == place.stage), None)
-        if stage is None:
-            raise InvalidInput(f"`place` {str(place)!r}: write STAGE=WHERE or STAGE.COMPONENT=WHERE with a stage of "
-                               f"{', '.join(components)}")
-        names = [part.name for part in stage.components]
+        names = next([part.name for part in stage.components] for stage in stages if stage.name == place.stage)
         if place.component and place.component not in names:
             raise InvalidInput(f"`place` {str(place)!r}: {place.stage} has no component {place.component}: choose "
                                f"from {', '.join(names)}")

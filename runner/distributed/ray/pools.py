@@ -12,19 +12,24 @@ _CORES = 0.25
 
 @dataclass(frozen=True)
 class Pool:
-    """Workers of a stage, and the cards and cores of each."""
+    """The workers of a stage."""
 
     size: int
+    """How many there are."""
     cards: int
+    """Cards of each."""
     cores: float = _CORES
+    """Cores of each, as Ray counts them."""
 
 
 @dataclass(frozen=True)
 class Pools:
-    """A pool for each stage; `together` they work side by side, otherwise one stage is done before the next begins."""
+    """The workers of a run."""
 
     by_stage: Mapping[str, Pool]
+    """Those of each stage."""
     together: bool
+    """Whether all stages are at work side by side; otherwise one is done before the next begins."""
 
 
 def pools(cards: Mapping[str, int], there: int, requests: int) -> Pools:
