@@ -1,6 +1,7 @@
 """The shape of the house: who may import whom, and what a command line costs before it knows what to do."""
 
 import ast
+import re
 import resource
 import subprocess
 import sys
@@ -185,3 +186,20 @@ def test_help_answers_before_torch_is_imported() -> None:
     subprocess.run([sys.executable, "-m", "runner", "--help"], capture_output=True, cwd=ROOT, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_the_page_on_architecture_names_files_that_are_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([a-z_/]+\.py)`", page))
+    assert len(named) > 40 and not [name for name in named if not (ROOT / name).is_file()]
+    trip = page[page.index("## One picture's way") : page.index("## Where is")]
+    stops = re.findall(r"^([0-9]+)\. `", trip, re.MULTILINE)
+    assert [int(stop) for stop in stops] == list(range(1, len(stops) + 1)) and 10 < len(stops) <= 20
+
+
+def test_the_map_of_contributing_has_every_folder() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for package in ("stages", "runner"):
+        folders = {path.name for path in (ROOT / package).iterdir() if (path / "__init__.py").is_file()}
+        table = text[text.index(f"| in `{package}/` |") :].split("\n\n")[0]
+        assert set(re.findall(r"`([a-z]+)/`", table)) - {package} == folders
