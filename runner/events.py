@@ -77,11 +77,11 @@ def json_lines(stream: TextIO) -> Emit:
 
 def to_wire(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
     """An event as JSON for another process: without functions, but with the pixels of a preview."""
-    said = {name: value for name, value in data.items() if not callable(value)}
+    facts = {name: value for name, value in data.items() if not callable(value)}
     if kind == "preview":
         pixels = data["pixels"]()
-        said["pixels"] = [list(pixels.shape), base64.b64encode(pixels.tobytes()).decode()]
-    return {"kind": kind, "data": said}
+        facts["pixels"] = [list(pixels.shape), base64.b64encode(pixels.tobytes()).decode()]
+    return {"kind": kind, "data": facts}
 
 
 def from_wire(event: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

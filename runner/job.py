@@ -215,20 +215,20 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON."""
-        said: dict[str, Any] = _adapter().dump_python(self, mode="json")
-        return {"version": VERSION, **said}
+        document: dict[str, Any] = _adapter().dump_python(self, mode="json")
+        return {"version": VERSION, **document}
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> "Job":
+    def from_json(cls, document: Mapping[str, Any]) -> "Job":
         """The job that `to_json` wrote; InvalidInput, with the field, where it cannot be."""
         from pydantic import ValidationError
 
-        version = said.get("version")
+        version = document.get("version")
         if type(version) is not int or version != VERSION:
             raise InvalidInput(f"version {version!r}, where this program reads {VERSION}")
-        if unknown := said.keys() - {"version", *cls.__dataclass_fields__}:
+        if unknown := document.keys() - {"version", *cls.__dataclass_fields__}:
             raise InvalidInput(f"{min(unknown)}: no field of a job")
-        text = json.dumps({name: value for name, value in said.items() if name != "version"})
+        text = json.dumps({name: value for name, value in document.items() if name != "version"})
         try:
             return _adapter().validate_json(text, strict=True)
         except ValidationError as error:

@@ -49,8 +49,8 @@ class Request:
     @property
     def inputs(self) -> dict[str, str | int | float]:
         """What is asked for under diffusers' names; "seed" stands for the generator."""
-        said = ((each.pipeline_name, getattr(self, each.name)) for each in INPUTS.values())
-        return {name: value for name, value in said if value is not None}
+        inputs = ((each.pipeline_name, getattr(self, each.name)) for each in INPUTS.values())
+        return {name: value for name, value in inputs if value is not None}
 
 
 def requests_for(

@@ -48,9 +48,9 @@ class StagerunError(Exception):
         self.text, self.fixes, self.alternatives = text, tuple(fixes), tuple(alternatives)
 
     def __str__(self) -> str:
-        return self.said(as_keyword)
+        return self.message(as_keyword)
 
-    def said(self, word: Callable[[str, str | None], str | None]) -> str:
+    def message(self, word: Callable[[str, str | None], str | None]) -> str:
         """The message with what it names of the job in somebody's words, as `worded` has it."""
         return worded(self.text, word)
 
@@ -106,9 +106,9 @@ class BadResult(StagerunError):
 class RankLost(StagerunError, RuntimeError):
     """A rank that was killed, failed, left early or hangs; the run ends, and what was finished is kept."""
 
-    def said(self, word: Callable[[str, str | None], str | None]) -> str:
+    def message(self, word: Callable[[str, str | None], str | None]) -> str:
         """The message, and that nothing is lost."""
-        return f"{super().said(word)}; what was finished is kept, the same command goes on from there"
+        return f"{super().message(word)}; what was finished is kept, the same command goes on from there"
 
 
 KINDS: Mapping[str, type[StagerunError]] = {
@@ -117,11 +117,11 @@ KINDS: Mapping[str, type[StagerunError]] = {
 }
 
 
-def from_json(said: Mapping[str, Any]) -> StagerunError:
+def from_json(document: Mapping[str, Any]) -> StagerunError:
     """The error that `StagerunError.to_json` described."""
-    more = {name: value for name, value in said.items() if name not in ("kind", "text", "fixes", "alternatives")}
-    return KINDS[said["kind"]](said["text"], [Fix(**fix) for fix in said["fixes"]],
-                               [tuple(Fix(**fix) for fix in fixes) for fixes in said["alternatives"]], **more)
+    more = {name: value for name, value in document.items() if name not in ("kind", "text", "fixes", "alternatives")}
+    return KINDS[document["kind"]](document["text"], [Fix(**fix) for fix in document["fixes"]],
+                               [tuple(Fix(**fix) for fix in fixes) for fixes in document["alternatives"]], **more)
 
 
 def worded(text: str, word: Callable[[str, str | None], str | None]) -> str:

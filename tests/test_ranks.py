@@ -93,7 +93,7 @@ def when(crew: RankProcesses, rank: int, where: str, act: Callable[[int], None])
 
     def look() -> None:
         while not over.wait(0.02):
-            if where in crew.members[rank].told.get("beat", {}).get("where", ""):
+            if where in crew.members[rank].messages.get("beat", {}).get("where", ""):
                 return act(crew.members[rank].process.pid)
 
     thread = threading.Thread(target=look)
@@ -163,7 +163,7 @@ def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
               "with Heartbeat(Pipe.inherited().beat): time.sleep(60)")
     parent = ("import sys, time; from runner import RankProcesses\n"
               f"crew = RankProcesses(2, command=(sys.executable, '-c', {worker!r})).__enter__()\n"
-              "while not all('beat' in m.told for m in crew.members): crew.listen(Watchdog(range(2)), print)\n"
+              "while not all('beat' in m.messages for m in crew.members): crew.listen(Watchdog(range(2)), print)\n"
               "print(*(m.process.pid for m in crew.members), flush=True); time.sleep(60)")
     code = f"from runner.distributed.watchdog import Watchdog\n{parent}"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as process:

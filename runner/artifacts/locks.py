@@ -73,14 +73,14 @@ def is_held(root: Path, name: str) -> bool | None:
 
 
 def _waited(tmp: int, name: str, doing: str, warn: Callable[[str], None]) -> int | None:
-    start, told = time.monotonic(), False
+    start, warned = time.monotonic(), False
     while (waited := time.monotonic() - start) < PATIENCE:
         handle = _try_lock(tmp, name, fcntl.LOCK_EX)
         if handle is not None:
             return handle
-        if waited > 1 and not told:
+        if waited > 1 and not warned:
             warn(f"another process is {doing}: waiting for it")
-            told = True
+            warned = True
         time.sleep(_POLL)
     warn(f"another process has been {doing} for {PATIENCE:.0f} s: going on without waiting")
     return None

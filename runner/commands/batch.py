@@ -101,23 +101,23 @@ def _items(
 ) -> list[Item]:
     if entry.fault:
         raise InvalidInput(entry.fault)
-    said = {name: value for name, value in entry.options.items() if value is not None}
-    if "prompt" not in said:
+    options = {name: value for name, value in entry.options.items() if value is not None}
+    if "prompt" not in options:
         raise InvalidInput('there is no prompt -> {"prompt": "a red circle"}')
-    name, out = _identifier(said.pop("id", None), entry.line, ids), said.pop("out", None)
+    name, out = _identifier(options.pop("id", None), entry.line, ids), options.pop("out", None)
     if not isinstance(out, str | None):
         raise InvalidInput(f"out must be text, got {type(out).__name__}")
-    seeds = _seeds(said, defaults, index, first)
-    options = {**defaults.options, **_read(said)}
+    seeds = _seeds(options, defaults, index, first)
+    options = {**defaults.options, **_read(options)}
     prompt = options.pop("prompt")
     requests = [request for at, seed, count in seeds
                 for request in requests_for(prompt, family, seed=seed, count=count, index=index + at, **options)]
     return [Item(request, entry.line, name, out) for request in requests]
 
 
-def _seeds(said: dict[str, Any], defaults: Defaults, index: int, first: int) -> list[tuple[int, int, int]]:
+def _seeds(options: dict[str, Any], defaults: Defaults, index: int, first: int) -> list[tuple[int, int, int]]:
     """Takes seed and count out of what is said: for each row of seeds its first picture, first seed and length."""
-    seed, count = said.pop("seed", None), said.pop("count", None)
+    seed, count = options.pop("seed", None), options.pop("count", None)
     if isinstance(seed, list) or (seed is None and len(defaults.seeds) > 1):
         listed = seed or defaults.seeds
         if count is not None:
@@ -128,15 +128,15 @@ def _seeds(said: dict[str, Any], defaults: Defaults, index: int, first: int) -> 
     return [(0, first + index if seed is None else seed, defaults.count if count is None else count)]
 
 
-def _read(said: Mapping[str, Any]) -> dict[str, Any]:
+def _read(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a line as `requests_for` takes them; what those must be is checked there."""
-    options = dict(said)
-    if "size" in said:
-        if not isinstance(said["size"], str):
-            raise InvalidInput(f'size must be text, such as "1024x768", got {type(said["size"]).__name__}')
-        options["size"] = read_size(said["size"])
-    if type(said.get("guidance")) is int:
-        options["guidance"] = float(said["guidance"])
+    options = dict(options)
+    if "size" in options:
+        if not isinstance(options["size"], str):
+            raise InvalidInput(f'size must be text, such as "1024x768", got {type(options["size"]).__name__}')
+        options["size"] = read_size(options["size"])
+    if type(options.get("guidance")) is int:
+        options["guidance"] = float(options["guidance"])
     return options
 
 

@@ -131,21 +131,21 @@ def answer(words: Sequence[str]) -> int:
         return failed(app, error, words, verbose=not {"-v", "--verbose"}.isdisjoint(words))
 
 
-def generate(said: RunOptions) -> int:
+def generate(options: RunOptions) -> int:
     """Do what the options of a run ask for; the exit code."""
     from runner.commands import generate as commands
 
-    match said:
+    match options:
         case ResumeOptions():
-            return commands.resume(said.run, said)
+            return commands.resume(options.run, options)
         case PlanOptions():
-            commands.show_plan(said.family, said)
+            commands.show_plan(options.family, options)
             return 0
         case BatchOptions():
-            return commands.make(said.family, said)
+            return commands.make(options.family, options)
         case FamilyOptions():
-            return commands.make(str(said.ctx.info_name), said)
-    raise AssertionError(f"no command has {type(said).__name__}")
+            return commands.make(str(options.ctx.info_name), options)
+    raise AssertionError(f"no command has {type(options).__name__}")
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

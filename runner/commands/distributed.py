@@ -35,19 +35,19 @@ LONGEST = 24 * 3600
 Engine = Callable[[Job, Emit, Results, dict[str, float]], Report]
 
 
-def on_ranks(said: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
+def on_ranks(options: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
     """Do a job with ranks of this command's own, all of which end with it."""
-    count = None if said.ranks is None else read_whole("ranks", said.ranks, 1, PROCESSES)
-    report = api.spawn(job, count, emit=emit, timeout=rank_timeout(said), verbose=said.verbose)
+    count = None if options.ranks is None else read_whole("ranks", options.ranks, 1, PROCESSES)
+    report = api.spawn(job, count, emit=emit, timeout=rank_timeout(options), verbose=options.verbose)
     complain(report.job.refused)
     return report
 
 
-def on_ray(said: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
+def on_ray(options: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
     """Do a job with workers of a Ray cluster; its pictures are written here."""
     failed: list[tuple[int, str]] = []
     writer = PictureWriter(job, emit, lambda position, text: failed.append((job.requests[position].index, text)))
-    report = api.run_on_ray(job, emit=emit, done=writer.write if job.output.paths else None, verbose=said.verbose)
+    report = api.run_on_ray(job, emit=emit, done=writer.write if job.output.paths else None, verbose=options.verbose)
     complain(report.job.refused)
     seconds["pictures"] = writer.seconds
     lost = (Failure(report.job.positions[index], "decode", text) for index, text in failed)
@@ -55,17 +55,17 @@ def on_ray(said: RunOptions, job: Job, emit: Emit, results: Results, seconds: di
 
 
 def join(
-    rank: Rank, said: RunOptions, parse: Callable[[], Job], produce: Callable[[Job, Engine], int]
+    rank: Rank, options: RunOptions, parse: Callable[[], Job], produce: Callable[[Job, Engine], int]
 ) -> int:
     """Be one of the ranks that a launcher started; the exit code.
 
     The first of them parses the command line and says how all of it goes; the others take what it publishes, and say
     warnings alone.
     """
-    if said.ranks is not None:
-        raise InvalidInput(f"--ranks {shown(said.ranks)}: a launcher started {rank.size} ranks already -> leave it "
+    if options.ranks is not None:
+        raise InvalidInput(f"--ranks {shown(options.ranks)}: a launcher started {rank.size} ranks already -> leave it "
                            f"out")
-    timeout = rank_timeout(said)
+    timeout = rank_timeout(options)
     # Refused by the first rank before anything heavy is imported.
     job = prepared(parse()) if rank.first else None
     if job is not None and job.store == "memory":
@@ -97,9 +97,10 @@ def join(
         raise SystemExit(128 + number) from None
 
 
-def rank_timeout(said: RunOptions) -> float:
+def rank_timeout(options: RunOptions) -> float:
     """Seconds in which a rank may do nothing."""
-    return TIMEOUT if said.rank_timeout is None else float(read_whole("rank-timeout", said.rank_timeout, 1, LONGEST))
+    text = options.rank_timeout
+    return TIMEOUT if text is None else float(read_whole("rank-timeout", text, 1, LONGEST))
 
 
 def _as_rank0(
@@ -125,4 +126,4 @@ def _warnings_of(rank: Rank) -> Emit:
 
 
 def _tell_lost(error: RankLost) -> None:
-    say(sys.stderr, [f"error: {clean(error.said(as_option))}"])
+    say(sys.stderr, [f"error: {clean(error.message(as_option))}"])

@@ -33,56 +33,56 @@ from runner.text import shown
 from stages.errors import InvalidInput, StoreError
 
 
-def make(family: str, said: FamilyOptions) -> int:
+def make(family: str, options: FamilyOptions) -> int:
     """Make the pictures that the options ask for; the exit code. Standard output gets paths, or JSON."""
     rank = launched()
-    check_engine(said, launched=rank is not None)
+    check_engine(options, launched=rank is not None)
     if rank is not None:
-        return distributed.join(rank, said, partial(job_of, family, said), partial(produce, said=said))
-    return produce(job_of(family, said), engine_of(said), said=said)
+        return distributed.join(rank, options, partial(job_of, family, options), partial(produce, options=options))
+    return produce(job_of(family, options), engine_of(options), options=options)
 
 
-def resume(run: str, said: ResumeOptions) -> int:
+def resume(run: str, options: ResumeOptions) -> int:
     """Finish the run named `run`, or the `last` one; the exit code.
 
     Raises StoreError where the store has no such run, ModelError where its model is another now.
     """
-    check_display(said)
-    check_engine(said, launched=False)
-    where = said.artifacts or str(default_store())
+    check_display(options)
+    check_engine(options, launched=False)
+    where = options.artifacts or str(default_store())
     if where == "memory":
         raise StoreError("a run in memory ends with its process -> name the store with `store=DIR`")
     store = open_store(where, readonly=True)
-    job = resumed(recorded_job(store, find_run(store, run), where), said)
-    return produce(job, engine_of(said), said=said)
+    job = resumed(recorded_job(store, find_run(store, run), where), options)
+    return produce(job, engine_of(options), options=options)
 
 
-def engine_of(said: RunOptions) -> distributed.Engine:
+def engine_of(options: RunOptions) -> distributed.Engine:
     """Who does the job: this process, ranks of its own, or a Ray cluster."""
-    if said.engine == "ray":
-        return partial(distributed.on_ray, said)
-    return partial(_alone_or_ranks, said)
+    if options.engine == "ray":
+        return partial(distributed.on_ray, options)
+    return partial(_alone_or_ranks, options)
 
 
-def _alone_or_ranks(said: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
-    together = said.ranks is not None or job.tensor_parallel is not None
-    return (distributed.on_ranks if together else in_this_process)(said, job, emit, results, seconds)
+def _alone_or_ranks(options: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
+    together = options.ranks is not None or job.tensor_parallel is not None
+    return (distributed.on_ranks if together else in_this_process)(options, job, emit, results, seconds)
 
 
-def produce(job: Job, engine: distributed.Engine, *, said: RunOptions) -> int:
+def produce(job: Job, engine: distributed.Engine, *, options: RunOptions) -> int:
     """Have the engine make the pictures of a job; the exit code, 1 where some of them came to nothing."""
     begin = time.perf_counter()
-    hush(said.verbose)
-    progress = Progress(sys.stderr, verbosity=-1 if said.quiet else int(said.verbose))
-    results = Results(job, sys.stdout, as_json=said.json)
+    hush(options.verbose)
+    progress = Progress(sys.stderr, verbosity=-1 if options.quiet else int(options.verbose))
+    results = Results(job, sys.stdout, as_json=options.json)
     seconds: dict[str, float] = {}
-    with logged(said.log, tee(in_options(progress), results)) as log, resumable(job.run, job.store, log) as emit:
+    with logged(options.log, tee(in_options(progress), results)) as log, resumable(job.run, job.store, log) as emit:
         if job.resumed:
             remove_orphans(job.output.paths)
         with progress:
             report = engine(job, tee(emit, PreviewFiles(tuple(map(Path, job.output.paths)))), results, seconds)
     seconds["total"] = time.perf_counter() - begin
-    if not said.quiet:
+    if not options.quiet:
         say(sys.stderr, lines(report, seconds))
     results.finish(report, report.failures, seconds)
     if report.failures:
@@ -91,7 +91,7 @@ def produce(job: Job, engine: distributed.Engine, *, said: RunOptions) -> int:
     return 1 if report.failures or report.job.refused else 0
 
 
-def in_this_process(said: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
+def in_this_process(options: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
     """Do a job here, stage by stage."""
     # Before the imports: an answer about a bucket or a package that is not there should not take seconds.
     store, begin = open_job_store(job, emit), time.perf_counter()
@@ -104,7 +104,7 @@ def in_this_process(said: RunOptions, job: Job, emit: Emit, results: Results, se
         plan = make_plan(job, download=False)
     complain(plan.job.refused)
     results.refuse(plan.job.refused)
-    if not said.quiet and (said.verbose or plan.machine.cards):
+    if not options.quiet and (options.verbose or plan.machine.cards):
         say(sys.stderr, plan_lines(plan))
     if plan.checkpoint.bytes_to_download:
         with timed(seconds, "download"):
@@ -119,17 +119,17 @@ def in_this_process(said: RunOptions, job: Job, emit: Emit, results: Results, se
     return replace(report, failures=(*report.failures, *failures))
 
 
-def show_plan(family: str, said: PlanOptions) -> None:
+def show_plan(family: str, options: PlanOptions) -> None:
     """Print the plan that the options lead to."""
-    hush(said.verbose)
-    prompt = said.prompt or ("a picture" if said.prompt_file is None else None)
-    job = job_of(family, replace(said, prompt=prompt, stop_after="encode"))
+    hush(options.verbose)
+    prompt = options.prompt or ("a picture" if options.prompt_file is None else None)
+    job = job_of(family, replace(options, prompt=prompt, stop_after="encode"))
     from runner.planning import describe
     from runner.planning.planner import make_plan
 
-    plan = make_plan(job, machine=said.machine, download=False)
+    plan = make_plan(job, machine=options.machine, download=False)
     complain(plan.job.refused)
-    say(sys.stdout, [json.dumps(describe.document(plan))] if said.json else describe.lines(plan))
+    say(sys.stdout, [json.dumps(describe.document(plan))] if options.json else describe.lines(plan))
 
 
 @contextmanager

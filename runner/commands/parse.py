@@ -25,67 +25,68 @@ from stages.models.lora import NONE, LoraRequest, read_loras
 DAY = 24 * 3600
 
 
-def job_of(family: str, said: FamilyOptions) -> Job:
+def job_of(family: str, options: FamilyOptions) -> Job:
     """The job that the options ask for; InvalidInput for the first thing that cannot be."""
     check_family(family)
-    _check_together(said)
-    card = read_card(said.like) if said.like is not None else None
-    model = said.model if said.model is not None or card is None else _model_of(card)
+    _check_together(options)
+    card = read_card(options.like) if options.like is not None else None
+    model = options.model if options.model is not None or card is None else _model_of(card)
     if model == "":
         raise InvalidInput("--model is empty -> name a hub id, a folder or demo")
     chosen = FAMILIES["demo" if model == "demo" else family]
     if card is not None and card.family != chosen.name:
-        raise InvalidInput(f"{said.like} was made by {card.family} -> runner {card.family} --like {said.like}")
-    found = batch(_entries(said, card), chosen, _defaults(said, None if card is None else card.request))
+        raise InvalidInput(f"{options.like} was made by {card.family} -> runner {card.family} --like {options.like}")
+    found = batch(_entries(options, card), chosen, _defaults(options, None if card is None else card.request))
     run = new_run()
-    items, paths, refused = _named(found, said, run)
+    items, paths, refused = _named(found, options, run)
     return placed(Job(
         family=family,
         requests=tuple(item.request for item in items),
         model=model,
-        revision=card.revision if card is not None and said.revision is said.model is None else said.revision,
-        loras=_loras(said.lora or (), () if card is None else card.loras),
-        dtype=_dtypes(said.dtype or ()) or ({} if card is None else dict(card.dtype)),
-        store=said.artifacts or str(user_store()),
+        revision=card.revision if card is not None and options.revision is options.model is None else options.revision,
+        loras=_loras(options.lora or (), () if card is None else card.loras),
+        dtype=_dtypes(options.dtype or ()) or ({} if card is None else dict(card.dtype)),
+        store=options.artifacts or str(user_store()),
         run=run,
-        policy=RunPolicy(stop_after=said.stop_after, from_stage=said.from_stage, degrade=not said.no_degrade),
-        output=Output(tuple(paths), said.overwrite, not said.no_metadata),
+        policy=RunPolicy(stop_after=options.stop_after, from_stage=options.from_stage, degrade=not options.no_degrade),
+        output=Output(tuple(paths), options.overwrite, not options.no_metadata),
         labels=tuple(Label(item.line, item.id) for item in items),
         refused=tuple(refused),
-        origin=None if card is None or said.model is not None else Origin(
+        origin=None if card is None or options.model is not None else Origin(
             "the picture", card.identity, "name a model with --model to repeat it with other pixels"),
-    ), said)
+    ), options)
 
 
-def resumed(job: Job, said: ResumeOptions) -> Job:
+def resumed(job: Job, options: ResumeOptions) -> Job:
     """The job of a run from before, with what the options change of it."""
     last = job.policy.stop_after or STAGES[-1]
-    if said.from_stage and STAGES.index(said.from_stage) > STAGES.index(last):
-        raise InvalidInput(f"--from {said.from_stage} comes after {last}, where run {job.run} stops -> leave it out")
-    policy = replace(job.policy, from_stage=said.from_stage, degrade=job.policy.degrade and not said.no_degrade)
-    output = replace(job.output, overwrite=job.output.overwrite or said.overwrite)
-    return placed(replace(job, policy=policy, output=output), said)
+    if options.from_stage and STAGES.index(options.from_stage) > STAGES.index(last):
+        raise InvalidInput(f"--from {options.from_stage} comes after {last}, where run {job.run} stops -> leave it "
+                           f"out")
+    policy = replace(job.policy, from_stage=options.from_stage, degrade=job.policy.degrade and not options.no_degrade)
+    output = replace(job.output, overwrite=job.output.overwrite or options.overwrite)
+    return placed(replace(job, policy=policy, output=output), options)
 
 
-def placed(job: Job, said: RunOptions) -> Job:
+def placed(job: Job, options: RunOptions) -> Job:
     """The job with what the options say of how it runs; what they do not say stays as it is."""
     policy = replace(
         job.policy,
-        step_every=job.policy.step_every if said.step_every is None else float(
-            read_whole("step-every", said.step_every, 0, DAY)),
-        preview=job.policy.preview if said.preview is None else read_whole("preview", said.preview, 1, STEPS),
-        sample_memory=job.policy.sample_memory or said.sample_memory,
-        strict=job.policy.strict or said.strict,
+        step_every=job.policy.step_every if options.step_every is None else float(
+            read_whole("step-every", options.step_every, 0, DAY)),
+        preview=job.policy.preview if options.preview is None else read_whole("preview", options.preview, 1, STEPS),
+        sample_memory=job.policy.sample_memory or options.sample_memory,
+        strict=job.policy.strict or options.strict,
     )
-    place = tuple(map(PlaceRequest.read, said.place)) if said.place else job.place
+    place = tuple(map(PlaceRequest.read, options.place)) if options.place else job.place
     return replace(
         job, policy=policy, place=place,
-        devices=devices(said.device or (), said.gpus) or job.devices,
-        max_memory=job.max_memory if said.max_memory is None else MemoryLimits.read(said.max_memory),
-        allow_offload=said.allow_offload or job.allow_offload,
-        lanes=job.lanes if said.lanes is None else read_whole("lanes", said.lanes, 1, LANES),
-        modulation_table=job.modulation_table and not said.no_modulation_table,
-        peer_copies=job.peer_copies and not said.no_p2p,
+        devices=devices(options.device or (), options.gpus) or job.devices,
+        max_memory=job.max_memory if options.max_memory is None else MemoryLimits.read(options.max_memory),
+        allow_offload=options.allow_offload or job.allow_offload,
+        lanes=job.lanes if options.lanes is None else read_whole("lanes", options.lanes, 1, LANES),
+        modulation_table=job.modulation_table and not options.no_modulation_table,
+        peer_copies=job.peer_copies and not options.no_p2p,
     )
 
 
@@ -96,26 +97,26 @@ def check_family(family: str) -> None:
         raise InvalidInput(f"there is no family {shown(family)} -> choose from {', '.join(close or FAMILIES)}")
 
 
-def check_display(said: RunOptions) -> None:
+def check_display(options: RunOptions) -> None:
     """Raise InvalidInput for options about what is said that contradict each other."""
-    if said.quiet and said.verbose:
+    if options.quiet and options.verbose:
         raise InvalidInput("--quiet and --verbose contradict each other -> leave one of them out")
 
 
-def check_engine(said: RunOptions, launched: bool) -> None:
+def check_engine(options: RunOptions, launched: bool) -> None:
     """Raise InvalidInput for options that contradict --engine ray; whether a launcher started this process."""
-    if said.engine != "ray":
+    if options.engine != "ray":
         return
     if launched:
         raise InvalidInput("--engine ray starts processes of its own, and a launcher started this one -> leave one "
                            "out")
     for option in ("ranks", "gpus"):
-        if getattr(said, option) is not None:
+        if getattr(options, option) is not None:
             raise InvalidInput(f"--{option} has no meaning with --engine ray, which deals out cards and pictures "
                                f"itself -> leave one of them out")
-    if any("tensor_parallel" in text for text in said.place or ()):
+    if any("tensor_parallel" in text for text in options.place or ()):
         raise InvalidInput("--engine ray and denoise=tensor_parallel contradict each other -> leave one of them out")
-    if said.artifacts == "memory":
+    if options.artifacts == "memory":
         raise InvalidInput("--engine ray needs a store that all its workers share -> --artifacts DIR or URL")
 
 
@@ -169,41 +170,41 @@ def _loras(texts: Sequence[str], before: tuple[LoraRequest, ...]) -> tuple[LoraR
     return read_loras(texts) or before
 
 
-def _entries(said: FamilyOptions, card: PictureCard | None) -> list[Entry]:
-    if said.prompt_file is not None:
-        if said.prompt is not None:
+def _entries(options: FamilyOptions, card: PictureCard | None) -> list[Entry]:
+    if options.prompt_file is not None:
+        if options.prompt is not None:
             raise InvalidInput("--prompt and --prompt-file both say what to draw -> leave one of them out")
-        return read_prompts(said.prompt_file)
-    if said.prompt is None and card is None:
+        return read_prompts(options.prompt_file)
+    if options.prompt is None and card is None:
         raise InvalidInput('there is no prompt -> --prompt "a red circle", --prompt - or --prompt-file FILE to read '
                            'it')
-    prompt = card.request.prompt if card is not None and said.prompt is None else _prompt(str(said.prompt))
+    prompt = card.request.prompt if card is not None and options.prompt is None else _prompt(str(options.prompt))
     return [Entry(0, {"prompt": prompt})]
 
 
-def _defaults(said: FamilyOptions, before: Request | None) -> Defaults:
-    options: dict[str, Any] = {}
+def _defaults(options: FamilyOptions, before: Request | None) -> Defaults:
+    inputs: dict[str, Any] = {}
     if before is not None:
-        options = {name: getattr(before, name) for name in ("steps", "guidance", "text_tokens", "negative_prompt")}
-        options["size"] = before.width, before.height
-    if said.size is not None:
-        options["size"] = read_size(said.size)
+        inputs = {name: getattr(before, name) for name in ("steps", "guidance", "text_tokens", "negative_prompt")}
+        inputs["size"] = before.width, before.height
+    if options.size is not None:
+        inputs["size"] = read_size(options.size)
     for name in ("steps", "guidance", "negative_prompt"):
-        if (text := getattr(said, name)) is not None:
-            options[name] = INPUTS[name].read(text)
-    seeds = read_seeds(said.seed) if said.seed else (-1 if before is None else before.seed,)
-    if len(seeds) > 1 and said.count is not None:
+        if (text := getattr(options, name)) is not None:
+            inputs[name] = INPUTS[name].read(text)
+    seeds = read_seeds(options.seed) if options.seed else (-1 if before is None else before.seed,)
+    if len(seeds) > 1 and options.count is not None:
         raise InvalidInput("--count and several seeds contradict each other -> leave one of them out")
-    return Defaults(options, seeds, 1 if said.count is None else read_whole("count", said.count, 1, COUNT))
+    return Defaults(inputs, seeds, 1 if options.count is None else read_whole("count", options.count, 1, COUNT))
 
 
-def _named(found: Batch, said: FamilyOptions, run: str) -> tuple[list[Item], list[str], list[RefusedLine]]:
+def _named(found: Batch, options: FamilyOptions, run: str) -> tuple[list[Item], list[str], list[RefusedLine]]:
     """The items that have a name, their paths, and the lines refused so far; InvalidInput where no item is left."""
-    naming = Naming(said.out, run=run, total=found.total, overwrite=said.overwrite)
+    naming = Naming(options.out, run=run, total=found.total, overwrite=options.overwrite)
     items, paths, refused = list[Item](), list[str](), list(found.refused)
     for item in found.items:
         try:
-            paths += [] if said.stop_after else [str(naming.path(item.request, item.id, item.out))]
+            paths += [] if options.stop_after else [str(naming.path(item.request, item.id, item.out))]
             items.append(item)
         except Unnamed as error:
             if not item.line:
@@ -212,7 +213,7 @@ def _named(found: Batch, said: FamilyOptions, run: str) -> tuple[list[Item], lis
     refused.sort(key=lambda line: line.line)
     if not items:
         more = f"; so are {len(refused) - 1:,} more" if len(refused) > 1 else ""
-        raise InvalidInput(f"--prompt-file {shown(str(said.prompt_file))} has no good line: {refused[0]}{more}")
+        raise InvalidInput(f"--prompt-file {shown(str(options.prompt_file))} has no good line: {refused[0]}{more}")
     return items, paths, refused
 
 
@@ -230,14 +231,15 @@ def _prompt(text: str) -> str:
                            ) from None
 
 
-def _check_together(said: FamilyOptions) -> None:
-    check_display(said)
-    last = said.stop_after or STAGES[-1]
-    if said.stop_after and said.out is not None:
+def _check_together(options: FamilyOptions) -> None:
+    check_display(options)
+    last = options.stop_after or STAGES[-1]
+    if options.stop_after and options.out is not None:
         raise InvalidInput(f"--stop-after {last} makes no picture -> leave --out out")
-    if said.from_stage and STAGES.index(said.from_stage) > STAGES.index(last):
-        raise InvalidInput(f"--from-stage {said.from_stage} comes after --stop-after {last} -> leave one of them out")
-    if said.from_stage in STAGES[1:] and said.artifacts == "memory":
-        raise InvalidInput(f"--from-stage {said.from_stage} needs artifacts of a run before -> --artifacts DIR")
+    if options.from_stage and STAGES.index(options.from_stage) > STAGES.index(last):
+        raise InvalidInput(f"--from-stage {options.from_stage} comes after --stop-after {last} -> leave one of them "
+                           f"out")
+    if options.from_stage in STAGES[1:] and options.artifacts == "memory":
+        raise InvalidInput(f"--from-stage {options.from_stage} needs artifacts of a run before -> --artifacts DIR")
 
 

@@ -42,14 +42,14 @@ def read_prompts(name: str) -> list[Entry]:
         raise InvalidInput(f"--prompt-file {shown(name)}: line {line} has a NUL byte: it is no UTF-8 text -> save it "
                            f"as UTF-8")
     lines = [(number, line.strip()) for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1)]
-    told = [(number, line) for number, line in lines if line and not line.startswith(b"#")]
-    if not told:
+    prompts = [(number, line) for number, line in lines if line and not line.startswith(b"#")]
+    if not prompts:
         raise InvalidInput(f"--prompt-file {shown(name)} has no prompt in it -> write one on each line")
-    if len(told) > LINES:
-        raise InvalidInput(f"--prompt-file {shown(name)} has {len(told):,} prompts; the limit is {LINES:,} -> split "
-                           f"it")
-    as_json = name.endswith(".jsonl") or (name == "-" and told[0][1].startswith(b"{"))
-    return [_entry(number, line, as_json) for number, line in told]
+    if len(prompts) > LINES:
+        raise InvalidInput(f"--prompt-file {shown(name)} has {len(prompts):,} prompts; the limit is {LINES:,} -> "
+                           f"split it")
+    as_json = name.endswith(".jsonl") or (name == "-" and prompts[0][1].startswith(b"{"))
+    return [_entry(number, line, as_json) for number, line in prompts]
 
 
 def _standard_input() -> bytes:

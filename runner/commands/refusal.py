@@ -55,11 +55,11 @@ def failed(app: typer.Typer, error: Exception, words: Sequence[str], *, verbose:
         TolerantStream(sys.stderr).write("".join(traceback.format_exception(error)))
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
     if code != 1:
-        text = error.said(as_option) if isinstance(error, StagerunError) else str(error)
+        text = error.message(as_option) if isinstance(error, StagerunError) else str(error)
         # What a plan was refused for has a line for each strategy.
         head, *lines = text.splitlines() if isinstance(error, DoesNotFit) else [text]
-        told = [f"  {clean(line)}" for line in lines] + [f"next: {line}" for line in better(app, error, words)]
-        return refuse(head, code, error, "".join(f"{line}\n" for line in told))
+        lines = [f"  {clean(line)}" for line in lines] + [f"next: {line}" for line in better(app, error, words)]
+        return refuse(head, code, error, "".join(f"{line}\n" for line in lines))
     hint = "" if verbose else " -> run again with -v to see where"
     return refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code, error)
 
@@ -83,9 +83,9 @@ def as_option(name: str, value: str | None) -> str:
 
 def complain(refused: Iterable[RefusedLine]) -> None:
     """Say what is left out of a run, the first of it by name."""
-    told = [worded(str(line), as_option) for line in refused]
-    more = [f"error: and {len(told) - TOLD:,} more lines"] if len(told) > TOLD else []
-    say(sys.stderr, [*(f"error: {clean(line)}" for line in told[:TOLD]), *more])
+    lines = [worded(str(line), as_option) for line in refused]
+    more = [f"error: and {len(lines) - TOLD:,} more lines"] if len(lines) > TOLD else []
+    say(sys.stderr, [*(f"error: {clean(line)}" for line in lines[:TOLD]), *more])
 
 
 def in_options(emit: Emit) -> Emit:

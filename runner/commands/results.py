@@ -51,7 +51,7 @@ class Results:
         if self._json:
             self._document(document(report, held, [_failed(report.job, failure) for failure in failures], seconds))
         elif report.job.output.paths or report.job.store == "memory":
-            say(self._stream, [str(told["path"]) for told in held])
+            say(self._stream, [str(picture["path"]) for picture in held])
         else:
             say(self._stream, _artifacts(report))
 
@@ -59,8 +59,8 @@ class Results:
         if not self._listed:
             say(self._stream, [json.dumps(whole, ensure_ascii=False)])
             return
-        for told in whole["failed"]:
-            self._line("failed", told)
+        for failure in whole["failed"]:
+            self._line("failed", failure)
         self._line("run", {name: value for name, value in whole.items() if name not in ("pictures", "failed")})
 
     def _line(self, kind: str, data: Mapping[str, Any]) -> None:

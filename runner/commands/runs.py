@@ -62,8 +62,8 @@ def gc(artifacts: str | None, *, as_json: bool, older: str, dry: bool) -> None:
     """Remove what no run needs, and say how many bytes that freed."""
     garbage = collect(opened(artifacts), min_age=seconds(older), dry_run=dry)
     if as_json:
-        told = {"artifacts": garbage.artifacts, "files": len(garbage.files), "bytes": garbage.bytes, "dry": dry}
-        say(sys.stdout, [json.dumps(told)])
+        document = {"artifacts": garbage.artifacts, "files": len(garbage.files), "bytes": garbage.bytes, "dry": dry}
+        say(sys.stdout, [json.dumps(document)])
         return
     what = f"{len(garbage.artifacts)} artifacts, {len(garbage.files)} files: {gib(garbage.bytes)}"
     say(sys.stdout, [f"would free {what}" if dry else f"freed {what}"])

@@ -63,8 +63,10 @@ class RankCollectives:
 
     def next_items(self) -> list[WorkItem] | None:
         """What the first rank begins; None when there is no more."""
-        said = self._receive()
-        return [WorkItem(**{**item, "requests": tuple(item["requests"])}) for item in said["items"]] if said else None
+        message = self._receive()
+        if not message:
+            return None
+        return [WorkItem(**{**item, "requests": tuple(item["requests"])}) for item in message["items"]]
 
     def broadcast_flag(self, flag: bool) -> bool:
         """The flag of the first rank."""

@@ -38,15 +38,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> Rank | None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if not environment.get("RANK") or not environment.get("WORLD_SIZE"):
         return None
-    said = {name: environment.get(name, "") for name in names}
-    said["LOCAL_RANK"] = said["LOCAL_RANK"] or said["RANK"]
-    said["LOCAL_WORLD_SIZE"] = said["LOCAL_WORLD_SIZE"] or said["WORLD_SIZE"]
-    told = " ".join(f"{name}={value}" for name, value in said.items())
-    if not all(value.isdecimal() for value in said.values()):
-        raise InvalidInput(f"{told} are not whole numbers -> start ranks with torchrun, accelerate launch or `ranks`")
-    found = Rank(*(int(said[name]) for name in names))
+    variables = {name: environment.get(name, "") for name in names}
+    variables["LOCAL_RANK"] = variables["LOCAL_RANK"] or variables["RANK"]
+    variables["LOCAL_WORLD_SIZE"] = variables["LOCAL_WORLD_SIZE"] or variables["WORLD_SIZE"]
+    text = " ".join(f"{name}={value}" for name, value in variables.items())
+    if not all(value.isdecimal() for value in variables.values()):
+        raise InvalidInput(f"{text} are not whole numbers -> start ranks with torchrun, accelerate launch or `ranks`")
+    found = Rank(*(int(variables[name]) for name in names))
     if not (found.rank < found.size and found.local < found.local_size <= found.size):
-        raise InvalidInput(f"{told} do not go together -> start ranks with torchrun, accelerate launch or `ranks`")
+        raise InvalidInput(f"{text} do not go together -> start ranks with torchrun, accelerate launch or `ranks`")
     return found if found.size > 1 else None
 
 

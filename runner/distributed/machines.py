@@ -32,6 +32,6 @@ def machine_to_json(machine: Machine) -> dict[str, Any]:
     return asdict(machine)
 
 
-def machine_from_json(said: Mapping[str, Any]) -> Machine:
+def machine_from_json(document: Mapping[str, Any]) -> Machine:
     """The machine that `machine_to_json` wrote."""
-    return Machine(**{**said, "devices": tuple(Device(**device) for device in said["devices"])})
+    return Machine(**{**document, "devices": tuple(Device(**device) for device in document["devices"])})

@@ -38,7 +38,7 @@ class RankProcess:
     """What it is told and heard through."""
     errors: BinaryIO
     """What it wrote to its standard error."""
-    told: dict[str, Any] = field(default_factory=dict)
+    messages: dict[str, Any] = field(default_factory=dict)
     """What it said last, by kind."""
 
     def send(self, kind: str, message: Mapping[str, Any]) -> None:
@@ -103,15 +103,15 @@ class RankProcesses:
         """
         watchdog = Watchdog(range(self.size), self._timeout)
         for member in self.members:
-            member.told.clear()
+            member.messages.clear()
         self.members[0].send("job", job)
-        while "outcome" not in self.members[0].told:
+        while "outcome" not in self.members[0].messages:
             self.listen(watchdog, emit)
             if (lost := watchdog.lost()) is not None:
                 # One that hangs may be stopped, and would answer no other signal.
                 self.members[lost[0]].process.kill()
                 raise RankLost(lost[1])
-        return self.members[0].told["outcome"]
+        return self.members[0].messages["outcome"]
 
     def listen(self, watchdog: Watchdog, emit: Emit) -> None:
         """Take in what the ranks say, or wait for half a second."""
@@ -128,7 +128,7 @@ class RankProcesses:
     def _take(
         self, member: RankProcess, kind: str, message: Mapping[str, Any], watchdog: Watchdog, emit: Emit
     ) -> None:
-        member.told[kind] = message
+        member.messages[kind] = message
         if kind == "beat":
             watchdog.see(member.rank, message)
         elif kind == "failed":
@@ -138,8 +138,8 @@ class RankProcesses:
                 other.send("published", message)
         elif kind == "result":
             watchdog.end(member.rank)
-            if all("result" in other.told for other in self.members[1:]):
-                self.members[0].send("results", {"results": [other.told["result"] for other in self.members[1:]]})
+            if all("result" in other.messages for other in self.members[1:]):
+                self.members[0].send("results", {"results": [other.messages["result"] for other in self.members[1:]]})
         elif kind == "event":
             emit(*from_wire(message))
 

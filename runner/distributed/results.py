@@ -47,9 +47,9 @@ class RankResult:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> "RankResult":
+    def from_json(cls, document: Mapping[str, Any]) -> "RankResult":
         """The result that `to_json` wrote."""
-        return _adapter().validate_json(json.dumps(said))
+        return _adapter().validate_json(json.dumps(document))
 
 
 @cache

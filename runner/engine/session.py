@@ -31,12 +31,12 @@ def recorded_job(store: Store, run: str, where: str) -> Job:
 
     Raises StoreError where there is none that can be read.
     """
-    said: Any = store.load_run(run).get("job")
-    if not isinstance(said, dict):
+    document: Any = store.load_run(run).get("job")
+    if not isinstance(document, dict):
         raise StoreError(f"the record of run {run} is of an older version, which kept no job -> give its command "
                          f"again; its artifacts are kept, and taken from the store")
     try:
-        job = Job.from_json(said)
+        job = Job.from_json(document)
     except InvalidInput as error:
         raise StoreError(f"the record of run {run} cannot be read ({error.text}) -> give its job again; its artifacts "
                          f"are kept") from None

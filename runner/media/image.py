@@ -70,10 +70,10 @@ def png(pixels: Any, card: Mapping[str, Any] | None) -> bytes:
 
 def card_of(request: Request, facts: Mapping[str, Any]) -> dict[str, Any]:
     """All that is needed to make the picture again, as JSON; `facts` are the run's."""
-    said = {name: getattr(request, name) for name in (*INPUTS, "index")}
-    asked = {name: value for name, value in said.items()
+    every = {name: getattr(request, name) for name in (*INPUTS, "index")}
+    inputs = {name: value for name, value in every.items()
              if value is not None or name not in INPUTS or not INPUTS[name].optional}
-    return {"schema": SCHEMA, **asked, **facts, "versions": versions()}
+    return {"schema": SCHEMA, **inputs, **facts, "versions": versions()}
 
 
 def parameters(card: Mapping[str, Any]) -> str:
@@ -88,9 +88,9 @@ def parameters(card: Mapping[str, Any]) -> str:
         "LoRA": ", ".join(f"{Path(each['source']).stem}:{each['scale']:g}" for each in card.get("loras", ())) or None,
         "Version": " ".join(("stagerun", card["versions"].get("stagerun", ""))).strip(),
     }
-    told = (f"{name}: {_quoted(str(value))}" for name, value in fields.items() if value is not None)
+    pairs = (f"{name}: {_quoted(str(value))}" for name, value in fields.items() if value is not None)
     negative = f"\nNegative prompt: {card['negative_prompt']}" if "negative_prompt" in card else ""
-    return f"{card['prompt']}{negative}\n{', '.join(told)}"
+    return f"{card['prompt']}{negative}\n{', '.join(pairs)}"
 
 
 @cache
@@ -122,8 +122,9 @@ def read_card(path: str | Path) -> PictureCard:
     """What the picture at `path` says; InvalidInput where it says nothing, or nothing that could be true."""
     try:
         card = _read(Path(path))
-        said: dict[str, Any] = {name: card.get(name) if each.optional else card[name] for name, each in INPUTS.items()}
-        request = Request(**said)
+        inputs: dict[str, Any] = {
+            name: card.get(name) if each.optional else card[name] for name, each in INPUTS.items()}
+        request = Request(**inputs)
         family, model, identity = (_text(card, name) for name in ("family", "model", "identity"))
         if family not in FAMILIES:
             raise InvalidInput(f"family {shown(family)} is unknown here")

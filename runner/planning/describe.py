@@ -92,14 +92,14 @@ def choices(plan: Plan) -> Iterator[str]:
 def pace(plan: Plan) -> str:
     """How several pictures go through the denoiser, and why so."""
     if plan.lanes > 1:
-        told = f"{plan.lanes} pictures in flight, so that no card waits for another"
+        text = f"{plan.lanes} pictures in flight, so that no card waits for another"
     elif concurrency(plan.places_of("denoise")) < 2:
-        told = "one picture at a time, as one device does all of the work"
+        text = "one picture at a time, as one device does all of the work"
     elif plan.placer is not None and plan.placer.lanes is not None:
-        told = "one picture at a time, as was asked"
+        text = "one picture at a time, as was asked"
     else:
-        told = "one picture at a time, as the activations of two do not fit beside the weights"
-    return f"denoise: {told}; each in a pass of its own, as in a shared one its bits may depend on the others"
+        text = "one picture at a time, as the activations of two do not fit beside the weights"
+    return f"denoise: {text}; each in a pass of its own, as in a shared one its bits may depend on the others"
 
 
 def costs(plan: Plan, found: disk.Disk) -> Iterator[str]:
@@ -109,8 +109,8 @@ def costs(plan: Plan, found: disk.Disk) -> Iterator[str]:
     host = (f"{stage} {gib(need.loading)}" + (f" ({gib(need.held)} held)" if need.held else "")
             for stage, need in host_needs(plan).items())
     if plan.machine.cards:
-        told = f"host memory while loading, at most: {', '.join(host)}"
-        yield f"{told}, with pages of files, which the system can drop; {gib(plan.machine.host_free)} free"
+        text = f"host memory while loading, at most: {', '.join(host)}"
+        yield f"{text}, with pages of files, which the system can drop; {gib(plan.machine.host_free)} free"
     download = f"{gib(found.download)} to download" if found.download else "nothing to download"
     short = " (NOT ENOUGH)" if found.download > found.free else ""
     yield f"disk: {download}, {gib(found.free)} free{short}"

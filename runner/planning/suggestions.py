@@ -84,8 +84,8 @@ def applied(job: Job, fixes: Fixes) -> Job:
 
 def reference(fix: Fix) -> str:
     """A fix as messages name it."""
-    said = fix.component if fix.field == "place" else fix.value
-    return f"`{fix.field}`" if said is None else f"`{fix.field}={said}`"
+    value = fix.component if fix.field == "place" else fix.value
+    return f"`{fix.field}`" if value is None else f"`{fix.field}={value}`"
 
 
 def fullest(plan: Plan, stage: str) -> int:

@@ -79,8 +79,8 @@ def summarize(store: Store, run: str, done: Collection[str], stored: StoredRun |
 
 def status(store: Store, found: StoredRun) -> str:
     """How a run stands: running, done, interrupted or failed; one whose process was killed was interrupted."""
-    said = clean(str(found.record.get("status", "unknown")))[:20]
-    return "interrupted" if said == "running" and store.is_running(found.run) is False else said
+    status = clean(str(found.record.get("status", "unknown")))[:20]
+    return "interrupted" if status == "running" and store.is_running(found.run) is False else status
 
 
 def stages_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -106,8 +106,8 @@ def describe_run(facts: RunSummary, found: StoredRun, sizes: Mapping[str, int | 
     if facts.pictures > SHOWN:
         lines.append(f"... and {facts.pictures - SHOWN} more requests")
     for name in ("warnings", "changes", "failures"):
-        told = record.get(name)
-        for each in told[:SHOWN] if isinstance(told, list) else ():
+        values = record.get(name)
+        for each in values[:SHOWN] if isinstance(values, list) else ():
             lines.append(f"{name.removesuffix('s')}: {_text(each)}")
     return lines + ([f"error: {_text(record['error'])}"] if "error" in record else [])
 
@@ -115,8 +115,8 @@ def describe_run(facts: RunSummary, found: StoredRun, sizes: Mapping[str, int | 
 def loras(record: Mapping[str, Any]) -> list[str]:
     """The LoRAs of a run with their scales, as its plan says."""
     plan = record.get("plan")
-    told = plan.get("loras", []) if isinstance(plan, dict) else []
-    return [f"{lora['source']} x {lora['scale']}" for lora in told if isinstance(lora, dict)]
+    values = plan.get("loras", []) if isinstance(plan, dict) else []
+    return [f"{lora['source']} x {lora['scale']}" for lora in values if isinstance(lora, dict)]
 
 
 def age(begun: float) -> str:
@@ -134,8 +134,8 @@ def _request(request: object) -> str:
         return _text(request)
     size, others = f"{request.get('width')}x{request.get('height')}", ("steps", "guidance", "seed", "negative_prompt")
     there = {name.replace("_", " "): request[name] for name in others if request.get(name) is not None}
-    told = ", ".join(f"{name} {_text(value)}" for name, value in there.items())
-    return f"{shown(str(request.get('prompt')))}, {size}, {told}"
+    values = ", ".join(f"{name} {_text(value)}" for name, value in there.items())
+    return f"{shown(str(request.get('prompt')))}, {size}, {values}"
 
 
 def _text(value: object) -> str:

@@ -277,17 +277,17 @@ class ClusterRun:
         workers: dict[tuple[str, str], Mapping[str, Any]] = {(stage, did["worker"]): did for stage, did in self._did}
         lanes: dict[str, int] = {}
         for (stage, _), did in workers.items():
-            lane, told = lanes.setdefault(stage, 0), did["recorded"]
+            lane, seen = lanes.setdefault(stage, 0), did["recorded"]
             lanes[stage] += 1
             later = did["begun"] - self._begun
             spans += [{**span, "lane": span["lane"] + lane, "begin": max(0.0, span["begin"] + later),
-                       "end": max(0.0, span["end"] + later)} for span in told["timeline"]["spans"]]
+                       "end": max(0.0, span["end"] + later)} for span in seen["timeline"]["spans"]]
             names, there = own_names(self._plan, stage), peaks.setdefault(stage, {})
             for device, size in did["peak"].items():
                 card = next((card for card, own in names.items() if own == device), device)
                 there[card] = max(size, there.get(card, 0))
-            for seconds, _, what, used, host in () if lane else told["timeline"]["samples"]:
-                own = dict(zip(told["timeline"]["devices"], used, strict=True))
+            for seconds, _, what, used, host in () if lane else seen["timeline"]["samples"]:
+                own = dict(zip(seen["timeline"]["devices"], used, strict=True))
                 samples.append([max(0.0, seconds + later), stage, what,
                                 [own.get(names.get(card, ""), 0) for card in cards], host])
         timeline = {"seconds": time.time() - self._begun, "devices": cards, "samples": sorted(samples),
