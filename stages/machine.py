@@ -8,7 +8,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -108,6 +109,15 @@ class Machine:
     def unlimited(self) -> "Machine":
         """The machine without the user's limits."""
         return replace(self, devices=tuple(replace(device, limit=None) for device in self.devices), host_limit=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The machine as JSON, for a process that is to plan for it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Machine":
+        """The machine that `to_json` wrote."""
+        return cls(**{**document, "devices": tuple(Device(**device) for device in document["devices"])})
 
 
 def probe(names: Sequence[str] = ()) -> Machine:

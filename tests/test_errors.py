@@ -12,7 +12,6 @@ from runner import Job, Request, RunPolicy, make_plan, run_all
 from runner.artifacts import open_store
 from runner.commands.cli import answer
 from runner.commands.refusal import as_option
-from runner.distributed.machines import machine_to_json
 from runner.distributed.ray.actor import Denoise
 from runner.distributed.ray.cluster import group_rows
 from runner.engine.report import StageReport
@@ -88,7 +87,7 @@ def test_a_full_card_of_a_ray_worker_is_told_with_what_would_need_less(
               store=tmp_path / "store", run="r", policy=RunPolicy(degrade=False))
     store = open_store(str(tmp_path / "store"))
     run_all(make_plan(job), RunPolicy(stop_after="encode"), store=store)
-    document = json.dumps({"job": job.to_json(), "machine": machine_to_json(probe(devices)), "threads": 1})
+    document = json.dumps({"job": job.to_json(), "machine": probe(devices).to_json(), "threads": 1})
     (row,) = group_rows([range(2)], {"denoise": [0, 1]})
     actor = Denoise(document)
     sim.fail_allocation(devices[0], 1)
@@ -106,7 +105,7 @@ def test_a_ray_worker_goes_on_with_less_as_one_process_does(
               store=tmp_path / "store", run="r")
     store, stages = open_store(str(tmp_path / "store")), list[StageReport]()
     run_all(make_plan(job), RunPolicy(stop_after="encode"), store=store)
-    document = json.dumps({"job": job.to_json(), "machine": machine_to_json(probe(devices)), "threads": 1})
+    document = json.dumps({"job": job.to_json(), "machine": probe(devices).to_json(), "threads": 1})
     (row,) = group_rows([range(2)], {"denoise": [0, 1]})
     actor = Denoise(document)
     sim.fail_allocation(devices[0], 1)

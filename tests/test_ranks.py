@@ -21,7 +21,7 @@ from runner import Job, RankLost, RankProcesses, Report, Request, RunPolicy, mak
 from runner.artifacts import open_store
 from runner.distributed.env import Rank, launched, share
 from runner.distributed.heartbeat import Heartbeat
-from runner.distributed.machines import part
+from runner.distributed.rank import own_part
 from runner.distributed.results import RankResult, differing
 from runner.distributed.watchdog import SILENCE, TIMEOUT, Watchdog
 from runner.engine.keys import artifact_keys
@@ -237,14 +237,14 @@ def test_shares_are_all_of_it_once_and_even(count: int, parts: int) -> None:
 def test_cards_and_memory_are_dealt_by_local_rank() -> None:
     cards = tuple(Device(f"cuda:{index}", 16, 15, True) for index in range(5))
     machine = Machine(cards, 100, 90)
-    dealt = [part(machine, Rank(4 + local, 8, local, 2)) for local in range(2)]
+    dealt = [own_part(machine, Rank(4 + local, 8, local, 2)) for local in range(2)]
     assert [[card.name for card in mine.devices] for mine in dealt] == [["cuda:0", "cuda:1", "cuda:2"],
                                                                         ["cuda:3", "cuda:4"]]
     assert {mine.host_free for mine in dealt} == {45}
     host = Machine((Device("cpu", 100, 90, False),), 100, 90)
-    assert part(host, Rank(1, 3, 1, 3)).devices[0].free == 30
+    assert own_part(host, Rank(1, 3, 1, 3)).devices[0].free == 30
     with pytest.raises(ValueError, match=r"6 ranks on this host, and 5 cards for them: cuda:0, .* -> start 5 ranks"):
-        part(machine, Rank(0, 6, 0, 6))
+        own_part(machine, Rank(0, 6, 0, 6))
 
 
 def test_a_rank_is_what_a_launcher_says() -> None:

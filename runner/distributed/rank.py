@@ -9,7 +9,6 @@ from runner.artifacts import ForwardingStore, Store
 from runner.distributed.channel import Channel
 from runner.distributed.env import Rank, share
 from runner.distributed.heartbeat import Heartbeat
-from runner.distributed.machines import part
 from runner.distributed.results import RankResult, differing, recorded
 from runner.engine.keys import artifact_keys
 from runner.engine.report import Failure
@@ -21,7 +20,7 @@ from runner.job import Job
 from runner.media.writer import PictureWriter, labelled
 from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
-from stages.errors import BadResult, RankLost, StagerunError, StoreError
+from stages.errors import BadResult, InvalidInput, RankLost, StagerunError, StoreError
 from stages.machine import Machine, check_cards, probe
 
 
@@ -52,6 +51,24 @@ class RankStore(ForwardingStore):
             super().save_run(run, {**record, **self._whole, "status": status})
 
 
+def own_part(machine: Machine, rank: Rank) -> Machine:
+    """The rank's part of its host: its own cards, in their order, or a part of the memory where there are no cards.
+
+    Raises InvalidInput where there are fewer cards than ranks.
+    """
+    parts, cards = rank.local_size, machine.cards
+    if not cards:
+        devices = tuple(replace(device, free=device.free // parts) for device in machine.devices)
+        return replace(machine, devices=devices, host_free=machine.host_free // parts)
+    if len(cards) < parts:
+        raise InvalidInput(
+            f"{parts} ranks on this host, and {len(cards)} cards for them: {', '.join(card.name for card in cards)} "
+            f"-> start {len(cards)} ranks, or choose `devices=cpu`"
+        )
+    mine = tuple(cards[index] for index in share(len(cards), rank.local, parts))
+    return replace(machine, devices=mine, host_free=machine.host_free // parts)
+
+
 class RankWorker:
     """One rank with its channel to the others; `emit` hears of its own work."""
 
@@ -65,7 +82,7 @@ class RankWorker:
         Errors of the job or the model are raised before any other rank begins.
         """
         store = open_job_store(job, self.emit)
-        plan = self.planned(job, part(usable_machine(job), self.rank))
+        plan = self.planned(job, own_part(usable_machine(job), self.rank))
         whole = self.begun(plan, store)
         self.channel.publish({"job": plan.job.to_json()})
         with self.answering():
@@ -79,7 +96,7 @@ class RankWorker:
             job = Job.from_json(message["job"])
             store = open_job_store(job, self.emit)
             check_shared(store, job, f"rank {self.rank.rank}")
-            plan = self.planned(job, part(usable_machine(job), self.rank))
+            plan = self.planned(job, own_part(usable_machine(job), self.rank))
             positions = share(len(plan.requests), self.rank.rank, self.rank.size)
             return self.work(plan, RankStore(store, self.heartbeat, None), positions)
 

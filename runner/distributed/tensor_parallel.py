@@ -13,7 +13,6 @@ from runner.distributed.channel import Channel
 from runner.distributed.collectives import RankCollectives
 from runner.distributed.env import Rank
 from runner.distributed.heartbeat import Heartbeat
-from runner.distributed.machines import machine_from_json, machine_to_json
 from runner.distributed.rank import RankStore, RankWorker, check_shared, usable_machine
 from runner.distributed.results import RankResult
 from runner.engine.report import StageReport
@@ -25,6 +24,7 @@ from runner.job import Job
 from runner.placement_options import PlaceRequest
 from runner.planning.plan import Plan
 from stages.errors import BadResult, InvalidInput
+from stages.machine import Machine
 
 
 class ReadOnlyStore(ForwardingStore):
@@ -56,7 +56,7 @@ class TensorParallelWorker(RankWorker):
         # Whoever goes on with the run may be one process alone, and makes the same pictures.
         whole = self.begun(replace(plan, job=replace(plan.job, place=others)), store)
         with rendezvous() as file:
-            self.channel.publish({"job": plan.job.to_json(), "machine": machine_to_json(machine),
+            self.channel.publish({"job": plan.job.to_json(), "machine": machine.to_json(),
                                   "rendezvous": str(file)})
             with (self.answering(),
                   RankCollectives(self.rank, rank_device(plan, 0), file, self.heartbeat) as collectives):
@@ -70,7 +70,7 @@ class TensorParallelWorker(RankWorker):
             job = Job.from_json(message["job"])
             store = open_job_store(job, self.emit)
             check_shared(store, job, f"rank {self.rank.rank}")
-            plan = on_card(self.planned(job, machine_from_json(message["machine"])), self.rank.rank)
+            plan = on_card(self.planned(job, Machine.from_json(message["machine"])), self.rank.rank)
             return self._followed(plan, store, Path(message["rendezvous"]))
 
     def _followed(self, plan: Plan, store: Store, file: Path) -> RankResult:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from runner.distributed.machines import machine_from_json
 from runner.distributed.rank import check_shared
 from runner.engine.keys import artifact_keys, computed_anew
 from runner.engine.oom import degrade
@@ -26,6 +25,7 @@ from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
 from runner.startup import hush
 from stages.errors import BadResult, StageOutOfMemory, StagerunError
+from stages.machine import Machine
 
 
 class StageActor:
@@ -62,7 +62,7 @@ class StageActor:
         job = Job.from_json(document["job"])
         self._store = open_job_store(job, silent)
         check_shared(self._store, job, platform.node())
-        whole = make_plan(replace(job, origin=None), machine=machine_from_json(document["machine"]))
+        whole = make_plan(replace(job, origin=None), machine=Machine.from_json(document["machine"]))
         self._changes: list[str] = []
         self._load(on_own_cards(whole, self.name))
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from runner.artifacts import Store
-from runner.distributed.machines import machine_from_json, machine_to_json
 from runner.distributed.ray.actor import ACTORS, cards_of, own_names
 from runner.distributed.ray.pools import Pools, groups, pools
 from runner.engine.keys import artifact_keys, missing
@@ -106,12 +105,12 @@ def cluster_machine(ray: Any, devices: Sequence[str]) -> Machine:
     most = max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
     if not most or "cpu" in devices:
         return probe(devices)
-    return machine_from_json(ray.get(ray.remote(num_gpus=most, num_cpus=0)(own_machine).remote()))
+    return Machine.from_json(ray.get(ray.remote(num_gpus=most, num_cpus=0)(own_machine).remote()))
 
 
 def own_machine() -> dict[str, Any]:
     """The machine of the process that this runs in, as JSON."""
-    return machine_to_json(probe())
+    return probe().to_json()
 
 
 def run_all(ray: Any, plan: Plan, *, store: Store, emit: Emit, done: Done | None = None) -> Report:
@@ -177,7 +176,7 @@ def worked(
         return
     there = int(ray.cluster_resources().get("GPU", 0))
     chosen = pools({stage: len(cards_of(plan, stage)) for stage in wanted}, there, count)
-    document = json.dumps({"job": plan.job.to_json(), "machine": machine_to_json(plan.machine.unlimited),
+    document = json.dumps({"job": plan.job.to_json(), "machine": plan.machine.unlimited.to_json(),
                            "threads": torch.get_num_threads()})
     size = max(pool.size for pool in chosen.by_stage.values())
     rows = group_rows(groups(len(plan.requests), size), todo)
