@@ -79,6 +79,8 @@ class TensorParallelWorker(RankWorker):
             while (items := collectives.next_items()) is not None:
                 runner = StageRunner(plan, plan.stage("denoise"), ReadOnlyStore(store), self.emit, stop=stop,
                                      collectives=collectives)
+                # Its heartbeat says where it is.
+                self.emit("stage", {"stage": "denoise", "requests": len(items), "reused": 0})
                 try:
                     runner.run(items)
                 except BadResult:
