@@ -112,7 +112,7 @@ def main() -> None:
     """Measure every way in turns and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--cap", type=int, help="bytes of each card; 70 % of the transformer's if not said")
+    parser.add_argument("--cap", type=int, help="bytes of each card; 70 %% of the transformer's if not said")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", help="a file for the raw figures")
     parser.add_argument("--one", choices=list(WAYS), help=argparse.SUPPRESS)

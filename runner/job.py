@@ -2,13 +2,10 @@
 
 import json
 import os
-import secrets
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner.inputs import check_whole
@@ -20,6 +17,7 @@ from stages.families import FAMILIES, Family
 from stages.models.lora import LoraRequest, read_loras
 
 if TYPE_CHECKING:
+    import torch
     from pydantic import TypeAdapter
 
 VERSION = 2
@@ -149,6 +147,33 @@ class Job:
     resumed: bool = False
     """Whether the run goes on with one from before, and may find its pictures there."""
 
+    if TYPE_CHECKING:
+        # What may be given for the fields; they are kept in the types above.
+        def __init__(
+            self,
+            family: str,
+            requests: Iterable[Request],
+            model: str | os.PathLike[str] | None = None,
+            revision: str | None = None,
+            loras: Iterable[LoraRequest | str | os.PathLike[str]] = (),
+            dtype: Mapping[str, str | torch.dtype] | str | torch.dtype | None = None,
+            devices: Iterable[str] | str = (),
+            max_memory: MemoryLimits | Mapping[str | int, str | int] | str | None = None,
+            place: Iterable[PlaceRequest | str] | PlaceRequest | str = (),
+            allow_offload: Literal["cpu", "disk"] | None = None,
+            lanes: int | None = None,
+            modulation_table: bool = True,
+            peer_copies: bool = True,
+            store: str | os.PathLike[str] = "",
+            run: str = "",
+            policy: RunPolicy = ...,
+            output: Output = ...,
+            labels: Iterable[Label] = (),
+            refused: Iterable[RefusedLine] = (),
+            origin: Origin | None = None,
+            resumed: bool = False,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         for name, value in _typed(self).items():
             object.__setattr__(self, name, value)
@@ -239,11 +264,6 @@ class Job:
             raise InvalidInput(f"{where}: {why}" if where else why) from error
 
 
-def new_run() -> str:
-    """A name for a run that no other has."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-
-
 def absolute(name: str) -> str:
     """A model or a LoRA as processes in other folders understand it: the path of what is here, or its hub name."""
     return os.path.abspath(name) if os.path.exists(name) else name
@@ -259,24 +279,33 @@ def _adapter() -> "TypeAdapter[Job]":
 
 def _typed(job: Any) -> dict[str, Any]:
     """The fields of a job that came in another form than they are kept in."""
-    requests, place, loras = job.requests, job.place, job.loras
-    if isinstance(requests, Request) or not all(isinstance(each, Request) for each in requests):
-        raise InvalidInput(f"`requests` are {type(requests).__name__} -> a list of runner.Request")
-    place = [place] if isinstance(place, str | PlaceRequest) else place
+    # Once: what gives its values one at a time has none left for a second look.
+    requests = _tuple("requests", job.requests)
+    if not all(isinstance(each, Request) for each in requests):
+        raise InvalidInput(f"`requests` are {type(job.requests).__name__} -> a list of runner.Request")
     return {
-        "requests": tuple(requests),
+        "requests": requests,
         "model": None if job.model is None else str(job.model),
-        "loras": read_loras(loras),
+        "loras": read_loras(job.loras),
         "dtype": _types(job.dtype),
-        "devices": (job.devices,) if isinstance(job.devices, str) else tuple(map(str, job.devices)),
+        "devices": tuple(map(str, _tuple("devices", job.devices, str))),
         "max_memory": _limits(job.max_memory),
-        "place": tuple(map(_place, place)),
+        "place": tuple(map(_place, _tuple("place", job.place, str | PlaceRequest))),
         "allow_offload": _one_of("allow_offload", job.allow_offload, (None, "cpu", "disk")),
         "lanes": _lanes(job.lanes),
         "store": os.fspath(job.store),
-        "labels": tuple(job.labels),
-        "refused": tuple(job.refused),
+        "labels": _tuple("labels", job.labels),
+        "refused": _tuple("refused", job.refused),
     }
+
+
+def _tuple(name: str, values: Any, alone: Any = ()) -> tuple[Any, ...]:
+    """The values of a field that has any number of them; one of the kind `alone` may stand for itself."""
+    if isinstance(values, alone):
+        return (values,)
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise InvalidInput(f"`{name}` is {shown(repr(values))} -> give a list")
+    return tuple(values)
 
 
 def _types(dtype: Any) -> dict[str, str]:
@@ -316,12 +345,3 @@ def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     if value not in choices:
         raise InvalidInput(f"`{name}` is {shown(str(value))} -> choose from {', '.join(map(str, choices))}")
     return value
-
-
-def default_store() -> Path:
-    """The folder where artifacts are kept unless a job says otherwise: in the user's cache."""
-    cache_home = os.environ.get("XDG_CACHE_HOME", "")
-    home = os.path.expanduser("~")
-    if not os.path.isabs(cache_home) and not os.path.isabs(home):
-        raise InvalidInput("there is no home folder to keep artifacts in -> `store=DIR`, or `store=memory`")
-    return (Path(cache_home) if os.path.isabs(cache_home) else Path(home) / ".cache") / "stagerun" / "store"

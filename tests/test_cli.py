@@ -17,7 +17,7 @@ from PIL import Image
 
 from runner.commands import generate
 from runner.commands.cli import answer
-from runner.job import default_store
+from runner.job_defaults import default_store
 from runner.media.image import png, read_card
 from stages.errors import BadResult, DoesNotFit, InvalidInput, ModelError, StageOutOfMemory, StoreError
 

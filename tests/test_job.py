@@ -1,5 +1,7 @@
 """One type for what a run is asked for: the same from a shell, from Python, from JSON and in another process."""
 
+import ast
+import inspect
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -69,9 +71,25 @@ def test_python_may_say_what_a_shell_says() -> None:
     assert Job("flux", [FOX], dtype={"vae": torch.float32}).dtype == {"vae": "float32"}
 
 
+def test_what_gives_its_values_one_at_a_time_is_taken_once() -> None:
+    kept = Job("flux", [FOX, FOX], place=["denoise=sharded"], loras=["a=0.5"], devices=["cpu"], labels=[Label(1)] * 2)
+    assert kept == Job("flux", iter([FOX, FOX]), place=iter(["denoise=sharded"]), loras=iter(["a=0.5"]),
+                       devices=iter(["cpu"]), labels=iter([Label(1)] * 2))
+
+
+def test_type_checkers_see_every_field_of_a_job_in_its_order() -> None:
+    tree = ast.parse(Path(inspect.getsourcefile(Job) or "").read_text())
+    seen = [[argument.arg for argument in node.args.args[1:]] for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    assert seen == [[field.name for field in fields(Job)]]
+
+
 @pytest.mark.parametrize(("change", "says"), [
     ({"family": "fluks"}, "there is no family 'fluks' -> choose from flux"), ({"requests": []}, "requests are none"),
-    ({"requests": FOX}, "requests are Request -> a list"), ({"requests": ["a fox"]}, "requests are list"),
+    ({"requests": ["a fox"]}, "requests are list"), ({"requests": FOX}, "requests is .Request"),
+    ({"requests": 3}, "requests is '3' -> give a list"), ({"requests": None}, "requests is 'None' -> give a list"),
+    ({"place": 1}, "place is '1'"), ({"devices": 0}, "devices is '0'"), ({"devices": {"0": 1}}, "devices is .{'0'"),
+    ({"loras": 1.5}, "loras is 1.5"), ({"loras": None}, "loras is None"), ({"labels": Label(1)}, "labels is"),
     ({"dtype": "fp8"}, "dtype 'fp8': choose one of float32"), ({"dtype": {"vae": "int8"}}, "of vae: choose"),
     ({"lanes": 0}, "lanes must be"), ({"lanes": True}, "lanes must be"), ({"lanes": 2.0}, "lanes must be"),
     ({"allow_offload": "gpu"}, "allow_offload is 'gpu' -> choose from"), ({"place": ["denoise"]}, "write"),

@@ -146,6 +146,19 @@ def test_hostile_names_are_one_line_and_touch_nothing(store: FolderStore, say: S
     assert sorted(store.path.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", [["resume"], ["report"], ["inspect"], ["runs", "show"], ["runs", "rm"]])
+@pytest.mark.parametrize("name", ["..", "", "../zebra", "\0", "-", "\x1b[2J\n"])
+def test_a_name_that_no_run_can_have_is_one_line_of_every_command(
+    command: list[str], name: str, store: FolderStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(store.path.parent.rglob("*"))
+    assert answer([*command, "--artifacts", str(store.path), "--", name]) in (2, 5)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert "remove" not in err and "\x1b" not in err
+    assert sorted(store.path.parent.rglob("*")) == before
+
+
 def test_where_there_is_no_store_nothing_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["ls"], ["show", "last"], ["verify"]):
         assert answer(["runs", *command, "--artifacts", str(tmp_path / "none")]) == 5

@@ -67,6 +67,8 @@ def open_artifact(what: str, store: Store | None = None) -> tuple[Artifact, Stat
         what, store = found["key"], remote
     elif os.path.lexists(what):
         path = Path(os.path.realpath(what))
+        if not path.is_file():
+            raise StoreError(f"{path} is not a plain file -> name a manifest or an object of a store")
         if path.suffix != ".json":
             return _opened(str(path), path.name, atomic_files.read(path.parent, path.name, max_bytes=MAX_OBJECT_BYTES))
         what, store = path.stem, FolderStore(path.parent.parent, readonly=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from runner.commands.parse import devices
-from runner.job import default_store
+from runner.job_defaults import default_store
 from runner.startup import hush
 from runner.terminal import say
 from runner.text import gib, table

@@ -20,7 +20,8 @@ from runner.distributed.env import launched
 from runner.engine.report import Failure, Report
 from runner.engine.session import open_job_store, recorded_job
 from runner.events import Emit, json_lines, tee
-from runner.job import Job, default_store
+from runner.job import Job
+from runner.job_defaults import default_store
 from runner.media.paths import remove_orphans
 from runner.media.previews import PreviewFiles
 from runner.media.writer import PictureWriter, labelled

@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING
 
-from runner.job import default_store
+from runner.job_defaults import default_store
 from runner.terminal import say, warn
 from runner.text import clean, gib, table
 

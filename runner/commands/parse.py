@@ -11,8 +11,9 @@ from runner.commands.batch import Batch, Defaults, Item, batch
 from runner.commands.options import FamilyOptions, ResumeOptions, RunOptions
 from runner.commands.prompts import Entry, read_prompts
 from runner.inputs import INPUTS, PROMPT_BYTES, SEED, STEPS, read_size, read_whole
-from runner.job import DTYPES, LANES, STAGES, Job, Label, Origin, Output, RefusedLine, RunPolicy, new_run
-from runner.job import default_store as user_store
+from runner.job import DTYPES, LANES, STAGES, Job, Label, Origin, Output, RefusedLine, RunPolicy
+from runner.job_defaults import default_store as user_store
+from runner.job_defaults import new_run
 from runner.media.image import PictureCard, read_card
 from runner.media.paths import Naming, Unnamed
 from runner.placement_options import MemoryLimits, PlaceRequest

@@ -12,7 +12,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from runner.events import Emit
-from runner.job import RefusedLine, default_store
+from runner.job import RefusedLine
+from runner.job_defaults import default_store
 from runner.terminal import TolerantStream, say
 from runner.text import clean
 from stages.errors import (

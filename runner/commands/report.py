@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from runner.artifacts import open_store
-from runner.job import default_store
+from runner.job_defaults import default_store
 from runner.media.paths import write
 from runner.reports.history import find_run
 from runner.terminal import say, warn

@@ -13,7 +13,7 @@ from runner.artifacts.manifest import is_key
 from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store
 from runner.commands.refusal import as_option
-from runner.job import default_store
+from runner.job_defaults import default_store
 from runner.reports.history import HEAD, describe_run, find_run, stages_of, summarize
 from runner.terminal import say, warn
 from runner.text import gib, shown, table

@@ -14,7 +14,8 @@ from runner.engine.report import Failure, Picture, Report, StageReport
 from runner.engine.signals import Interrupted, StopRequest
 from runner.engine.stage_runner import Collectives, StageRunner, work_items
 from runner.events import Emit, one_at_a_time, silent
-from runner.job import STAGES, Job, Origin, RunPolicy, new_run
+from runner.job import STAGES, Job, Origin, RunPolicy
+from runner.job_defaults import new_run
 from runner.media.image import commit, versions
 from runner.media.latent_rgb import colors_of
 from runner.media.previews import Previewer

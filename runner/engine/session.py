@@ -7,7 +7,8 @@ from typing import Any
 from runner.artifacts import Store, open_store
 from runner.artifacts.atomic_files import explained
 from runner.events import Emit
-from runner.job import Job, default_store, new_run
+from runner.job import Job
+from runner.job_defaults import default_store, new_run
 from stages.errors import InvalidInput, StoreError
 
 

@@ -10,7 +10,7 @@ from runner.artifacts.manifest import checked_run, is_run
 from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store, StoredRun
 from runner.text import clean, gib, shown
-from stages.errors import StoreError
+from stages.errors import InvalidInput, StoreError
 
 SHOWN = 10
 MODEL = 40
@@ -47,14 +47,21 @@ class RunSummary:
 
 
 def find_run(store: Store, text: str) -> str:
-    """The run that `text` names: by its name, by the start of it, or as `last`; StoreError where that is not one."""
+    """The run that `text` names: by its name, by the start of it, or as `last`.
+
+    StoreError where that is not one, InvalidInput where it could be no run's name.
+    """
     if text == "last":
         runs = store.runs()
         if not runs:
             raise StoreError("there is no run in the store yet -> make a picture first, or name another `store`")
         return runs[-1]
+    try:
+        checked_run(text)
+    except ValueError as error:
+        raise InvalidInput(str(error)) from None
     names = [name for name in store.names("runs") if is_run(name)]
-    found = [checked_run(text)] if text in names else [name for name in names if name.startswith(checked_run(text))]
+    found = [text] if text in names else [name for name in names if name.startswith(text)]
     if not found:
         raise StoreError(f"no run's name starts with {text}; the last are: {', '.join(store.runs()[-3:]) or 'none'}")
     if len(found) > 1:

@@ -64,6 +64,8 @@ def read_loras(loras: Iterable[str | Path | LoraRequest]) -> tuple[LoraRequest, 
     """
     if isinstance(loras, str | Path):
         raise InvalidInput(f"`loras` is {str(loras)!r}, which is one -> loras=[{str(loras)!r}]")
+    if not isinstance(loras, Iterable):
+        raise InvalidInput(f"`loras` is {loras!r} -> give a list")
     return tuple(lora if isinstance(lora, LoraRequest) else _request(str(lora)) for lora in loras)
 
 
