@@ -76,7 +76,7 @@ WAYS: dict[str, Callable[[Path, int], Figures]] = {
 }
 
 
-def apart(way: str, model: Path, cap: int) -> Figures | None:
+def in_its_own_process(way: str, model: Path, cap: int) -> Figures | None:
     """The figures of a way in a process of its own; None where its cards are too small."""
     words = ["--one", way, "--model", str(model), "--cap", str(cap)]
     done = subprocess.run([sys.executable, "-m", "benchmarks.sharding", *words], capture_output=True, text=True)
@@ -89,7 +89,7 @@ def apart(way: str, model: Path, cap: int) -> Figures | None:
 
 def measured(way: str, model: Path, cap: int) -> Figures:
     """The figures of a way where it must run."""
-    figures = apart(way, model, cap)
+    figures = in_its_own_process(way, model, cap)
     assert figures is not None, f"{way} does not run on two cards of {cap:,} bytes"
     return figures
 
@@ -99,7 +99,7 @@ def smallest(way: str, model: Path, cap: int) -> int:
     low, high = 0, cap
     while high - low > FLOOR * cap:
         middle = (low + high) // 2
-        low, high = (low, middle) if apart(way, model, middle) is not None else (middle, high)
+        low, high = (low, middle) if in_its_own_process(way, model, middle) is not None else (middle, high)
     return high
 
 

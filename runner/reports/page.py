@@ -47,8 +47,8 @@ def page(run: str, record: Mapping[str, Any], store: Store) -> str:
         measured=[*_measured(record)],
         components=[(name, part["dtype"], gib(part["bytes"]), part["placement"], part["reason"])
                     for name, part in plan.get("components", {}).items()],
-        refused=[f"{stage} not {rung}: {why}" for stage, rungs in plan.get("refused", {}).items()
-                 for rung, why in rungs.items()],
+        refused=[f"{stage} not {strategy}: {why}" for stage, strategies in plan.get("refused", {}).items()
+                 for strategy, why in strategies.items()],
         versions=", ".join(f"{name} {version}" for name, version in versions.items()), model=record["model"],
     )
 
