@@ -1,5 +1,6 @@
 """Rough pictures: learned from the store, made every N steps, written beside the picture, kept for the report."""
 
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from PIL import Image
 
 from runner.artifacts import MemoryStore
 from runner.demo import LATENT_RGB
-from runner.events import json_lines, tee
+from runner.events import json_lines, silent, tee
+from runner.media.image import is_preview
 from runner.media.latent_rgb import Colors, cells_of, fitted, grid_of, learned
 from runner.media.previews import NOTHING_YET, Previewer, PreviewFiles, Strips, enlarged, preview_path, strips
 from runner.request import Request
@@ -134,7 +136,7 @@ def test_a_model_without_pictures_yet_says_so_once() -> None:
 
 def test_a_preview_lies_beside_its_picture_until_that_is_there(tmp_path: Path) -> None:
     path = tmp_path / "fox.png"
-    files, log = PreviewFiles([path]), (tmp_path / "log").open("w")
+    files, log = PreviewFiles([path], silent), (tmp_path / "log").open("w")
     steps(Previewer(tee(files, json_lines(log)), 2, [ASKED], lambda features: flat()), 4)
     log.close()
     assert [file.name for file in tmp_path.glob("*.png")] == ["fox.preview.png"]
@@ -143,6 +145,56 @@ def test_a_preview_lies_beside_its_picture_until_that_is_there(tmp_path: Path) -
     files("picture", {"path": str(path), "index": 0, "seed": 7})
     files("picture", {"path": str(path), "index": 0, "seed": 7})
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("theirs", ["picture", "text", "link", "folder"])
+def test_a_file_of_the_user_s_that_has_the_preview_s_name_is_left_as_it_is(tmp_path: Path, theirs: str) -> None:
+    path, heard = tmp_path / "fox.png", list[Any]()
+    there = preview_path(path)
+    match theirs:
+        case "picture":
+            Image.new("RGB", (4, 4)).save(there)
+        case "text":
+            there.write_text("mine")
+        case "link":
+            there.symlink_to(tmp_path / "elsewhere.png")
+        case "folder":
+            there.mkdir()
+    before = os.lstat(there)
+    files = PreviewFiles([path], lambda kind, data: heard.append((kind, data["text"])))
+    steps(Previewer(files, 2, [ASKED], lambda features: flat()), 6)
+    files("picture", {"path": str(path), "index": 0, "seed": 7})
+    assert os.lstat(there) == before and [file.name for file in tmp_path.iterdir()] == ["fox.preview.png"]
+    assert heard == [("warning", f"no preview beside fox.png: {there} is there already")]
+
+
+def test_the_preview_of_a_killed_run_is_replaced_and_goes_with_the_picture(tmp_path: Path) -> None:
+    path = tmp_path / "fox.png"
+    for files in (PreviewFiles([path], silent), PreviewFiles([path], silent)):
+        steps(Previewer(files, 2, [ASKED], lambda features: flat()), 2)
+        assert is_preview(preview_path(path))
+    PreviewFiles([path], silent)("picture", {"path": str(path), "index": 0, "seed": 7})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_preview_never_takes_the_name_of_another_picture_of_the_run(tmp_path: Path) -> None:
+    pictures = [tmp_path / "fox.png", tmp_path / "fox.preview.png"]
+    steps(Previewer(PreviewFiles(pictures, silent), 2, [ASKED], lambda features: flat()), 4)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stem", ["x" * 250, "\u72d0" * 80, "\U0001f98a" * 60])
+def test_the_preview_of_a_long_name_has_one_that_file_systems_take(tmp_path: Path, stem: str) -> None:
+    steps(Previewer(PreviewFiles([tmp_path / f"{stem}.png"], silent), 2, [ASKED], lambda features: flat()), 4)
+    assert [is_preview(file) for file in tmp_path.iterdir()] == [True]
+
+
+def test_a_preview_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "closed").touch()
+    heard = list[Any]()
+    files = PreviewFiles([tmp_path / "closed/fox.png"], lambda kind, data: heard.append(kind))
+    steps(Previewer(files, 1, [ASKED], lambda features: flat()), 4)
+    assert heard == ["warning"]
 
 
 def test_strips_are_bounded_and_end_with_the_last_step() -> None:

@@ -81,7 +81,8 @@ def join(
             with untracked():
                 from runner.distributed.tensor_parallel import worker_for
             job = Job.from_json(message["job"])
-            emit = tee(_warnings_of(rank), PreviewFiles(tuple(map(Path, job.output.paths))))
+            warnings = _warnings_of(rank)
+            emit = tee(warnings, PreviewFiles(tuple(map(Path, job.output.paths)), warnings))
             result = worker_for(job, rank, channel, heartbeat, emit).run_rank(message)
         # After the last beat: the first rank may leave as soon as it has all results, and the store with it.
         channel.hand_in(result.to_json())

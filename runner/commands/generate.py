@@ -81,7 +81,7 @@ def produce(job: Job, engine: distributed.Engine, *, options: RunOptions) -> int
         if job.resumed:
             remove_orphans(job.output.paths)
         with progress:
-            report = engine(job, tee(emit, PreviewFiles(tuple(map(Path, job.output.paths)))), results, seconds)
+            report = engine(job, tee(emit, PreviewFiles(tuple(map(Path, job.output.paths)), emit)), results, seconds)
     seconds["total"] = time.perf_counter() - begin
     if not options.quiet:
         say(sys.stderr, lines(report, seconds))

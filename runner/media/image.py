@@ -23,6 +23,8 @@ from stages.models.lora import LoraRequest
 SCHEMA = 1
 PACKAGES = ("stagerun", "diffusers", "torch", "transformers")
 TEXT_BYTES = 256 * 2**10
+# What says of a file that it is a preview, and may go when its picture is there.
+PREVIEW = "runner-preview"
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,35 @@ def commit(identity: str, model: str) -> str | None:
 
 def png(pixels: Any, card: Mapping[str, Any] | None) -> bytes:
     """The PNG file of uint8 pixels [height, width, 3], with `card` in its `runner` and `parameters` texts."""
-    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     if card is not None:
         info.add_text("parameters", parameters(card))
         info.add_itxt("runner", json.dumps(card, ensure_ascii=False, allow_nan=False, sort_keys=True))
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", pnginfo=info)
-    return file.getvalue()
+    return _png(pixels, info)
+
+
+def preview_png(pixels: Any) -> bytes:
+    """The PNG file of a preview, uint8 pixels [height, width, 3], that `is_preview` knows again."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text(PREVIEW, "replaced by the finished picture")
+    return _png(pixels, info)
+
+
+def is_preview(path: Path) -> bool:
+    """Whether the file at `path` is a preview that a run made, and no picture of somebody's."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
+        with Image.open(path, formats=("PNG",)) as image:
+            return PREVIEW in image.info
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        return False
 
 
 def card_of(request: Request, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +156,14 @@ def read_card(path: str | Path) -> PictureCard:
         raise InvalidInput(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: {error}") from None
+
+
+def _png(pixels: Any, info: Any) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def _quoted(value: str) -> str:

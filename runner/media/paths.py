@@ -93,9 +93,9 @@ def write(path: Path, data: bytes, *, overwrite: bool = False) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_files.put(path, data, overwrite=overwrite)
-    except FileExistsError:
-        raise InvalidInput(taken(path)) from None
     except OSError as error:
+        if isinstance(error, FileExistsError) and path.parent.is_dir():
+            raise InvalidInput(taken(path)) from None
         text = f"cannot write {path} ({len(data):,} bytes): {error.strerror}"
         raise StoreError(f"{text} -> make room or choose another `out`; what the store keeps is not lost") from error
 

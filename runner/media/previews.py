@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from runner.artifacts import Store, key_of
 from runner.events import Emit
 from runner.media import paths
-from runner.media.image import png
+from runner.media.image import is_preview, preview_png
 from runner.request import Request
+from stages.errors import InvalidInput, StoreError
 
 if TYPE_CHECKING:
     # It needs torch, and the command line imports this module before it knows what to do.
@@ -63,24 +64,38 @@ NOTHING_YET = ("no preview yet: what latents look like is learned from pictures 
 class PreviewFiles:
     """An emit that keeps the last preview of each picture in a file beside it, until the picture is there.
 
-    `pictures` are the paths of the pictures.
+    `pictures` are the paths of the pictures. A file that no run made as a preview is left as it is, and `emit` told.
     """
 
-    def __init__(self, pictures: Sequence[Path]) -> None:
-        self._pictures = pictures
+    def __init__(self, pictures: Sequence[Path], emit: Emit) -> None:
+        self._pictures, self._emit = pictures, emit
+        self._kept = frozenset(pictures)
+        self._off: set[Path] = set()
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         if kind == "preview" and data["request"] < len(self._pictures):
-            path = preview_path(self._pictures[data["request"]])
-            paths.write(path, png(enlarged(data["pixels"]()), None), overwrite=True)
-        elif kind == "picture":
-            with suppress(FileNotFoundError):
-                preview_path(Path(data["path"])).unlink()
+            self._show(self._pictures[data["request"]], data["pixels"])
+        elif kind == "picture" and is_preview(path := preview_path(Path(data["path"]))):
+            with suppress(OSError):
+                path.unlink()
+
+    def _show(self, picture: Path, pixels: Callable[[], Any]) -> None:
+        path = preview_path(picture)
+        if path in self._kept or path in self._off:
+            return
+        try:
+            paths.write(path, preview_png(enlarged(pixels())), overwrite=is_preview(path))
+        except (InvalidInput, StoreError) as error:
+            self._off.add(path)
+            why = f"{path} is there already" if isinstance(error, InvalidInput) else error.text
+            self._emit("warning", {"text": f"no preview beside {picture.name}: {why}"})
 
 
 def preview_path(path: Path) -> Path:
     """Where the preview of the picture at `path` lies: `fox.preview.png` for `fox.png`."""
-    return path.with_name(f"{path.stem[:200]}.preview.png")
+    # A letter has up to four bytes, and a name at most 255.
+    stem = path.stem.encode(errors="surrogateescape")[:200].decode(errors="ignore")
+    return path.with_name(f"{stem}.preview.png")
 
 
 def enlarged(pixels: Any) -> Any:
