@@ -59,6 +59,8 @@ class Output:
     """Whether files that are there are replaced."""
     metadata: bool = True
     """Whether a picture's file says how it was made."""
+    folder: str = ""
+    """The folder that all of them lie in, or below; empty where that is not said."""
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,9 @@ class Job:
         store = self.store if "://" in self.store or self.store in ("", "memory") else os.path.abspath(self.store)
         loras = tuple(replace(lora, source=absolute(lora.source)) for lora in self.loras)
         paths = tuple(map(os.path.abspath, self.output.paths))
+        folder = os.path.abspath(self.output.folder) if self.output.folder else ""
         return replace(self, store=store, loras=loras, model=None if self.model is None else absolute(self.model),
-                       output=replace(self.output, paths=paths))
+                       output=replace(self.output, paths=paths, folder=folder))
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON."""

@@ -1,11 +1,12 @@
 """The standard streams of a command line, which somebody may stop reading at any moment."""
 
+import json
 import os
 import sys
 from collections.abc import Iterable
 from typing import TextIO
 
-from runner.text import clean
+from runner.text import clean, harmless
 
 
 class TolerantStream:
@@ -46,10 +47,21 @@ class TolerantStream:
 
 
 def say(stream: TextIO, lines: Iterable[str]) -> None:
-    """Write lines to a stream that may be gone."""
+    """Write lines to a stream that may be gone; of what others wrote, nothing acts on a terminal."""
+    say_exactly(stream, map(harmless, lines))
+
+
+def say_exactly(stream: TextIO, lines: Iterable[str]) -> None:
+    """Write lines as they are: paths, which programs read."""
     out = TolerantStream(stream)
     out.write("".join(f"{line}\n" for line in lines))
     out.flush()
+
+
+def say_json(stream: TextIO, value: object) -> None:
+    """Write a value as a line of JSON that is readable, in which nothing acts on a terminal and nothing is lost."""
+    text = json.dumps(value, ensure_ascii=False)
+    say_exactly(stream, ["".join(c if c == " " or harmless(c) else json.dumps(c)[1:-1] for c in text)])
 
 
 def warn(text: str) -> None:

@@ -16,10 +16,14 @@ def gib(count: int) -> str:
 
 def clean(text: str) -> str:
     """`text` on one line without what moves a cursor or turns the reading direction."""
-    spaced = " ".join(text.split())
-    if spaced.isascii() and spaced.isprintable():
-        return spaced
-    return "".join(c for c in spaced if c not in BIDI and unicodedata.category(c) not in ("Cc", "Cs"))
+    return harmless(" ".join(text.split()))
+
+
+def harmless(line: str) -> str:
+    """A line with its spaces as they are, without what moves a cursor or turns the reading direction."""
+    if line.isascii() and line.isprintable():
+        return line
+    return "".join(c for c in line if c not in BIDI and unicodedata.category(c) not in ("Cc", "Cs"))
 
 
 def visible(value: object, most: int = 2000) -> str:

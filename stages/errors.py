@@ -51,8 +51,11 @@ class StagerunError(Exception):
         return self.message(as_keyword)
 
     def message(self, word: Callable[[str, str | None], str | None]) -> str:
-        """The message with what it names of the job in somebody's words, as `worded` has it."""
-        return worded(self.text, word)
+        """The message with what it names of the job in somebody's words, as `worded` has it.
+
+        Files and stores that others made have a say in it: what would move a cursor is left out.
+        """
+        return "".join(c for c in worded(self.text, word) if c.isprintable() or c in "\n\u00a0")
 
     def to_json(self) -> dict[str, Any]:
         """The error as JSON, for another process; a subclass that is not of this module as what it is one of."""

@@ -25,7 +25,8 @@ class State:
     """
 
     def __repr__(self) -> str:
-        return f"State({', '.join(f'{name} {_shape(tensor)}' for name, tensor in self.tensors().items())})"
+        named = (f"{ascii(name)[1:-1]} {_shape(tensor)}" for name, tensor in self.tensors().items())
+        return f"State({', '.join(named)})"
 
     def only(self, names: Collection[str]) -> "State":
         """The same state with nothing but `names`."""

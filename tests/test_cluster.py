@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +56,24 @@ def workers(name: str) -> list[int]:
         if text.startswith(f"ray::MapWorker(Map({name}))") and of_this_process(int(entry.parent.name)):
             found.append(int(entry.parent.name))
     return found
+
+
+LISTENING = """
+import os, psutil
+from runner.distributed.ray.cluster import connected
+with connected() as ray:
+    ray.get(ray.remote(lambda: 1).remote())
+    found = [(process.name(), line.laddr.ip) for process in psutil.Process().children(recursive=True)
+             for line in process.net_connections("inet") if line.status == "LISTEN"]
+print(len(found), [each for each in found if not each[1].removeprefix("::ffff:").startswith("127.")])
+"""
+
+
+def test_a_cluster_of_our_own_listens_to_this_machine_alone() -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", LISTENING], capture_output=True, text=True, env=clean)
+    count, _, others = done.stdout.strip().partition(" ")
+    assert int(count) >= 3 and others == "[]", done.stdout + done.stderr
 
 
 @contextmanager

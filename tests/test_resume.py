@@ -150,6 +150,34 @@ def test_an_odd_record_is_refused_by_name(
     assert "the record of run odd " in err and says in err and err.count("\n") == 1 and "its artifacts are kept" in err
 
 
+@pytest.mark.parametrize(
+    ("path", "folder", "says"),
+    [
+        ("/etc/cron.d/x", "/etc", "must end in .png"), ("../../x.png", "", "is no path of a picture"),
+        ("away/x.png", "home", "leads out of"), ("home/../away/x.png", "home", "is no path of a picture"),
+        (".bashrc", "", "must end in .png"), ("x\x1b[2J.png", "", "no name for a file"), ("", "", "is empty"),
+        ("home/link/x.png", "home", "by a symlink"), ("file/x.png", "", "is not a folder"),
+        ("/proc/x.png", "", "cannot write in /proc"), ("x\0.png", "", "no name for a file"), ("home", "", "no path"),
+    ],
+)
+def test_a_record_leads_nowhere_where_out_could_not(
+    path: str, folder: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("home", "away"):
+        Path(name).mkdir()
+    Path("home/link").symlink_to(tmp_path / "away")
+    Path("file").touch()
+    output = {"paths": [path and os.path.join(os.getcwd(), path)], "folder": folder and str(Path(folder).absolute()),
+              "overwrite": True}
+    FolderStore(Path("store")).save_run("odd", {"requests": [], "status": "interrupted",
+                                                "job": {**JOB, "output": {**JOB["output"], **output}}})
+    before = sorted(Path().rglob("*"))
+    assert answer(["resume", "odd", "--artifacts", "store"]) == 5
+    err = capsys.readouterr().err
+    assert "the record of run odd names a picture that cannot be written: " in err and says in err
+    assert err.count("\n") == 1 and "\x1b" not in err and sorted(Path().rglob("*")) == before
+
+
 def test_a_damaged_record_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     FolderStore(Path("store")).save_run("odd", {"job": JOB, "requests": []})
     path = Path("store") / run_path("odd")

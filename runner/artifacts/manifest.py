@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
 from runner.artifacts.signed_json import JSON, Damaged, canonical, read_document, write_document
-from runner.text import gib
+from runner.text import clean, gib
 
 MAX_OBJECT_BYTES = 8 * 2**30
 # Each dtype that safetensors knows, as torch calls it.
@@ -64,7 +64,7 @@ class Artifact:
     def __repr__(self) -> str:
         count = len(self.tensors)
         tensors = f"{count} tensor{'' if count == 1 else 's'}"
-        return f"Artifact({self.stage} {self.key[:12]}, {gib(self.bytes)}, {tensors})"
+        return f"Artifact({clean(self.stage)} {self.key[:12]}, {gib(self.bytes)}, {tensors})"
 
 
 def key_of(parts: Mapping[str, object]) -> str:

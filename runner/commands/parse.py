@@ -39,7 +39,8 @@ def job_of(family: str, options: FamilyOptions) -> Job:
         raise InvalidInput(f"{options.like} was made by {card.family} -> runner {card.family} --like {options.like}")
     found = batch(_entries(options, card), chosen, _defaults(options, None if card is None else card.request))
     run = new_run()
-    items, paths, refused = _named(found, options, run)
+    naming = Naming(options.out, run=run, total=found.total, overwrite=options.overwrite)
+    items, paths, refused = _named(found, options, naming)
     return placed(Job(
         family=family,
         requests=tuple(item.request for item in items),
@@ -50,7 +51,7 @@ def job_of(family: str, options: FamilyOptions) -> Job:
         store=options.artifacts or str(user_store()),
         run=run,
         policy=RunPolicy(stop_after=options.stop_after, from_stage=options.from_stage, degrade=not options.no_degrade),
-        output=Output(tuple(paths), options.overwrite, not options.no_metadata),
+        output=Output(tuple(paths), options.overwrite, not options.no_metadata, str(naming.folder)),
         labels=tuple(Label(item.line, item.id) for item in items),
         refused=tuple(refused),
         origin=None if card is None or options.model is not None else Origin(
@@ -199,9 +200,8 @@ def _defaults(options: FamilyOptions, before: Request | None) -> Defaults:
     return Defaults(inputs, seeds, 1 if options.count is None else read_whole("count", options.count, 1, COUNT))
 
 
-def _named(found: Batch, options: FamilyOptions, run: str) -> tuple[list[Item], list[str], list[RefusedLine]]:
+def _named(found: Batch, options: FamilyOptions, naming: Naming) -> tuple[list[Item], list[str], list[RefusedLine]]:
     """The items that have a name, their paths, and the lines refused so far; InvalidInput where no item is left."""
-    naming = Naming(options.out, run=run, total=found.total, overwrite=options.overwrite)
     items, paths, refused = list[Item](), list[str](), list(found.refused)
     for item in found.items:
         try:

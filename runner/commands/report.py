@@ -6,8 +6,8 @@ from pathlib import Path
 from runner.artifacts import open_store
 from runner.job_defaults import default_store
 from runner.media.paths import write
-from runner.reports.history import find_run
-from runner.terminal import say, warn
+from runner.reports.history import find_run, readable
+from runner.terminal import say_exactly, warn
 from runner.text import shown
 from stages.errors import InvalidInput
 
@@ -21,8 +21,11 @@ def write_report(run: str, out: str | None, artifacts: str | None, *, overwrite:
     store = open_store(artifacts or str(default_store()), warn=warn, readonly=True)
     name = find_run(store, run)
     path = path or Path(f"{name}.html")
-    write(path, page(name, store.load_run(name), store).encode(), overwrite=overwrite)
-    say(sys.stdout, [str(path)])
+    record = store.load_run(name)
+    with readable(name):
+        text = page(name, record, store)
+    write(path, text.encode(), overwrite=overwrite)
+    say_exactly(sys.stdout, [str(path)])
 
 
 def checked(out: str) -> Path:

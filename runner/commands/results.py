@@ -1,6 +1,5 @@
 """What standard output says of a run: the paths of its pictures, or JSON."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,7 +9,7 @@ from runner.engine.report import Failure, Report
 from runner.job import Job, RefusedLine
 from runner.media.writer import label
 from runner.reports.report import document
-from runner.terminal import say
+from runner.terminal import say_exactly, say_json
 from stages.errors import worded
 
 
@@ -33,7 +32,7 @@ class Results:
         if self._json and self._listed:
             self._line("picture", {"path": path, **labels, **data["card"]})
         elif self._listed and not self._stream.isatty():
-            say(self._stream, [path])
+            say_exactly(self._stream, [path])
         else:
             self._held[data["position"]] = {"path": path, **(data["card"] if self._json else {})}
 
@@ -51,20 +50,20 @@ class Results:
         if self._json:
             self._document(document(report, held, [_failed(report.job, failure) for failure in failures], seconds))
         elif report.job.output.paths or report.job.store == "memory":
-            say(self._stream, [str(picture["path"]) for picture in held])
+            say_exactly(self._stream, [str(picture["path"]) for picture in held])
         else:
-            say(self._stream, _artifacts(report))
+            say_exactly(self._stream, _artifacts(report))
 
     def _document(self, whole: Mapping[str, Any]) -> None:
         if not self._listed:
-            say(self._stream, [json.dumps(whole, ensure_ascii=False)])
+            say_json(self._stream, whole)
             return
         for failure in whole["failed"]:
             self._line("failed", failure)
         self._line("run", {name: value for name, value in whole.items() if name not in ("pictures", "failed")})
 
     def _line(self, kind: str, data: Mapping[str, Any]) -> None:
-        say(self._stream, [json.dumps({"kind": kind, **data}, ensure_ascii=False)])
+        say_json(self._stream, {"kind": kind, **data})
 
 
 def _failed(job: Job, failure: Failure) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`runner runs`: the runs of a store listed, shown and forgotten, its garbage collected, its bytes verified."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store
 from runner.commands.refusal import as_option
 from runner.job_defaults import default_store
-from runner.reports.history import HEAD, describe_run, find_run, stages_of, summarize
-from runner.terminal import say, warn
+from runner.reports.history import HEAD, describe_run, find_run, readable, stages_of, summarize
+from runner.terminal import say, say_json, warn
 from runner.text import gib, shown, table
 from stages.errors import InvalidInput, StoreError, worded
 
@@ -29,7 +28,7 @@ def ls(artifacts: str | None, *, as_json: bool, last: int | None) -> None:
     keys = frozenset(store.keys())
     rows = [summarize(store, run, keys) for run in (runs if last is None else runs[-last:])]
     if as_json:
-        say(sys.stdout, [json.dumps({"runs": [each.document() for each in rows]})])
+        say_json(sys.stdout, {"runs": [each.document() for each in rows]})
     else:
         say(sys.stdout, table([HEAD, *(each.cells() for each in rows)]) if rows else ["no runs yet"])
 
@@ -39,11 +38,13 @@ def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
     store = opened(artifacts, readonly=True)
     found = store.stored_run(find_run(store, run))
     sizes = {key: _bytes(store, key) for keys in stages_of(found.record).values() for key in keys}
-    facts = summarize(store, found.run, {key for key, size in sizes.items() if size is not None}, found)
+    with readable(found.run):
+        facts = summarize(store, found.run, {key for key, size in sizes.items() if size is not None}, found)
+        described = describe_run(facts, found, sizes)
     if as_json:
-        say(sys.stdout, [json.dumps({**facts.document(), "sizes": sizes, "record": found.record})])
+        say_json(sys.stdout, {**facts.document(), "sizes": sizes, "record": found.record})
     else:
-        say(sys.stdout, describe_run(facts, found, sizes))
+        say(sys.stdout, described)
 
 
 def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
@@ -55,7 +56,10 @@ def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
             raise StoreError(f"run {run} is going on -> stop it first, with Ctrl-C or by its process")
     for run in found:
         store.drop_run(run)
-    say(sys.stdout, [json.dumps({"removed": found})] if as_json else found)
+    if as_json:
+        say_json(sys.stdout, {"removed": found})
+    else:
+        say(sys.stdout, found)
 
 
 def gc(artifacts: str | None, *, as_json: bool, older: str, dry: bool) -> None:
@@ -63,7 +67,7 @@ def gc(artifacts: str | None, *, as_json: bool, older: str, dry: bool) -> None:
     garbage = collect(opened(artifacts), min_age=seconds(older), dry_run=dry)
     if as_json:
         document = {"artifacts": garbage.artifacts, "files": len(garbage.files), "bytes": garbage.bytes, "dry": dry}
-        say(sys.stdout, [json.dumps(document)])
+        say_json(sys.stdout, document)
         return
     what = f"{len(garbage.artifacts)} artifacts, {len(garbage.files)} files: {gib(garbage.bytes)}"
     say(sys.stdout, [f"would free {what}" if dry else f"freed {what}"])
@@ -84,7 +88,7 @@ def verify(artifacts: str | None, *, as_json: bool) -> None:
     total = sum(finding.bytes for finding in found)
     if as_json:
         damaged = [vars(finding) for finding in bad]
-        say(sys.stdout, [json.dumps({"looked_at": counts, "bytes": total, "damaged": damaged})])
+        say_json(sys.stdout, {"looked_at": counts, "bytes": total, "damaged": damaged})
     if bad:
         raise StoreError(
             f"{len(bad)} of {len(found)} are damaged: a damaged artifact is computed again when a run needs it, a "

@@ -35,6 +35,7 @@ class RankCollectives:
         # Names of hosts may lead anywhere, and all of these processes are on this one.
         if Path("/sys/class/net/lo").exists():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         device = torch.device(self._device)
         backend = "cpu:gloo"
         if device.type != "cpu":

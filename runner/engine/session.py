@@ -9,6 +9,7 @@ from runner.artifacts.atomic_files import explained
 from runner.events import Emit
 from runner.job import Job
 from runner.job_defaults import default_store, new_run
+from runner.media.paths import check_recorded
 from stages.errors import InvalidInput, StoreError
 
 
@@ -41,8 +42,13 @@ def recorded_job(store: Store, run: str, where: str) -> Job:
     except InvalidInput as error:
         raise StoreError(f"the record of run {run} cannot be read ({error.text}) -> give its job again; its artifacts "
                          f"are kept") from None
-    paths = tuple(str(_near(path)) for path in job.output.paths)
-    return replace(job, store=where, resumed=True, output=replace(job.output, paths=paths),
+    try:
+        # Whoever may write in the store could name any file there.
+        check_recorded(job.output.paths, job.output.folder)
+    except InvalidInput as error:
+        raise StoreError(f"the record of run {run} names a picture that cannot be written: {error.text}") from None
+    output = replace(job.output, paths=tuple(map(_near, job.output.paths)), folder=_near(job.output.folder))
+    return replace(job, store=where, run=run, resumed=True, output=output,
                    model=None if job.model is None else str(_near(job.model)))
 
 

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from runner.artifacts import atomic_files, temp_files
 from runner.request import Request
@@ -35,6 +36,11 @@ class Naming:
         self._run, self._width, self._overwrite = slug(run), len(str(total - 1)), overwrite
         self._taken: set[Path] = set()
         self._folders: set[Path] = set()
+
+    @property
+    def folder(self) -> Path:
+        """The folder that all pictures lie in, or below."""
+        return self._root
 
     def path(self, request: Request, id: str | None = None, out: str | None = None) -> Path:
         """The path of a picture, `out` being what its own line says; InvalidInput where it is taken or not writable.
@@ -83,6 +89,19 @@ def slug(text: str) -> str:
     """At most 60 of the characters a-z, 0-9 and inner dashes that say `text` best; `picture` where none does."""
     plain = unicodedata.normalize("NFKD", text[:1000]).encode("ascii", "ignore").decode().lower()
     return re.sub("[^a-z0-9]+", "-", plain).strip("-")[:SLUG].strip("-") or "picture"
+
+
+def check_recorded(names: Sequence[str], folder: str) -> None:
+    """Raise InvalidInput for paths of a record that `out` could not have led to, `folder` being the one it named."""
+    checked: set[Path] = set()
+    for name in names:
+        root, parts = _pattern(name, "")
+        path = root.joinpath(*parts)
+        if ".." in path.parts or parts == ("",):
+            raise InvalidInput(f"{shown(name)} is no path of a picture")
+        if path.parent not in checked:
+            _check_folder(path.parent, Path(folder) if folder else path.parent)
+            checked.add(path.parent)
 
 
 def write(path: Path, data: bytes, *, overwrite: bool = False) -> None:
@@ -142,8 +161,12 @@ def _check_folder(folder: Path, root: Path) -> None:
     there = next(parent for parent in (Path(real), *Path(real).parents) if os.path.exists(parent))
     if not there.is_dir():
         raise InvalidInput(f"{there} is not a folder -> choose another `out`")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InvalidInput(f"cannot write in {there} -> choose another `out`")
+    try:
+        # By trying: what a file system allows is more than what permissions say.
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InvalidInput(f"cannot write in {there} ({error.strerror}) -> choose another `out`") from None
 
 
 def taken(path: Path) -> str:

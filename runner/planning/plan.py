@@ -8,7 +8,7 @@ from runner.planning.ladder import Strategy
 from runner.planning.placer import Need, Part, Placer
 from runner.planning.precompute import TableSaving
 from runner.request import Request
-from runner.text import pictures
+from runner.text import clean, pictures
 from stages.families import Family
 from stages.machine import Machine
 from stages.models.checkpoint import Checkpoint
@@ -54,7 +54,8 @@ class Plan:
     def __repr__(self) -> str:
         stages = (f"{stage} on {' and '.join(device for device, need in needs.items() if need.total)}"
                   for stage, needs in self.needs.items())
-        return f"Plan({', '.join((self.family.name, self.checkpoint.source, pictures(len(self.requests)), *stages))})"
+        what = (self.family.name, clean(self.checkpoint.source), pictures(len(self.requests)))
+        return f"Plan({', '.join((*what, *stages))})"
 
     @property
     def family(self) -> Family:

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from runner.artifacts.manifest import checked_run, is_run
 from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store, StoredRun
 from runner.text import clean, gib, shown
-from stages.errors import InvalidInput, StoreError
+from stages.errors import StagerunError, StoreError
 
 SHOWN = 10
 MODEL = 40
@@ -47,10 +48,7 @@ class RunSummary:
 
 
 def find_run(store: Store, text: str) -> str:
-    """The run that `text` names: by its name, by the start of it, or as `last`.
-
-    StoreError where that is not one, InvalidInput where it could be no run's name.
-    """
+    """The run that `text` names: by its name, by the start of it, or as `last`; StoreError where that is not one."""
     if text == "last":
         runs = store.runs()
         if not runs:
@@ -59,7 +57,7 @@ def find_run(store: Store, text: str) -> str:
     try:
         checked_run(text)
     except ValueError as error:
-        raise InvalidInput(str(error)) from None
+        raise StoreError(str(error)) from None
     names = [name for name in store.names("runs") if is_run(name)]
     found = [text] if text in names else [name for name in names if name.startswith(text)]
     if not found:
@@ -68,6 +66,18 @@ def find_run(store: Store, text: str) -> str:
         some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise StoreError(f"the names of {len(found)} runs start with {text}: {some} -> give more of it")
     return found[0]
+
+
+@contextmanager
+def readable(run: str) -> Iterator[None]:
+    """What is made of a run's record; StoreError where somebody changed it, and nothing can be made of it."""
+    try:
+        yield
+    except StagerunError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise StoreError(f"the record of run {run} cannot be read ({type(error).__name__}: {error}) -> its artifacts "
+                         f"are kept; give its command again") from error
 
 
 def summarize(store: Store, run: str, done: Collection[str], stored: StoredRun | None = None) -> RunSummary:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from runner.artifacts import Artifact, Store
 from runner.media.previews import enlarged
 from runner.reports import templates
+from runner.reports.history import readable
 from runner.reports.progress import Status, Summary
 from runner.reports.report import stages_table
 from runner.reports.templates import Thumbnail, thumbnail
-from runner.text import gib, pictures
+from runner.text import gib, harmless, pictures
 
 if TYPE_CHECKING:
     # What needs torch is imported when it is asked for: every notebook imports this module before anything else.
@@ -63,7 +64,7 @@ class Live:
                 self._handle.update(self)
 
     def __repr__(self) -> str:
-        return "\n".join([*self._lines, *([self._now] if self._now else [])])
+        return "\n".join(map(harmless, [*self._lines, *([self._now] if self._now else [])]))
 
     def _repr_html_(self) -> str:
         return html("live", self._lines, self._now, self._preview, self._step)
@@ -93,15 +94,18 @@ class Memory:
     HEAD = ("stage", "device", "before", "plan", "peak", "peak less before", "after")
 
     def __init__(self, store: Store, run: str) -> None:
-        self.run, self.rows = run, stage_memory(store.load_run(run))
+        self.run, record = run, store.load_run(run)
+        with readable(run):
+            self.rows = stage_memory(record)
 
     def __repr__(self) -> str:
         return f"Memory({self.run}, {', '.join(f'{row.stage} {row.device} {gib(row.peak)}' for row in self.rows)})"
 
     def _repr_html_(self) -> str:
-        return html("memory", self.HEAD, [
-            (row.stage, row.device, gib(row.before), gib(row.planned), gib(row.peak), gib(row.peak - row.before),
-             gib(row.after)) for row in self.rows])
+        with readable(self.run):
+            return html("memory", self.HEAD, [
+                (row.stage, row.device, gib(row.before), gib(row.planned), gib(row.peak), gib(row.peak - row.before),
+                 gib(row.after)) for row in self.rows])
 
 
 class Charts:
@@ -114,13 +118,16 @@ class Charts:
 
         self.run = run
         record = store.load_run(run)
-        self._drawings = [drawing for draw in (blocks, memory, gantt) if (drawing := draw(record, WIDTH)) is not None]
+        with readable(run):
+            drawings = [draw(record, WIDTH) for draw in (blocks, memory, gantt)]
+        self._drawings = [drawing for drawing in drawings if drawing is not None]
 
     def __repr__(self) -> str:
         return f"Charts({self.run}, {len(self._drawings)} of them)"
 
     def _repr_html_(self) -> str:
-        return html("charts", self._drawings, WIDTH)
+        with readable(self.run):
+            return html("charts", self._drawings, WIDTH)
 
 
 def stage_memory(record: Mapping[str, Any]) -> list[StageMemory]:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
 from runner.text import visible
@@ -37,13 +37,19 @@ def thumbnail(pixels: Any, side: int) -> Thumbnail:
 
 
 def render(name: str, **values: Any) -> str:
-    """The template of this name with these values."""
-    return _environment().get_template(name).render(values)
+    """The template of this name with these values; ValueError for those that it cannot show."""
+    try:
+        return _environment().get_template(name).render(values)
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
 
 
 def call(name: str, macro: str, *values: Any, **named: Any) -> str:
-    """What a macro of the template of this name gives for these values."""
-    return str(getattr(_environment().get_template(name).module, macro)(*values, **named))
+    """What a macro of the template of this name gives for these values; ValueError for those that it cannot show."""
+    try:
+        return str(getattr(_environment().get_template(name).module, macro)(*values, **named))
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
 
 
 @cache

@@ -52,7 +52,11 @@ def connected(*, verbose: bool = False) -> Iterator[Any]:
 
     Raises InvalidInput where it is not installed.
     """
+    address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address:
+        # Whether Ray binds to addresses that other machines reach, on Linux as well; read when it is imported.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
@@ -69,7 +73,6 @@ def connected(*, verbose: bool = False) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    address = os.environ.get("RAY_ADDRESS")
     level = logging.INFO if verbose else logging.ERROR
     local: dict[str, Any] = {} if address else {"object_store_memory": _OBJECTS, "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
