@@ -7,7 +7,6 @@ import torch
 from diffusers import ModularPipeline
 
 from stages.errors import BadResult
-from stages.events import Emit
 from stages.pipeline.stage import Inputs, Stage
 
 
@@ -16,9 +15,9 @@ class Decode(Stage):
 
     name = "decode"
 
-    def arguments(self, pipe: ModularPipeline, inputs: Inputs, emit: Emit) -> dict[str, Any]:
+    def arguments(self, pipe: ModularPipeline, inputs: Inputs) -> dict[str, Any]:
         """The inputs, and that numbers are asked for: a non-finite value must be seen before it is made a pixel."""
-        return {**super().arguments(pipe, inputs, emit), "output_type": "pt"}
+        return {**super().arguments(pipe, inputs), "output_type": "pt"}
 
     def result(self, values: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
         """One picture as `pixels`, uint8 [height, width, 3]; raises BadResult for one that is none."""

@@ -51,9 +51,9 @@ class Denoise(Stage):
         if vae is not None and "vae" not in pipe.components:
             pipe.vae = skeleton(vae)
 
-    def arguments(self, pipe: ModularPipeline, inputs: Inputs, emit: Emit) -> dict[str, Any]:
+    def arguments(self, pipe: ModularPipeline, inputs: Inputs) -> dict[str, Any]:
         """The inputs, and one CPU generator per picture: its noise depends on no card, rank or lane."""
-        arguments = super().arguments(pipe, inputs, emit)
+        arguments = super().arguments(pipe, inputs)
         seed = inputs.get("seed")
         if "seed" in self.inputs and isinstance(seed, int):
             arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
@@ -69,7 +69,9 @@ class Denoise(Stage):
         return plain and len(self._loops) == 1
 
     @contextmanager
-    def request(self, pipe: ModularPipeline, emit: Emit, resume_from: StepCheckpoint | None) -> Iterator[None]:
+    def request(
+        self, pipe: ModularPipeline, inputs: Inputs, emit: Emit, resume_from: StepCheckpoint | None
+    ) -> Iterator[None]:
         """While this thread's pipeline works on a request inside, `emit` is told of its steps."""
         timesteps = pipe.scheduler.config.num_train_timesteps if self.resumable(pipe) else None
         self.hook.on_step, self.hook.resume_from = StepMonitor(emit, timesteps), resume_from

@@ -1,11 +1,15 @@
 """Encode: the prompt becomes embeddings."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import ModularPipeline
 
 from stages.events import Emit
+from stages.pipeline.prompt_end import PromptReader
 from stages.pipeline.stage import Inputs, Stage
+from stages.pipeline.step_hook import StepCheckpoint
 
 
 class Encode(Stage):
@@ -13,33 +17,22 @@ class Encode(Stage):
 
     name = "encode"
 
-    def arguments(self, pipe: ModularPipeline, inputs: Inputs, emit: Emit) -> dict[str, Any]:
-        """The inputs, and the empty negative prompt where one is read; `emit` is told of a prompt that will be cut."""
-        arguments = super().arguments(pipe, inputs, emit)
+    def arguments(self, pipe: ModularPipeline, inputs: Inputs) -> dict[str, Any]:
+        """The inputs, and the empty negative prompt where one is read."""
+        arguments = super().arguments(pipe, inputs)
         if "negative_prompt" in self.blocks.input_names:
             # For most families this is the default; Stable Diffusion 3 makes no negative embeddings without it, and
             # then guides away from the prompt itself, which changes nothing.
             arguments.setdefault("negative_prompt", "")
-        tokenizers = [name for name in pipe.components if name.startswith("tokenizer")]
-        for name in ("prompt", "negative_prompt"):
-            unseen = [unseen_end(pipe, tokenizer, inputs, name) for tokenizer in tokenizers if name in inputs]
-            if unseen and all(unseen):
-                emit("warning", {"text": f"the {name.replace('_', ' ')} is too long for the model, which does not see "
-                                         f"its end: {min(unseen, key=len)!r}"})
         return arguments
 
-
-def unseen_end(pipe: ModularPipeline, tokenizer: str, inputs: Inputs, name: str = "prompt") -> str:
-    """The end of a prompt that a tokenizer's encoder does not see; upstream cuts it with a line in a log.
-
-    CLIP reads what its tokenizer says (77 tokens), every other encoder as many tokens as the request gives it. In
-    FLUX.1 the cut in CLIP is usual, and harmless while T5 reads on.
-    """
-    reader = getattr(pipe, tokenizer)
-    reader = getattr(reader, "tokenizer", reader)  # FLUX.2 has a processor, which holds one.
-    limit = reader.model_max_length
-    if "CLIP" not in type(reader).__name__ and isinstance(inputs.get("max_sequence_length"), int):
-        limit = inputs["max_sequence_length"]
-    special = reader.num_special_tokens_to_add()
-    tokens = reader(inputs[name], add_special_tokens=False, truncation=False)["input_ids"]
-    return str(reader.decode(tokens[limit - special :])) if len(tokens) > limit - special else ""
+    @contextmanager
+    def request(
+        self, pipe: ModularPipeline, inputs: Inputs, emit: Emit, resume_from: StepCheckpoint | None
+    ) -> Iterator[None]:
+        """While the pipeline works on a request inside, what its encoders read is noted; `emit` is told what not."""
+        reader = PromptReader(pipe)
+        with reader.listening(), super().request(pipe, inputs, emit, resume_from):
+            yield
+        for text in reader.unseen(inputs):
+            emit("warning", {"text": text})

@@ -85,7 +85,7 @@ class Stage:
     def prepare(self, pipe: ModularPipeline) -> None:
         """Finish a pipeline; a stage that has something to add overrides this."""
 
-    def arguments(self, pipe: ModularPipeline, inputs: Inputs, emit: Emit) -> dict[str, Any]:
+    def arguments(self, pipe: ModularPipeline, inputs: Inputs) -> dict[str, Any]:
         """The inputs that this stage's blocks read."""
         return {name: value for name, value in inputs.items() if name in self.blocks.input_names}
 
@@ -98,7 +98,9 @@ class Stage:
         return False
 
     @contextmanager
-    def request(self, pipe: ModularPipeline, emit: Emit, resume_from: StepCheckpoint | None) -> Iterator[None]:
+    def request(
+        self, pipe: ModularPipeline, inputs: Inputs, emit: Emit, resume_from: StepCheckpoint | None
+    ) -> Iterator[None]:
         """While this thread's pipeline works on a request inside, `emit` is told of its steps."""
         assert resume_from is None, f"{self.name} has no steps to go on from"
         yield
@@ -182,7 +184,7 @@ class Loaded:
 
         Raises BadResult naming the stage and the value when a result is not finite.
         """
-        arguments = self.stage.arguments(self.pipe, inputs, emit)
+        arguments = self.stage.arguments(self.pipe, inputs)
         if self.stage.guided:
             # A guider decides in encode whether there are negative embeddings, and in denoise what they do; families
             # ship it on or off, so it is always set.
@@ -192,7 +194,7 @@ class Loaded:
             values={name: self._received(value) for name, value in state.values.items()},
             kwargs_mapping={tag: list(names) for tag, names in state.tags.items()},
         )
-        with self.stage.request(self.pipe, emit, resume_from):
+        with self.stage.request(self.pipe, inputs, emit, resume_from):
             after = self.pipe(state=before, **arguments)
         made = self._handed_over(after, inputs)
         check_finite(self.stage.name, made)
