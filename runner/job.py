@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from runner.inputs import check_whole
+from runner import job_fields as fields_of
+from runner.inputs import STEPS, check_whole
 from runner.placement_options import MemoryLimits, PlaceRequest, tensor_parallel_processes
 from runner.request import Request, check_tokens
 from runner.text import shown
@@ -22,16 +23,14 @@ if TYPE_CHECKING:
 
 VERSION = 2
 STAGES = ("encode", "denoise", "decode")
-DTYPES = ("float32", "bfloat16", "float16")
 STEP_EVERY = 10.0
-LANES = 16
 
 StageName = Literal["encode", "denoise", "decode"]
 
 
 @dataclass(frozen=True)
 class RunPolicy:
-    """How a run goes about its job, whatever the job is."""
+    """How a run goes about its job, whatever the job is. Raises InvalidInput for what cannot be."""
 
     stop_after: StageName | None = None
     """The run ends behind this stage."""
@@ -48,10 +47,20 @@ class RunPolicy:
     strict: bool = False
     """Whether a damaged artifact is refused instead of computed again."""
 
+    def __post_init__(self) -> None:
+        last = fields_of.one_of("stop_after", self.stop_after, (None, *STAGES)) or STAGES[-1]
+        first = fields_of.one_of("from_stage", self.from_stage, (None, *STAGES)) or STAGES[0]
+        if STAGES.index(first) > STAGES.index(last):
+            raise InvalidInput(f"`from_stage={first}` comes after `stop_after={last}` -> leave one of them out")
+        object.__setattr__(self, "step_every", fields_of.seconds("step_every", self.step_every))
+        check_whole("preview", self.preview, 0, STEPS)
+        for name in ("degrade", "sample_memory", "strict"):
+            fields_of.flag(name, getattr(self, name))
+
 
 @dataclass(frozen=True)
 class Output:
-    """Which files the pictures of a run go to."""
+    """Which files the pictures of a run go to. Raises InvalidInput for what cannot be."""
 
     paths: tuple[str, ...] = ()
     """One for each request; none where nothing is to be written."""
@@ -61,6 +70,13 @@ class Output:
     """Whether a picture's file says how it was made."""
     folder: str = ""
     """The folder that all of them lie in, or below; empty where that is not said."""
+
+    def __post_init__(self) -> None:
+        given = fields_of.several("paths", self.paths)
+        object.__setattr__(self, "paths", tuple(fields_of.path("paths", each) for each in given))
+        object.__setattr__(self, "folder", fields_of.path("folder", self.folder))
+        for name in ("overwrite", "metadata"):
+            fields_of.flag(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,8 @@ class Job:
     """What a run is asked for.
 
     From Python each field may also be given as the text that the command line takes for it, lists for tuples, `dtype`
-    as one type for all components, and `max_memory` as {device: amount}. Raises InvalidInput for what cannot be.
+    as one type for all components, and `max_memory` as bytes, or as {device: bytes or text}. Requests that have no
+    numbers of their own are numbered. Raises InvalidInput for what cannot be.
     """
 
     family: str
@@ -116,7 +133,7 @@ class Job:
     """A commit, tag or branch of a model of the hub."""
     loras: tuple[LoraRequest, ...] = ()
     """LoRAs that are merged into the weights."""
-    dtype: Mapping[str, str] = field(default_factory=dict)
+    dtype: Mapping[str, str] = field(default_factory=dict, hash=False)
     """The name of a type by component; "" stands for all others."""
     devices: tuple[str, ...] = ()
     """The devices to use, in this order; none: all cards there are, or the CPU."""
@@ -133,7 +150,8 @@ class Job:
     peer_copies: bool = True
     """Whether cards copy to each other directly; otherwise through host memory."""
     store: str = ""
-    """A folder or URL for artifacts, or "memory"; empty for the one that the caller has, or the user's own."""
+    """A folder or URL for artifacts, or "memory"; empty: `run_all` keeps them in memory, several processes in the
+    user's own folder."""
     run: str = ""
     """The name of the run; empty for a new one."""
     policy: RunPolicy = field(default_factory=RunPolicy)
@@ -177,7 +195,7 @@ class Job:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        for name, value in _typed(self).items():
+        for name, value in self._kept().items():
             object.__setattr__(self, name, value)
         if self.family not in FAMILIES:
             close = get_close_matches(str(self.family), FAMILIES, 1)
@@ -190,6 +208,33 @@ class Job:
         for each, lists in (("labels", self.labels), ("`output` paths", self.output.paths)):
             if len(lists) not in (0, len(self.requests)):
                 raise InvalidInput(f"{len(self.requests)} requests and {len(lists)} {each} -> one for each, or none")
+
+    def _kept(self) -> dict[str, Any]:
+        """The fields in the form in which they are kept; InvalidInput for what they cannot be."""
+        given: Any = self
+        return {
+            "family": fields_of.text("family", given.family),
+            "requests": fields_of.numbered(given.requests),
+            "model": fields_of.path("model", given.model, optional=True),
+            "revision": None if given.revision is None else fields_of.text("revision", given.revision),
+            "loras": read_loras(fields_of.several("loras", given.loras, str | os.PathLike | LoraRequest)),
+            "dtype": fields_of.types(given.dtype),
+            "devices": fields_of.devices(given.devices),
+            "max_memory": fields_of.limits(given.max_memory),
+            "place": fields_of.places(given.place, STAGES),
+            "allow_offload": fields_of.one_of("allow_offload", given.allow_offload, (None, "cpu", "disk")),
+            "lanes": fields_of.lanes(given.lanes),
+            "modulation_table": fields_of.flag("modulation_table", given.modulation_table),
+            "peer_copies": fields_of.flag("peer_copies", given.peer_copies),
+            "store": fields_of.path("store", given.store),
+            "run": fields_of.run(given.run),
+            "policy": fields_of.of_type("policy", given.policy, RunPolicy),
+            "output": fields_of.of_type("output", given.output, Output),
+            "labels": fields_of.all_of("labels", given.labels, Label),
+            "refused": fields_of.all_of("refused", given.refused, RefusedLine),
+            "origin": None if given.origin is None else fields_of.of_type("origin", given.origin, Origin),
+            "resumed": fields_of.flag("resumed", given.resumed),
+        }
 
     @property
     def defaults(self) -> Family:
@@ -251,20 +296,24 @@ class Job:
         """The job that `to_json` wrote; InvalidInput, with the field, where it cannot be."""
         from pydantic import ValidationError
 
-        version = document.get("version")
+        version = document.get("version") if isinstance(document, Mapping) else None
         if type(version) is not int or version != VERSION:
             raise InvalidInput(f"version {version!r}, where this program reads {VERSION}")
-        if unknown := document.keys() - {"version", *cls.__dataclass_fields__}:
-            raise InvalidInput(f"{min(unknown)}: no field of a job")
-        text = json.dumps({name: value for name, value in document.items() if name != "version"})
         try:
-            return _adapter().validate_json(text, strict=True)
+            text = json.dumps({name: value for name, value in document.items() if name != "version"})
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"no JSON: {error}") from error
+        try:
+            job = _adapter().validate_json(text, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             ours = first.get("ctx", {}).get("error")
             where = ".".join(map(str, first["loc"]))
             why = ours.text if isinstance(ours, InvalidInput) else first["msg"]
             raise InvalidInput(f"{where}: {why}" if where else why) from error
+        if (unknown := fields_of.unknown(json.loads(text), job.to_json())) is not None:
+            raise InvalidInput(f"{unknown}: no field of a job")
+        return job
 
 
 def absolute(name: str) -> str:
@@ -278,73 +327,3 @@ def _adapter() -> "TypeAdapter[Job]":
     from pydantic import TypeAdapter
 
     return TypeAdapter(Job)
-
-
-def _typed(job: Any) -> dict[str, Any]:
-    """The fields of a job that came in another form than they are kept in."""
-    # Once: what gives its values one at a time has none left for a second look.
-    requests = _tuple("requests", job.requests)
-    if not all(isinstance(each, Request) for each in requests):
-        raise InvalidInput(f"`requests` are {type(job.requests).__name__} -> a list of runner.Request")
-    return {
-        "requests": requests,
-        "model": None if job.model is None else str(job.model),
-        "loras": read_loras(job.loras),
-        "dtype": _types(job.dtype),
-        "devices": tuple(map(str, _tuple("devices", job.devices, str))),
-        "max_memory": _limits(job.max_memory),
-        "place": tuple(map(_place, _tuple("place", job.place, str | PlaceRequest))),
-        "allow_offload": _one_of("allow_offload", job.allow_offload, (None, "cpu", "disk")),
-        "lanes": _lanes(job.lanes),
-        "store": os.fspath(job.store),
-        "labels": _tuple("labels", job.labels),
-        "refused": _tuple("refused", job.refused),
-    }
-
-
-def _tuple(name: str, values: Any, alone: Any = ()) -> tuple[Any, ...]:
-    """The values of a field that has any number of them; one of the kind `alone` may stand for itself."""
-    if isinstance(values, alone):
-        return (values,)
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise InvalidInput(f"`{name}` is {shown(repr(values))} -> give a list")
-    return tuple(values)
-
-
-def _types(dtype: Any) -> dict[str, str]:
-    named = dtype if isinstance(dtype, Mapping) else {} if dtype is None else {"": dtype}
-    found = {str(name): str(value).removeprefix("torch.") for name, value in named.items()}
-    for name, value in found.items():
-        if value not in DTYPES:
-            raise InvalidInput(f"`dtype` {shown(value)}{f' of {name}' if name else ''}: choose one of "
-                               f"{', '.join(DTYPES)}")
-    return found
-
-
-def _limits(limits: Any) -> MemoryLimits:
-    if isinstance(limits, MemoryLimits):
-        return limits
-    if isinstance(limits, Mapping):
-        limits = ",".join(f"{name}={amount}" for name, amount in limits.items())
-    return MemoryLimits.read(str(limits)) if limits else MemoryLimits()
-
-
-def _place(place: Any) -> PlaceRequest:
-    found = place if isinstance(place, PlaceRequest) else PlaceRequest.read(str(place))
-    if found.stage not in STAGES:
-        raise InvalidInput(f"`place` {str(found)!r}: there is no stage {shown(found.stage)} -> write STAGE=WHERE or "
-                           f"STAGE.COMPONENT=WHERE with a stage of {', '.join(STAGES)}")
-    return found
-
-
-def _lanes(lanes: Any) -> int | None:
-    if lanes is None:
-        return None
-    check_whole("lanes", lanes, 1, LANES)
-    return int(lanes)
-
-
-def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    if value not in choices:
-        raise InvalidInput(f"`{name}` is {shown(str(value))} -> choose from {', '.join(map(str, choices))}")
-    return value

@@ -13,7 +13,7 @@ UNITS = {
 }
 FORMS = "write 14GiB, 16GB, 14 (GiB), 80%, -2GiB (to leave free), or 0=14GiB,1=14GiB,cpu=24GiB"
 PROCESSES = 64
-_BYTES = re.compile(r"(?P<number>[0-9]{1,12}(\.[0-9]{1,9})?) ?(?P<unit>[A-Za-z]*)")
+_BYTES = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]{1,9})?) ?(?P<unit>[A-Za-z]*)")
 _PERCENT = re.compile(r"([0-9]{1,3}(\.[0-9]{1,3})?) ?%")
 _TENSOR_PARALLEL = re.compile("tensor_parallel(:(?P<count>[1-9][0-9]?))?")
 
@@ -22,15 +22,15 @@ def read_bytes(text: str) -> int:
     """The bytes that `text` means: `14GiB`, `16gb` (16e9), or a plain number of GiB; InvalidInput for another."""
     match = _BYTES.fullmatch(text.strip())
     if match is None:
-        raise InvalidInput(f"{text!r} is no amount of memory: {FORMS}")
+        raise InvalidInput(f"`max_memory`: {text!r} is no amount of memory: {FORMS}")
     unit = match["unit"].lower() or "gib"
     if unit not in UNITS:
         near = f"{match['unit'][:1].upper()}iB" if unit in ("k", "m", "g", "t") else "GiB"
-        raise InvalidInput(f"{text!r} has the unit {match['unit']!r}: write {match['number']}{near} or, for powers of "
-                           f"ten, {match['number']}{near.replace('i', '')}")
+        raise InvalidInput(f"`max_memory`: {text!r} has the unit {match['unit']!r}: write {match['number']}{near} or, "
+                           f"for powers of ten, {match['number']}{near.replace('i', '')}")
     size = int(float(match["number"]) * UNITS[unit])
     if size == 0:
-        raise InvalidInput(f"{text!r} is no memory at all: {FORMS}")
+        raise InvalidInput(f"`max_memory`: {text!r} is no memory at all: {FORMS}")
     return size
 
 
@@ -61,8 +61,13 @@ class MemoryLimit:
 class MemoryLimits:
     """The limits of devices."""
 
-    by_device: Mapping[str, MemoryLimit] = field(default_factory=dict)
+    by_device: Mapping[str, MemoryLimit] = field(default_factory=dict, hash=False)
     """By device as it was named ("0", "cuda:1", "cpu"); "" stands for every card."""
+
+    def __post_init__(self) -> None:
+        for limit in self.by_device.values():
+            if MemoryLimit.read(limit.text) != limit:
+                raise InvalidInput(f"`max_memory` {limit.text!r} is not {limit.amount:g} ({limit.kind})")
 
     @classmethod
     def read(cls, text: str) -> "MemoryLimits":

@@ -35,9 +35,11 @@ class Request:
     index: int = 0
     """Its number among the pictures of the run, over all processes."""
     negative_prompt: str | None = None
-    """What a guidance over 1 leads away from, in families that read one."""
+    """What a guidance over 1 leads away from, in families that read one; "" is none."""
 
     def __post_init__(self) -> None:
+        if self.negative_prompt == "":
+            object.__setattr__(self, "negative_prompt", None)
         for each in INPUTS.values():
             each.check(getattr(self, each.name))
         check_size(self.width, self.height)
@@ -72,8 +74,7 @@ def requests_for(
     """
     if guidance is not None and family.guidance is None:
         raise InvalidInput(f"{family.name} takes no guidance -> leave `guidance` out")
-    negative = None if negative_prompt == "" else negative_prompt
-    if negative is not None and not family.negative:
+    if negative_prompt and not family.negative:
         raise InvalidInput(f"{family.name} reads no negative prompt -> leave `negative_prompt` out, and say in the "
                            f"prompt what there should be")
     check_whole("count", count, 1, COUNT)
@@ -87,7 +88,7 @@ def requests_for(
     scale = family.guidance if guidance is None else guidance
     tokens = family.text_tokens if text_tokens is None else text_tokens
     check_tokens(family, tokens)
-    return [Request(prompt, width, height, loops, scale, first + at, tokens, index + at, negative)
+    return [Request(prompt, width, height, loops, scale, first + at, tokens, index + at, negative_prompt)
             for at in range(count)]
 
 

@@ -1,5 +1,6 @@
 """The standard streams of a command line, which somebody may stop reading at any moment."""
 
+import errno
 import json
 import os
 import sys
@@ -7,6 +8,10 @@ from collections.abc import Iterable
 from typing import TextIO
 
 from runner.text import clean, harmless
+from stages.errors import StoreError
+
+# What a write ends with when nobody reads any more: a pipe or a terminal whose other end is gone.
+_GONE = frozenset((errno.EPIPE, errno.EIO, errno.EBADF))
 
 
 class TolerantStream:
@@ -17,19 +22,22 @@ class TolerantStream:
         self.encoding = stream.encoding or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write what the encoding of the stream can say; nothing once the other end is gone."""
+        """Write what the encoding of the stream can say; nothing once the other end is gone.
+
+        Raises StoreError where there is no room for it, unless it is standard error, where nothing could be said.
+        """
         try:
             return self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
-        except OSError:
-            self._leave()
+        except OSError as error:
+            self._leave(error)
             return len(text)
 
     def flush(self) -> None:
-        """Flush, unless the other end is gone."""
+        """Flush, unless the other end is gone; raises what `write` raises."""
         try:
             self._stream.flush()
-        except OSError:
-            self._leave()
+        except OSError as error:
+            self._leave(error)
 
     def isatty(self) -> bool:
         """Whether a person is likely to watch."""
@@ -39,11 +47,14 @@ class TolerantStream:
         """The number of the file below."""
         return self._stream.fileno()
 
-    def _leave(self) -> None:
+    def _leave(self, error: OSError) -> None:
         # What the stream still holds would be written, and fail, once more when the process ends.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
+        if error.errno not in _GONE and self._stream is not sys.stderr:
+            raise StoreError(f"cannot write standard output: {error.strerror} -> make room; what was finished is "
+                             f"kept") from error
 
 
 def say(stream: TextIO, lines: Iterable[str]) -> None:

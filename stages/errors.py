@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_NUMBERS = frozenset(("count", "guidance", "lanes", "preview", "ranks", "seed", "step_every", "steps"))
 _REFERENCE = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 
 
@@ -123,7 +124,7 @@ KINDS: Mapping[str, type[StagerunError]] = {
 def from_json(document: Mapping[str, Any]) -> StagerunError:
     """The error that `StagerunError.to_json` described."""
     more = {name: value for name, value in document.items() if name not in ("kind", "text", "fixes", "alternatives")}
-    return KINDS[document["kind"]](document["text"], [Fix(**fix) for fix in document["fixes"]],
+    return KINDS.get(document["kind"], StagerunError)(document["text"], [Fix(**fix) for fix in document["fixes"]],
                                [tuple(Fix(**fix) for fix in fixes) for fixes in document["alternatives"]], **more)
 
 
@@ -139,6 +140,12 @@ def as_keyword(name: str, value: str | None) -> str:
     """A name of the job as Python has it."""
     if value is None:
         return name
+    if name == "size" and (sides := re.fullmatch("([0-9]+)x([0-9]+)", value)) is not None:
+        return f"width={sides[1]}, height={sides[2]}"
+    if name == "place" and "=" not in value:
+        return f"what place says of {value}"
+    if name in _NUMBERS:
+        return f"{name}={value}"
     if value in ("True", "False", "None") or value.startswith('"'):
         return f"{name}={value}"
     return f"{name}={value!r}"

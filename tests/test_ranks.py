@@ -159,8 +159,9 @@ def test_a_rank_that_never_works_is_named(code: str, says: str) -> None:
 
 def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
     worker = ("import time; from runner.distributed.channel import Pipe\n"
+              "from runner.distributed.env import rank_of\n"
               "from runner.distributed.heartbeat import Heartbeat\n"
-              "with Heartbeat(Pipe.inherited().beat): time.sleep(60)")
+              "with Heartbeat(Pipe.inherited(rank_of()).beat): time.sleep(60)")
     parent = ("import sys, time; from runner import RankProcesses\n"
               f"crew = RankProcesses(2, command=(sys.executable, '-c', {worker!r})).__enter__()\n"
               "while not all('beat' in m.messages for m in crew.members): crew.listen(Watchdog(range(2)), print)\n"

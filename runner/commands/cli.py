@@ -44,7 +44,8 @@ app.command("resume", help="Go on with a run that was interrupted or failed, or 
 
 @app.command()
 def inspect(
-    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A key, or a path or URL inside the store.")],
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT", help="RUN:STAGE such as last:denoise, a key, or a path or URL.")],
     artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL", help="The store.")] = None,
 ) -> Callable[[], None]:
     """Show what an artifact holds: names, shapes, types, ranges and non-finite values."""
@@ -82,6 +83,7 @@ app.add_typer(runs_options.app, name="runs")
 
 def main() -> int:
     """Answer the command line of this process; the exit code."""
+    open_streams()
     # Imports make 700,000 objects that stay: looking through them again and again takes a second or two. A run, which
     # lasts, turns this on again after its imports.
     gc.disable()
@@ -101,6 +103,18 @@ def main() -> int:
     if words[:1] == ["plan"]:
         leave(code)
     return code
+
+
+def open_streams() -> None:
+    """Open standard streams that whoever started the process closed: files would get their numbers, and be written to.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # It gets the lowest number that is free.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115  # for good
 
 
 def leave(code: int) -> None:

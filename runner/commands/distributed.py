@@ -3,7 +3,6 @@
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,18 +15,17 @@ from runner.distributed.env import Rank
 from runner.distributed.heartbeat import Heartbeat
 from runner.distributed.results import joined
 from runner.distributed.watchdog import TIMEOUT
-from runner.engine.report import Failure, Report
+from runner.engine.report import Report
 from runner.engine.session import open_job_store, prepared
 from runner.events import Emit, tee
 from runner.inputs import read_whole
 from runner.job import Job
 from runner.media.previews import PreviewFiles
-from runner.media.writer import PictureWriter
 from runner.placement_options import PROCESSES
 from runner.startup import untracked
 from runner.terminal import say
 from runner.text import clean, shown
-from stages.errors import InvalidInput, RankLost
+from stages.errors import InvalidInput, RankLost, StagerunError
 
 LONGEST = 24 * 3600
 
@@ -37,7 +35,7 @@ Engine = Callable[[Job, Emit, Results, dict[str, float]], Report]
 
 def on_ranks(options: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
     """Do a job with ranks of this command's own, all of which end with it."""
-    count = None if options.ranks is None else read_whole("ranks", options.ranks, 1, PROCESSES)
+    count = check_ranks(options)
     report = api.spawn(job, count, emit=emit, timeout=rank_timeout(options), verbose=options.verbose)
     complain(report.job.refused)
     return report
@@ -45,13 +43,9 @@ def on_ranks(options: RunOptions, job: Job, emit: Emit, results: Results, second
 
 def on_ray(options: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
     """Do a job with workers of a Ray cluster; its pictures are written here."""
-    failed: list[tuple[int, str]] = []
-    writer = PictureWriter(job, emit, lambda position, text: failed.append((job.requests[position].index, text)))
-    report = api.run_on_ray(job, emit=emit, done=writer.write if job.output.paths else None, verbose=options.verbose)
+    report = api.run_on_ray(job, emit=emit, verbose=options.verbose)
     complain(report.job.refused)
-    seconds["pictures"] = writer.seconds
-    lost = (Failure(report.job.positions[index], "decode", text) for index, text in failed)
-    return replace(report, failures=(*report.failures, *lost))
+    return report
 
 
 def join(
@@ -66,11 +60,33 @@ def join(
         raise InvalidInput(f"--ranks {shown(options.ranks)}: a launcher started {rank.size} ranks already -> leave it "
                            f"out")
     timeout = rank_timeout(options)
-    # Refused by the first rank before anything heavy is imported.
-    job = prepared(parse()) if rank.first else None
-    if job is not None and job.store == "memory":
+    channel: Launcher | None = None
+    try:
+        # Refused by the first rank before anything heavy is imported.
+        job = _shared(prepared(parse())) if rank.first else None
+        channel = Launcher(rank, _tell_lost, timeout)
+        return _joined(rank, channel, job, produce)
+    except StagerunError as error:
+        if rank.first and not isinstance(error, RankLost):
+            # Or the others would take it for lost, when the launcher stops them.
+            (channel or Launcher(rank, _tell_lost, timeout)).leave()
+        raise
+    except KeyboardInterrupt as stopped:
+        if rank.first:
+            raise
+        number = getattr(stopped, "signal", signal.SIGINT)
+        raise SystemExit(128 + number) from None
+
+
+def _shared(job: Job) -> Job:
+    """The job; InvalidInput where its store cannot be shared."""
+    if job.store == "memory":
         raise InvalidInput("ranks share a store, and each has a memory of its own -> `store=DIR`, or leave it out")
-    channel = Launcher(rank, _tell_lost, timeout)
+    return job
+
+
+def _joined(rank: Rank, channel: Launcher, job: Job | None, produce: Callable[[Job, Engine], int]) -> int:
+    """Do the first rank's job, or what it publishes; the exit code."""
     heartbeat = Heartbeat(channel.beat)
     try:
         with heartbeat:
@@ -87,15 +103,18 @@ def join(
         # After the last beat: the first rank may leave as soon as it has all results, and the store with it.
         channel.hand_in(result.to_json())
         return 0
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt:
         # A launcher stops all ranks when it lost one.
         culprit = channel.culprit()
         if culprit is not None:
             raise RankLost(culprit) from None
-        if rank.first:
-            raise
-        number = getattr(stopped, "signal", signal.SIGINT)
-        raise SystemExit(128 + number) from None
+        raise
+
+
+def check_ranks(options: RunOptions) -> int | None:
+    """How many ranks the options ask for, if they do; InvalidInput for what is no number of them, and no timeout."""
+    rank_timeout(options)
+    return None if options.ranks is None else read_whole("ranks", options.ranks, 1, PROCESSES)
 
 
 def rank_timeout(options: RunOptions) -> float:

@@ -3,11 +3,12 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from runner.artifacts import open_store
 from runner.artifacts.garbage import tidy
@@ -38,6 +39,7 @@ def make(family: str, options: FamilyOptions) -> int:
     """Make the pictures that the options ask for; the exit code. Standard output gets paths, or JSON."""
     rank = launched()
     check_engine(options, launched=rank is not None)
+    distributed.check_ranks(options)
     if rank is not None:
         return distributed.join(rank, options, partial(job_of, family, options), partial(produce, options=options))
     return produce(job_of(family, options), engine_of(options), options=options)
@@ -50,6 +52,7 @@ def resume(run: str, options: ResumeOptions) -> int:
     """
     check_display(options)
     check_engine(options, launched=False)
+    distributed.check_ranks(options)
     where = options.artifacts or str(default_store())
     if where == "memory":
         raise StoreError("a run in memory ends with its process -> name the store with `store=DIR`")
@@ -124,7 +127,9 @@ def show_plan(family: str, options: PlanOptions) -> None:
     """Print the plan that the options lead to."""
     hush(options.verbose)
     prompt = options.prompt or ("a picture" if options.prompt_file is None else None)
-    job = job_of(family, replace(options, prompt=prompt, stop_after="encode"))
+    check_engine(options, launched=False)
+    distributed.check_ranks(options)
+    job = job_of(family, replace(options, prompt=prompt), named=False)
     from runner.planning import describe
     from runner.planning.planner import make_plan
 
@@ -143,8 +148,21 @@ def logged(path: str | None, emit: Emit) -> Iterator[Emit]:
         file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed below
     except OSError as error:
         raise InvalidInput(f"--log {shown(path)}: {error.strerror}") from error
-    with file:
-        yield tee(emit, json_lines(file))
+    write = json_lines(file)
+
+    def logged_too(kind: str, data: Mapping[str, Any]) -> None:
+        emit(kind, data)
+        try:
+            write(kind, data)
+        except OSError as error:
+            raise StoreError(f"cannot write `log` {path}: {error.strerror} -> make room, or leave it out") from error
+
+    try:
+        yield logged_too
+    finally:
+        # What it still holds failed to be written before, and was told of.
+        with suppress(OSError):
+            file.close()
 
 
 @contextmanager

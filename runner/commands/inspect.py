@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from runner.job_defaults import default_store
+from runner.reports.history import find_run
 from runner.terminal import say, warn
 from runner.text import clean, gib, table
 
@@ -22,6 +23,9 @@ def inspect(what: str, folder: str | None) -> None:
 
     where = folder if folder is not None else str(default_store())
     store = None if is_path_or_url(what) else open_store(where, warn=warn, readonly=True)
+    run, colon, stage = what.partition(":")
+    if store is not None and colon:
+        what = f"{find_run(store, run)}:{stage}"
     # What is not finite is what people come to see.
     say(sys.stdout, lines(*open_artifact(what, store)))
 

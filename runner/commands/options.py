@@ -17,14 +17,15 @@ class RunOptions:
     gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Cards to use, in this order.")] = None
     no_p2p: Annotated[bool, typer.Option("--no-p2p", help="Copy from card to card through host memory.")] = False
     max_memory: Annotated[
-        str | None, typer.Option(metavar="LIMITS", help="14GiB, 80%, -2GiB (leave free), or 0=14GiB,1=12GiB.")
+        str | None, typer.Option(metavar="LIMITS", help="14GiB, 80%, -2GiB (leave free), 0=14GiB,1=12GiB, or none.")
     ] = None
     place: Annotated[
         list[str] | None,
-        typer.Option(metavar="STAGE=WHERE", help="denoise=sharded, encode.text_encoder_2=1, denoise=0:9,1:28,0:20."),
+        typer.Option(metavar="STAGE=WHERE",
+                     help="denoise=sharded, encode.text_encoder_2=1, denoise=0:9,1:28,0:20 (blocks), decode=auto."),
     ] = None
     allow_offload: Annotated[
-        Literal["cpu", "disk"] | None,
+        Literal["cpu", "disk", "none"] | None,
         typer.Option(help="Let blocks that fit no card wait in host memory; disk: and on the disk, if they must."),
     ] = None
     lanes: Annotated[

@@ -11,9 +11,10 @@ from runner.commands.batch import Batch, Defaults, Item, batch
 from runner.commands.options import FamilyOptions, ResumeOptions, RunOptions
 from runner.commands.prompts import Entry, read_prompts
 from runner.inputs import INPUTS, PROMPT_BYTES, SEED, STEPS, read_size, read_whole
-from runner.job import DTYPES, LANES, STAGES, Job, Label, Origin, Output, RefusedLine, RunPolicy
+from runner.job import STAGES, Job, Label, Origin, Output, RefusedLine, RunPolicy
 from runner.job_defaults import default_store as user_store
 from runner.job_defaults import new_run
+from runner.job_fields import DTYPES, LANES, LONGEST
 from runner.media.image import PictureCard, read_card
 from runner.media.paths import Naming, Unnamed
 from runner.placement_options import MemoryLimits, PlaceRequest
@@ -23,11 +24,10 @@ from stages.errors import InvalidInput
 from stages.families import FAMILIES
 from stages.models.lora import NONE, LoraRequest, read_loras
 
-DAY = 24 * 3600
 
-
-def job_of(family: str, options: FamilyOptions) -> Job:
-    """The job that the options ask for; InvalidInput for the first thing that cannot be."""
+def job_of(family: str, options: FamilyOptions, *, named: bool = True) -> Job:
+    """The job that the options ask for, its pictures `named` or not; InvalidInput for the first thing that cannot be.
+    """
     check_family(family)
     _check_together(options)
     card = read_card(options.like) if options.like is not None else None
@@ -40,7 +40,7 @@ def job_of(family: str, options: FamilyOptions) -> Job:
     found = batch(_entries(options, card), chosen, _defaults(options, None if card is None else card.request))
     run = new_run()
     naming = Naming(options.out, run=run, total=found.total, overwrite=options.overwrite)
-    items, paths, refused = _named(found, options, naming)
+    items, paths, refused = _named(found, options, naming if named and not options.stop_after else None)
     return placed(Job(
         family=family,
         requests=tuple(item.request for item in items),
@@ -74,22 +74,35 @@ def placed(job: Job, options: RunOptions) -> Job:
     """The job with what the options say of how it runs; what they do not say stays as it is."""
     policy = replace(
         job.policy,
-        step_every=job.policy.step_every if options.step_every is None else float(
-            read_whole("step-every", options.step_every, 0, DAY)),
+        step_every=job.policy.step_every if options.step_every is None else _seconds("step-every", options.step_every),
         preview=job.policy.preview if options.preview is None else read_whole("preview", options.preview, 1, STEPS),
         sample_memory=job.policy.sample_memory or options.sample_memory,
         strict=job.policy.strict or options.strict,
     )
-    place = tuple(map(PlaceRequest.read, options.place)) if options.place else job.place
+    asked = tuple(map(PlaceRequest.read, options.place or ()))
+    # What is said of a stage stands in for all that was said of it.
+    before = tuple(place for place in job.place if place.stage not in {each.stage for each in asked})
     return replace(
-        job, policy=policy, place=place,
+        job, policy=policy, place=(*before, *asked),
         devices=devices(options.device or (), options.gpus) or job.devices,
-        max_memory=job.max_memory if options.max_memory is None else MemoryLimits.read(options.max_memory),
-        allow_offload=options.allow_offload or job.allow_offload,
+        max_memory=_limits(options.max_memory, job.max_memory),
+        allow_offload=None if options.allow_offload == "none" else options.allow_offload or job.allow_offload,
         lanes=job.lanes if options.lanes is None else read_whole("lanes", options.lanes, 1, LANES),
         modulation_table=job.modulation_table and not options.no_modulation_table,
         peer_copies=job.peer_copies and not options.no_p2p,
     )
+
+
+def _seconds(name: str, text: str) -> float:
+    """Seconds from an option, from 0 to a day."""
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) > LONGEST:
+        raise InvalidInput(f"{name} must be seconds from 0 to {LONGEST:,.0f}, got {shown(text)}")
+    return float(text)
+
+
+def _limits(text: str | None, before: MemoryLimits) -> MemoryLimits:
+    """The limits that --max-memory spells; without it those from `before`, and none for `none`."""
+    return before if text is None else MemoryLimits() if text == NONE else MemoryLimits.read(text)
 
 
 def check_family(family: str) -> None:
@@ -200,12 +213,14 @@ def _defaults(options: FamilyOptions, before: Request | None) -> Defaults:
     return Defaults(inputs, seeds, 1 if options.count is None else read_whole("count", options.count, 1, COUNT))
 
 
-def _named(found: Batch, options: FamilyOptions, naming: Naming) -> tuple[list[Item], list[str], list[RefusedLine]]:
+def _named(
+    found: Batch, options: FamilyOptions, naming: Naming | None
+) -> tuple[list[Item], list[str], list[RefusedLine]]:
     """The items that have a name, their paths, and the lines refused so far; InvalidInput where no item is left."""
     items, paths, refused = list[Item](), list[str](), list(found.refused)
     for item in found.items:
         try:
-            paths += [] if options.stop_after else [str(naming.path(item.request, item.id, item.out))]
+            paths += [] if naming is None else [str(naming.path(item.request, item.id, item.out))]
             items.append(item)
         except Unnamed as error:
             if not item.line:

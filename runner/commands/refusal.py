@@ -114,6 +114,13 @@ def options_of(fixes: Fixes) -> dict[str, str]:
             "" if fix.value is None else str(fix.value) for fix in fixes}
 
 
+def lifted(options: Mapping[str, str]) -> dict[str, str]:
+    """For options that are to be left out, how a command says that they no longer hold."""
+    found = {"--max-memory": "none", "--allow-offload": "none"}
+    return {name: found.get(name) or f"{name.partition(' ')[2]}=auto" for name, value in options.items()
+            if not value and (name in found or name.startswith("--place "))}
+
+
 def again(words: Sequence[str], changes: Mapping[str, str], flags: Collection[str]) -> str:
     """The shell line of `words` with the `changes`: option to value, "" to leave it out; `flags` take no value.
 
@@ -121,7 +128,7 @@ def again(words: Sequence[str], changes: Mapping[str, str], flags: Collection[st
     """
     dropped = {name: stage for name, _, stage in (change.partition(" ") for change in changes)}
     kept = [pair for pair in _pairs(words, flags) if not _is_dropped(pair, dropped)]
-    added = [word for name, value in changes.items() if value for word in (name, value)]
+    added = [word for name, value in changes.items() if value for word in (name.partition(" ")[0], value)]
     # What stands behind "--" is no option.
     at = next((at for at, pair in enumerate(kept) if pair == ("--",)), len(kept))
     line = ["python", "-m", "runner", *(word for pair in kept[:at] for word in pair), *added,
@@ -182,10 +189,12 @@ def _changed(app: typer.Typer, lines: Sequence[Sequence[str]], options: Mapping[
     group = get_command(app)
     assert isinstance(group, TyperGroup)
     for words in lines if options else ():
+        # A run from before has what was said then: leaving an option out leaves it as it was.
+        changes = {**options, **lifted(options)} if words and words[0] == "resume" else options
         known = {name: vars(param).get("is_flag", False) for param in group.commands[words[0]].params
                  for name in param.opts} if words else {}
         if not {change.partition(" ")[0] for change in options} - known.keys():
-            return [again(words, options, [name for name, flag in known.items() if flag])]
+            return [again(words, changes, [name for name, flag in known.items() if flag])]
     return []
 
 

@@ -3,11 +3,10 @@
 import sys
 from pathlib import Path
 
-from runner.artifacts import open_store
-from runner.job_defaults import default_store
+from runner.commands.runs import opened
 from runner.media.paths import write
 from runner.reports.history import find_run, readable
-from runner.terminal import say_exactly, warn
+from runner.terminal import say_exactly
 from runner.text import shown
 from stages.errors import InvalidInput
 
@@ -18,7 +17,7 @@ def write_report(run: str, out: str | None, artifacts: str | None, *, overwrite:
     # After what can be refused without it.
     from runner.reports.page import page
 
-    store = open_store(artifacts or str(default_store()), warn=warn, readonly=True)
+    store = opened(artifacts, readonly=True)
     name = find_run(store, run)
     path = path or Path(f"{name}.html")
     record = store.load_run(name)

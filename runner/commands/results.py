@@ -22,13 +22,17 @@ class Results:
 
     def __init__(self, job: Job, stream: TextIO, *, as_json: bool) -> None:
         self._stream, self._json, self._listed = stream, as_json, job.listed
+        indices = (request.index for request in job.requests)
+        self._paths = dict(zip(indices, job.output.paths, strict=False)) if job.output.paths else {}
         self._held: dict[int, Mapping[str, Any]] = {}
         self._refused: set[RefusedLine] = set()
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         if kind != "picture":
             return
-        path, labels = data["path"], {name: data[name] for name in ("line", "id") if name in data}
+        # Ranks and Ray are given whole paths.
+        path = self._paths.get(data["index"], data["path"])
+        labels = {name: data[name] for name in ("line", "id") if name in data}
         if self._json and self._listed:
             self._line("picture", {"path": path, **labels, **data["card"]})
         elif self._listed and not self._stream.isatty():

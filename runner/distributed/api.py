@@ -4,14 +4,17 @@ The process that asks for ranks need not import torch, and has no context on any
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from runner.distributed.process_group import RankProcesses
 from runner.distributed.results import RankResult, joined
 from runner.distributed.watchdog import TIMEOUT
-from runner.engine.report import Picture, Report
+from runner.engine.report import Failure, Picture, Report
 from runner.engine.session import open_job_store, prepared
 from runner.events import Emit, silent
-from runner.job import Job
+from runner.inputs import check_whole
+from runner.job import STAGES, Job
+from runner.media.writer import PictureWriter
 from runner.placement_options import PROCESSES
 from stages.errors import InvalidInput, from_json
 
@@ -49,8 +52,9 @@ def spawn(
 def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbose: bool = False) -> Report:
     """Do a job with workers of a Ray cluster, or of a Ray of this machine's own; the report of all of it.
 
-    The job's store is a folder or URL that all nodes see; `done` is told of each picture as soon as it is there.
-    Raises what `run_all` raises, and InvalidInput where Ray is not installed.
+    The job's store is a folder or URL that all nodes see; `done` is told of each picture as soon as it is there; by
+    default it goes to the file that the job's output names, if it names any. Raises what `run_all` raises, and
+    InvalidInput where Ray is not installed.
     """
     if job.store == "memory":
         raise InvalidInput("Ray needs a store that all its workers share -> `store=DIR` or a URL")
@@ -59,13 +63,18 @@ def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbo
     # After what can be refused without them: torch and Ray take seconds.
     from runner.distributed.ray import cluster
 
-    return cluster.run_job(prepared(job), emit=emit, done=done, verbose=verbose)
+    failed: list[tuple[int, str]] = []
+    if done is None and job.output.paths:
+        done = PictureWriter(job, emit, lambda at, text: failed.append((job.requests[at].index, text))).write
+    report = cluster.run_job(prepared(job), emit=emit, done=done, verbose=verbose)
+    lost = (Failure(report.job.positions[index], STAGES[-1], text) for index, text in failed)
+    return replace(report, failures=(*report.failures, *lost))
 
 
 def process_count(job: Job, ranks: int | None) -> int:
     """How many processes a job takes; InvalidInput where different counts are asked for, or one alone."""
-    if ranks is not None and not 1 <= ranks <= PROCESSES:
-        raise InvalidInput(f"ranks must be a whole number from 1 to {PROCESSES}, got {ranks}")
+    if ranks is not None:
+        check_whole("ranks", ranks, 1, PROCESSES)
     asked = job.tensor_parallel
     if asked is None:
         return 2 if ranks is None else ranks

@@ -52,14 +52,15 @@ class Channel(Protocol):
 class Pipe:
     """The channel of a rank that `spawn` started: every message goes to that process, which passes it on."""
 
-    def __init__(self, connection: "Connection[Any, Any]") -> None:
-        self._connection = connection
+    def __init__(self, connection: "Connection[Any, Any]", others: int = 1) -> None:
+        """`others` is how many ranks there are besides this one."""
+        self._connection, self._others = connection, others
         self._lock = threading.Lock()
 
     @classmethod
-    def inherited(cls) -> "Pipe":
-        """The pipe that the environment names."""
-        return cls(Connection(int(os.environ.pop(PIPE))))
+    def inherited(cls, rank: Rank) -> "Pipe":
+        """The pipe of this rank, which the environment names."""
+        return cls(Connection(int(os.environ.pop(PIPE))), rank.size - 1)
 
     def send(self, kind: str, message: Message) -> None:
         """Say something; the process ends where nobody is left to hear it."""
@@ -88,7 +89,8 @@ class Pipe:
         self.send("result", result)
 
     def results(self) -> list[dict[str, Any]]:
-        return list(self._expected("results")["results"])
+        # Sent when the last of the others has handed in: never, where there are none.
+        return list(self._expected("results")["results"]) if self._others else []
 
     def beat(self, beat: Message) -> None:
         self.send("beat", beat)
@@ -150,12 +152,16 @@ class Launcher:
         os._exit(LOST)
 
     def fail(self, error: RankLost) -> NoReturn:
-        self._set(f"end/{self._rank.rank}", {})
+        self.leave()
         raise error
+
+    def leave(self) -> None:
+        """Tell the others that this rank ends by itself, and has said why."""
+        self._set(f"end/{self._rank.rank}", {})
 
     def culprit(self) -> str | None:
         """Which of those that this rank watches was gone before the launcher asked this one to stop, if one was."""
-        self._set(f"end/{self._rank.rank}", {})
+        self.leave()
         deadline = time.monotonic() + 4.0
         while time.monotonic() < deadline:
             self._look()

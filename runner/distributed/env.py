@@ -31,7 +31,16 @@ class Rank:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Rank | None:
-    """The rank that torchrun, accelerate launch or `spawn` made of this process; None where it is alone.
+    """The rank that torchrun or accelerate launch made of this process; None where it is alone.
+
+    Raises what `rank_of` raises.
+    """
+    found = rank_of(environment)
+    return found if found is not None and found.size > 1 else None
+
+
+def rank_of(environment: Mapping[str, str] = os.environ) -> Rank | None:
+    """The rank that the environment makes of this process, be it the only one; None where it says nothing of ranks.
 
     Raises InvalidInput where RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE do not go together.
     """
@@ -47,7 +56,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Rank | None:
     found = Rank(*(int(variables[name]) for name in names))
     if not (found.rank < found.size and found.local < found.local_size <= found.size):
         raise InvalidInput(f"{text} do not go together -> start ranks with torchrun, accelerate launch or `ranks`")
-    return found if found.size > 1 else None
+    return found
 
 
 def share(count: int, part: int, parts: int) -> range:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from runner.distributed.channel import Pipe
-from runner.distributed.env import Rank, launched
+from runner.distributed.env import Rank, rank_of
 from runner.distributed.heartbeat import Heartbeat
 from runner.events import Emit, to_wire
 from runner.job import Job
@@ -16,8 +16,9 @@ from stages.errors import StagerunError
 
 def main() -> int:
     """Serve whoever holds the other end of the pipe; the exit code."""
-    rank, pipe = launched(), Pipe.inherited()
+    rank = rank_of()
     assert rank is not None, "whoever started this process said which rank it is"
+    pipe = Pipe.inherited(rank)
     heartbeat = Heartbeat(pipe.beat)
     try:
         with heartbeat:

@@ -19,6 +19,7 @@ from runner.job_defaults import new_run
 from runner.media.image import commit, versions
 from runner.media.latent_rgb import colors_of
 from runner.media.previews import Previewer
+from runner.media.writer import PictureWriter
 from runner.planning import describe
 from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
@@ -45,8 +46,9 @@ def run_all(
     """Make every picture of the plan as `policy` says, or its job's, re-using what the store has.
 
     `store` is by default the job's, or one in memory where the job names none. `done` is told of each picture as soon
-    as it is there. A signal, or `stop` once it is true, ends the run after the current step: Interrupted. A denoise
-    that several processes do together needs their `collectives`.
+    as it is there; by default it goes to the file that the job's output names, if it names any. A signal, or `stop`
+    once it is true, ends the run after the current step: Interrupted. A denoise that several processes do together
+    needs their `collectives`.
 
     Raises BadResult, ModelError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
@@ -61,7 +63,12 @@ def run_all(
                            strict=policy.strict)
     if policy.preview:
         emit = one_at_a_time(Previewer(recorder, policy.preview, plan.requests, colors_of(plan.checkpoint, store)))
-    return Run(plan, store, emit, recorder, StopRequest(stop), done, collectives).go()
+    failed: list[Failure] = []
+    if done is None and plan.job.output.paths:
+        done = PictureWriter(plan.job, emit, lambda position, text: failed.append(
+            Failure(position, STAGES[-1], text))).write
+    report = Run(plan, store, emit, recorder, StopRequest(stop), done, collectives).go()
+    return replace(report, failures=(*report.failures, *failed))
 
 
 def run_stage(
@@ -229,6 +236,8 @@ def advised(error: StageOutOfMemory, plan: Plan) -> StageOutOfMemory:
 
 def check_runnable(plan: Plan, collectives: Collectives | None) -> None:
     """Raise InvalidInput for a plan that this process cannot run alone, or not here."""
+    if not isinstance(plan, Plan):
+        raise InvalidInput(f"a {type(plan).__name__} is no plan -> make_plan(job) makes one of a Job")
     if not plan.machine.here:
         raise InvalidInput("this is a plan for cards that are not here: plan without `machine` to run")
     if plan.checkpoint.bytes_to_download:

@@ -108,8 +108,8 @@ def attempt(
         found = LADDER[name](problem, machine, dict(rooms))
         if isinstance(found, dict):
             return {**problem.fixed, **found}, (*tried, Strategy(name))
-        if found:
-            tried.append(Strategy(name, found))
+        if found or only:
+            tried.append(Strategy(name, found or NEEDS[name]))
     return None, tuple(tried)
 
 
@@ -180,6 +180,11 @@ def _streamed(problem: PlacementProblem, machine: Machine, rooms: Rooms) -> Plac
 
 LADDER: dict[str, Callable[[PlacementProblem, Machine, Rooms], Placements | str]] = {
     "resident": _resident, "spread": _spread, "sharded": _sharded, "streamed": _streamed,
+}
+# What is said of a strategy that was asked for where it is none.
+NEEDS = {
+    "spread": "that takes two components and two devices", "sharded": "that takes two devices, and no decode",
+    "streamed": "that takes a card, or `allow_offload=disk`, and no decode",
 }
 
 

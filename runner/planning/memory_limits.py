@@ -1,9 +1,11 @@
 """Memory limits held against a machine, and machines that are not here."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from runner.placement_options import MemoryLimit, MemoryLimits, read_bytes
+from runner.text import shown
 from stages.errors import DoesNotFit, Fix, InvalidInput
 from stages.machine import Device, Machine, hypothetical
 
@@ -17,10 +19,26 @@ def read_machine(text: str) -> Machine:
         count, _, size = part.rpartition("x")
         if not re.fullmatch(r"[0-9]{0,2}", count) or count in ("0", "00") or (part.startswith("x")):
             raise InvalidInput(f"{text!r} is no machine: write cards such as 2x16GB, 1x24GB, or 16GB+8GB")
-        sizes += [read_bytes(size)] * int(count or 1)
+        try:
+            sizes += [read_bytes(size)] * int(count or 1)
+        except InvalidInput:
+            raise InvalidInput(f"{text!r} is no machine: write cards such as 2x16GB, 1x24GB, or 16GB+8GB, by their "
+                               f"memory") from None
     if len(sizes) > CARDS:
         raise InvalidInput(f"{text!r} has {len(sizes)} cards; the limit is {CARDS}")
     return hypothetical(sizes)
+
+
+def chosen(machine: Machine, names: Sequence[str]) -> Machine:
+    """The machine with these of its devices, all for none; InvalidInput for one that it does not have."""
+    there = {device.name: device for device in machine.devices}
+    devices = []
+    for name in names:
+        full = next((known for known in there if name in (known, known.rpartition(":")[2])), None)
+        if full is None:
+            raise InvalidInput(f"the machine has no device {shown(name)} -> choose from {', '.join(there)}")
+        devices.append(there[full])
+    return replace(machine, devices=tuple(dict.fromkeys(devices))) if devices else machine
 
 
 def limited(machine: Machine, limits: MemoryLimits) -> Machine:

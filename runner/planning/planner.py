@@ -11,7 +11,7 @@ import torch
 from runner.demo import CHECKPOINT
 from runner.job import Job
 from runner.planning.cache import PlanCache
-from runner.planning.memory_limits import limited, read_machine
+from runner.planning.memory_limits import chosen, limited, read_machine
 from runner.planning.place_option import places_asked_for
 from runner.planning.placer import Placer
 from runner.planning.plan import Plan, largest
@@ -56,7 +56,10 @@ def fetched(plan: Plan) -> Plan:
 
 
 def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Plan:
-    there = read_machine(machine) if isinstance(machine, str) else machine or check_cards(probe(job.devices))
+    if isinstance(machine, str):
+        there = chosen(read_machine(machine), job.devices)
+    else:
+        there = machine or check_cards(probe(job.devices))
     there = limited(there, job.max_memory)
     if there.here:
         require(job.defaults.requires)

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import ModularPipeline
 
-from stages.events import Emit
+from stages.events import Emit, silent
 from stages.pipeline.prompt_end import PromptReader
 from stages.pipeline.stage import Inputs, Stage
 from stages.pipeline.step_hook import StepCheckpoint
@@ -34,5 +34,6 @@ class Encode(Stage):
         reader = PromptReader(pipe)
         with reader.listening(), super().request(pipe, inputs, emit, resume_from):
             yield
-        for text in reader.unseen(inputs):
+        # A rehearsal, to which nobody listens, may have no tokenizer.
+        for text in () if emit is silent else reader.unseen(inputs):
             emit("warning", {"text": text})

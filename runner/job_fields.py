@@ -1,0 +1,179 @@
+"""What may be given for the fields of a job, and the form in which they are kept."""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from runner.inputs import check_whole, read_whole
+from runner.placement_options import MemoryLimits, PlaceRequest
+from runner.request import Request
+from runner.text import shown
+from stages.errors import InvalidInput
+
+DTYPES = ("float32", "bfloat16", "float16")
+LANES = 16
+LONGEST = 24 * 3600.0
+AUTO = "auto"
+_RUN = re.compile("[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+
+Kind = TypeVar("Kind")
+
+
+def text(name: str, value: Any) -> str:
+    """A text that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise InvalidInput(f"`{name}` must be text, got {shown(repr(value))}")
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise InvalidInput(f"`{name}` is not valid UTF-8: {shown(value)} -> rename it")
+    return value
+
+
+def path(name: str, value: Any, *, optional: bool = False) -> str | None:
+    """A path or a name as text."""
+    if value is None and optional:
+        return None
+    return text(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+def several(name: str, values: Any, alone: Any = ()) -> tuple[Any, ...]:
+    """The values of a field that has any number of them; one of the kind `alone` may stand for itself."""
+    if isinstance(values, alone):
+        return (values,)
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise InvalidInput(f"`{name}` is {shown(repr(values))} -> give a list")
+    # Once: what gives its values one at a time has none left for a second look.
+    return tuple(values)
+
+
+def all_of(name: str, values: Any, kind: type[Kind]) -> tuple[Kind, ...]:
+    """The values of a field that are all of this type."""
+    return tuple(of_type(name, value, kind) for value in several(name, values))
+
+
+def of_type(name: str, value: Any, kind: type[Kind]) -> Kind:
+    """A value of this type."""
+    if not isinstance(value, kind):
+        raise InvalidInput(f"`{name}` must be {kind.__name__}, got {shown(repr(value))}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    return of_type(name, value, bool)
+
+
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    """One of these."""
+    if value not in choices:
+        raise InvalidInput(f"`{name}` is {shown(str(value))} -> choose from {', '.join(map(str, choices))}")
+    return value
+
+
+def seconds(name: str, value: Any) -> float:
+    """Seconds, from 0 on."""
+    if type(value) not in (int, float) or not (math.isfinite(value) and value >= 0):
+        raise InvalidInput(f"`{name}` must be seconds from 0 on, got {shown(repr(value))}")
+    return float(value)
+
+
+def numbered(values: Any) -> tuple[Request, ...]:
+    """Requests, each with a number that no other has: those that say none are counted."""
+    requests = several("requests", values, Request)
+    for request in requests:
+        if not isinstance(request, Request):
+            raise InvalidInput(f"`requests` has {shown(repr(request))} -> runner.Request, or what "
+                               f"runner.requests_for gives")
+    if len(requests) > 1 and not any(request.index for request in requests):
+        return tuple(replace(request, index=at) for at, request in enumerate(requests))
+    indices = [request.index for request in requests]
+    if len({*indices}) < len(indices):
+        twice = next(index for index in indices if indices.count(index) > 1)
+        raise InvalidInput(f"two of the `requests` have the index {twice} -> give each its own, or none")
+    return requests
+
+
+def types(dtype: Any) -> dict[str, str]:
+    """The names of types by component, from one for all, a mapping, or texts such as "vae=float32"."""
+    if isinstance(dtype, Mapping):
+        named = dtype
+    else:
+        parts = () if dtype is None else dtype if isinstance(dtype, list | tuple) else (dtype,)
+        spelled = [str(part).rpartition("=") for part in parts]
+        named = {component: value for component, _, value in spelled}
+        if len(named) < len(spelled):
+            raise InvalidInput(f"`dtype` {shown(str(dtype))} says the type of a component twice")
+    found = {text("dtype", name): str(value).removeprefix("torch.") for name, value in named.items()}
+    for name, value in found.items():
+        if value not in DTYPES:
+            raise InvalidInput(f"`dtype` {shown(value)}{f' of {name}' if name else ''}: choose one of "
+                               f"{', '.join(DTYPES)}")
+    return found
+
+
+def devices(values: Any) -> tuple[str, ...]:
+    """The names of devices, from a list, or from a text such as "0,1"."""
+    given = values.split(",") if isinstance(values, str) and values else several(
+        "devices", () if values is None or values == "" else values, int)
+    return tuple(text("devices", str(value)) for value in given)
+
+
+def limits(given: Any) -> MemoryLimits:
+    """Memory limits from themselves, a text, bytes, or a mapping of devices to bytes or texts."""
+    if isinstance(given, MemoryLimits):
+        return given
+    if isinstance(given, Mapping):
+        given = ",".join(f"{name}={_amount(amount)}" for name, amount in given.items())
+    return MemoryLimits() if given is None or given == "" else MemoryLimits.read(_amount(given))
+
+
+def _amount(value: Any) -> str:
+    """Bytes as text, or the text of an amount."""
+    return f"{value}B" if type(value) is int else text("max_memory", value)
+
+
+def places(values: Any, stages: tuple[str, ...]) -> tuple[PlaceRequest, ...]:
+    """Places that were asked for; `STAGE=auto` asks for none."""
+    found = []
+    for value in several("place", values, str | PlaceRequest):
+        place = value if isinstance(value, PlaceRequest) else PlaceRequest.read(text("place", value))
+        if place.stage not in stages:
+            raise InvalidInput(f"`place` {str(place)!r}: there is no stage {shown(place.stage)} -> write STAGE=WHERE "
+                               f"or STAGE.COMPONENT=WHERE with a stage of {', '.join(stages)}")
+        found += [] if place.where == AUTO else [place]
+    return tuple(found)
+
+
+def lanes(value: Any) -> int | None:
+    """How many lanes, or None."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return read_whole("lanes", value, 1, LANES)
+    check_whole("lanes", value, 1, LANES)
+    return int(value)
+
+
+def run(name: Any) -> str:
+    """The name of a run that a shell can say, or none."""
+    if text("run", name) and (not _RUN.fullmatch(name) or name == "last"):
+        raise InvalidInput(f"`run` {shown(name)} is no name of a run: 1 to 64 of A-Z a-z 0-9 . _ - with no dot or "
+                           f"dash in front, and not last")
+    return str(name)
+
+
+def unknown(given: Any, kept: Any, where: str = "") -> str | None:
+    """Where a JSON document has a name that is not in what was made of it; None where it has none."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for name, value in given.items():
+            if name not in kept:
+                return f"{where}{name}"
+            if (found := unknown(value, kept[name], f"{where}{name}.")) is not None:
+                return found
+    elif isinstance(given, list) and isinstance(kept, list):
+        for at, (value, other) in enumerate(zip(given, kept, strict=False)):
+            if (found := unknown(value, other, f"{where}{at}.")) is not None:
+                return found
+    return None
