@@ -358,21 +358,21 @@ Q = "transformer.transformer_blocks.0.attn.to_q"
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    (lambda t: rename(t, "transformer.", "text_encoder_2."), "adds to 'text_encoder_2', and .* for text_encoder and"),
-    (lambda t: rename(t, "transformer.", "text_encoder."), "names for the CLIPTextModel that diffusers does not know"),
+    (lambda t: rename(t, "transformer.", "text_encoder_2."), r"adds to 'text_encoder_2' \(T5E.*\), and .* for text_e"),
+    (lambda t: rename(t, "transformer.", "text_encoder."), "weight, which is no linear layer of this model's CLIP"),
     (lambda t: rename(t, "attn.to_q", "attn.to_x"), r"to_x.weight, which is no linear layer of this model's Flux"),
     (lambda t: rename(t, "attn.to_q", "norm1"), "norm1.weight, which is no linear layer"),
     (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(7, 4)}), r"adds \[7, \d+\] to .* which is \["),
     (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(32, 3)}), "for a? ?.*linear layers"),
-    (lambda t: t.pop(f"{Q}.lora_B.weight"), r"pairs of matrices alone \(.*lora_B"),
-    (lambda t: t.update({f"{Q}.lora_B.bias": torch.zeros(32)}), r"pairs of matrices alone \(.*bias"),
-    (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), r"pairs of matrices alone \(.*magnitude"),
+    (lambda t: t.pop(f"{Q}.lora_B.weight"), "1 of 19 tensors are without others .*to_q.lora_A"),
+    (lambda t: t.update({f"{Q}.lora_A.bias": torch.ones(4)}), "1 of 21 tensors are under names that .*lora_A.bias"),
+    (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), "are DoRA, such as .*magnitude"),
     (lambda t: t.update({f"{Q}.dora_scale": torch.zeros(32)}), "DoRA"),
     (lambda t: t.update({f"{Q}.alpha": torch.tensor(2.0)}), "an alpha for other layers"),
     (lambda t: t.update({f"{Q}.lora_B.weight": torch.full((32, 4), torch.inf)}), "to .*to_q.weight that are not fin"),
     (lambda t: t.update({name: tensor.to(torch.int8) for name, tensor in t.items()}), "torch.int8 by .* in float"),
-    (lambda t: rename(t, "lora_A", "lokr_w1"), "pairs of matrices alone|no LoRA that"),
-    (lambda t: (t.clear(), t.update({"weight": torch.zeros(3)})), "no LoRA that|adds to .weight"),
+    (lambda t: rename(t, "lora_A", "lokr_w1"), "10 of 20 tensors are under names .*lokr"),
+    (lambda t: (t.clear(), t.update({"weight": torch.zeros(3)})), "holds nothing"),
 ])
 def test_what_would_be_passed_over_is_refused(
     flux: Path, style: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], said: str
