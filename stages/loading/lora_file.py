@@ -33,7 +33,8 @@ _FACTORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w
 SUFFIXES: Mapping[str, str] = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down",
     ".lora_B.default.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
-    ".lora.down.weight": "down", ".lora.up.weight": "up", ".down.weight": "down", ".up.weight": "up",
+    ".lora.down.weight": "down", ".lora.up.weight": "up", ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up", ".down.weight": "down", ".up.weight": "up",
     ".lora_B.bias": "up_bias", ".lora_B.default.bias": "up_bias", ".alpha": "alpha", ".diff": "diff",
     ".diff_b": "diff_b", **{f".{factor}": factor for factor in _FACTORS},
 }
@@ -69,10 +70,10 @@ class Group:
 
     component: str
     """The component that has the layer."""
+    flat: bool
+    """Whether the layer's name has `_` in place of each dot."""
     layer: str
     """The layer as the file names it."""
-    flat: bool
-    """Whether that name has `_` in place of each dot."""
     names: Mapping[str, str]
     """The tensors' names in the file, by what they are."""
     tensors: Mapping[str, torch.Tensor]
@@ -82,6 +83,11 @@ class Group:
     def first(self) -> str:
         """The first of the tensors' names."""
         return next(iter(self.names.values()))
+
+    @property
+    def is_named_as_peft_does(self) -> bool:
+        """Whether it is a pair under PEFT's names."""
+        return ".lora_A." in self.names.get("down", "")
 
     def adds_nothing(self) -> bool:
         """Whether it is known to: one of the factors is all zeros, and so is all that is no factor."""
@@ -105,6 +111,8 @@ class LoraFile:
     """What is added, layer by layer."""
     configs: Mapping[str, TrainerConfig]
     """What its trainer says of each component."""
+    told: frozenset[str]
+    """The components with an alpha beside a pair under PEFT's names."""
 
     def of(self, component: str) -> list[Group]:
         """What is added to a component."""
@@ -129,7 +137,9 @@ def read_lora_file(lora: Lora) -> LoraFile:
         first = next((name for name in names if _kind(name)[0] == cause), names[0])
         raise ModelError(f"{lora.source} holds what is not run: {len(names)} of {len(tensors)} tensors are {cause}, "
                          f"such as {first[:120]!r} -> use a LoRA without them")
-    return LoraFile(lora, tuple(group for group in groups if not _not_run(group)), read_configs(lora))
+    run = tuple(group for group in groups if not _not_run(group))
+    told = frozenset(group.component for group in run if group.is_named_as_peft_does and "alpha" in group.names)
+    return LoraFile(lora, run, read_configs(lora), told)
 
 
 def refuse(lora: Lora, what: str, groups: Collection[Group], step: str) -> ModelError:
@@ -139,19 +149,18 @@ def refuse(lora: Lora, what: str, groups: Collection[Group], step: str) -> Model
 
 
 def _grouped(lora: Lora, tensors: Mapping[str, torch.Tensor]) -> list[Group]:
-    names: dict[tuple[str, str, bool], dict[str, str]] = {}
+    names: dict[tuple[str, str], dict[str, str]] = {}
     for name in tensors:
         prefix = max((each for each in PREFIXES if name.startswith(each)), key=len)
-        component, flat = PREFIXES[prefix]
         part, suffix = _kind(name)
         layer = name.removeprefix(prefix).removesuffix(suffix)
-        parts = names.setdefault((component, layer, flat), {})
+        parts = names.setdefault((prefix, layer), {})
         if part in parts:
             raise ModelError(f"{lora.source} says twice what is added to {layer[:100]}: {parts[part][:120]!r} and "
                              f"{name[:120]!r} -> use a LoRA in one format")
         parts[part] = name
-    return [Group(component, layer, flat, parts, {part: tensors[name] for part, name in parts.items()})
-            for (component, layer, flat), parts in names.items()]
+    return [Group(*PREFIXES[prefix], layer, parts, {part: tensors[name] for part, name in parts.items()})
+            for (prefix, layer), parts in names.items()]
 
 
 def _kind(name: str) -> tuple[str, str]:

@@ -103,18 +103,20 @@ def _loadable(lora: Lora) -> set[str]:
 def read_updates(lora: Lora, component: Component) -> dict[str, Update]:
     """What a LoRA adds to the component, by the name of the parameter; ModelError for what has no place in it."""
     file, names = read_lora_file(lora), layer_names(component)
-    strangers = [group for group in file.of(component.name)
-                 if not names.find(group.layer, group.flat) and not group.adds_nothing()]
-    if strangers:
+    groups = file.of(component.name)
+    unknown = [group for group in groups if not names.find(group.layer, group.flat)]
+    if strangers := [group for group in unknown if not group.adds_nothing()]:
         raise refuse(lora, f"adds to {strangers[0].layer[:100]}.weight, which is no linear layer of this model's "
                            f"{component.class_name}", strangers, _OTHER)
     found: dict[str, Update] = {}
-    for group in file.of(component.name):
-        for parameter, update in _updates(file, group):
+    sources: dict[str, Group] = {}
+    for group in groups:
+        for parameter, update in _updates(file, group) if names.find(group.layer, group.flat) else ():
             for name, part in _shared_out(lora, group, parameter, update, names):
                 if name in found:
-                    raise refuse(lora, f"says twice what is added to {name}", [group], "use a LoRA in one format")
-                found[name] = part
+                    raise refuse(lora, f"says twice what is added to {name}", [sources[name], group],
+                                 "use a LoRA in one format")
+                found[name], sources[name] = part, group
     return found
 
 
@@ -204,8 +206,7 @@ def _strength(file: LoraFile, group: Group, rank: int | None = None) -> float:
         return config.strength(layers, rank if "up" in group.tensors else None)
     if alpha is None:
         # Without an alpha sd-scripts and ComfyUI take the rank, and diffusers for its own names what is most common.
-        told = any("alpha" in other.names for other in file.of(group.component))
-        if told and ".lora_A." in group.names.get("down", ""):
+        if group.is_named_as_peft_does and group.component in file.told:
             raise ModelError(f"{lora.source} has an alpha for other layers and none for {group.layer[:100]} -> use a "
                              f"whole LoRA")
         return 1.0
