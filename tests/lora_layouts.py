@@ -156,13 +156,13 @@ _FLUX2_BLOCKS = _DOUBLE | {
     "img_in": ("x_embedder",), "final_layer.linear": ("proj_out",),
     "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
 }
-_FLUX2_MORE = _FLUX2_BLOCKS | {
+FLUX2_LAYERS = _FLUX2_BLOCKS | {
     "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
     "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
     "single_stream_modulation.lin": ("single_stream_modulation.linear",),
 }
 _FINAL = {"final_layer.adaLN_modulation.1": ("norm_out.linear",)}
-_SD3 = {
+SD3_BLOCKS = {
     "joint_blocks.0.x_block.attn.qkv": tuple(f"{_ATTENTION}.to_{part}" for part in "qkv"),
     "joint_blocks.0.x_block.attn2.qkv": tuple(f"transformer_blocks.0.attn2.to_{part}" for part in "qkv"),
     "joint_blocks.0.context_block.attn.qkv": tuple(f"{_ATTENTION}.add_{part}_proj" for part in "qkv"),
@@ -172,7 +172,7 @@ _SD3 = {
     "joint_blocks.0.context_block.adaLN_modulation.1": ("transformer_blocks.0.norm1_context.linear",),
     "joint_blocks.1.context_block.adaLN_modulation.1": ("transformer_blocks.1.norm1_context.linear",),
 }
-_Z_IMAGE = {
+Z_IMAGE_BLOCKS = {
     "layers.0.attention.qkv": tuple(f"layers.0.attention.to_{part}" for part in "qkv"),
     "noise_refiner.0.attention.out": ("noise_refiner.0.attention.to_out.0",),
     "layers.1.feed_forward.w1": ("layers.1.feed_forward.w1",),
@@ -188,34 +188,37 @@ LAYOUTS: Mapping[tuple[str, str], Layout] = {
     **{("down and up", family): Layout(KOHYA, _one("transformer.", layers), False) for family, layers in OWN.items()},
     ("sd-scripts", "flux"): Layout(KOHYA, _of("lora_unet_", FLUX_BLOCKS | FLUX_ENDS, True), False,
                                    "lora_unet_final_layer_adaLN_modulation_1"),
-    ("sd-scripts", "sd3"): Layout(KOHYA, _of("lora_unet_", _SD3, True), False,
+    ("sd-scripts", "sd3"): Layout(KOHYA, _of("lora_unet_", SD3_BLOCKS, True), False,
                                   "lora_unet_joint_blocks_1_context_block_adaLN_modulation_1"),
     ("sd-scripts", "flux2"): Layout(KOHYA, _of("lora_unet_", _FLUX2_BLOCKS, True)),
-    ("sd-scripts", "z-image"): Layout(KOHYA, _of("lora_unet_", _Z_IMAGE, True), False),
+    ("sd-scripts", "z-image"): Layout(KOHYA, _of("lora_unet_", Z_IMAGE_BLOCKS, True), False),
     ("musubi-tuner", "qwen-image"): Layout(KOHYA, _one("lora_unet_", OWN["qwen-image"][:5], True)),
     ("musubi-tuner", "z-image"): Layout(KOHYA, _one("lora_unet_", OWN["z-image"], True)),
     ("ComfyUI", "flux"): Layout(KOHYA, _of("diffusion_model.", FLUX_BLOCKS), False),
-    ("ComfyUI", "flux2"): Layout(KOHYA, _of("diffusion_model.", _FLUX2_MORE), False),
-    ("ComfyUI", "z-image"): Layout(KOHYA, _of("diffusion_model.", _Z_IMAGE), False),
+    ("ComfyUI", "flux2"): Layout(KOHYA, _of("diffusion_model.", FLUX2_LAYERS), False),
+    ("ComfyUI", "sd3"): Layout(KOHYA, _of("diffusion_model.", SD3_BLOCKS), False,
+                               "diffusion_model.joint_blocks.1.context_block.adaLN_modulation.1"),
+    ("ComfyUI", "z-image"): Layout(KOHYA, _of("diffusion_model.", Z_IMAGE_BLOCKS), False),
     ("ComfyUI", "qwen-image"): Layout(KOHYA, _one("diffusion_model.", OWN["qwen-image"])),
-    ("ai-toolkit", "flux2"): Layout(PEFT, _of("diffusion_model.", _FLUX2_MORE)),
+    ("ai-toolkit", "flux2"): Layout(PEFT, _of("diffusion_model.", FLUX2_LAYERS)),
     ("ai-toolkit, last layer", "flux2"): Layout(PEFT, _of("diffusion_model.", _FINAL), False,
                                                 "diffusion_model.final_layer.adaLN_modulation.1"),
     ("ai-toolkit", "qwen-image"): Layout(PEFT, _one("diffusion_model.", OWN["qwen-image"])),
     ("ai-toolkit", "z-image"): Layout(PEFT, _one("diffusion_model.", OWN["z-image"])),
-    ("OneTrainer", "flux"): Layout(KOHYA, _one("lora_transformer_", OWN["flux"], True), False),
-    ("OneTrainer", "sd3"): Layout(KOHYA, _one("lora_transformer_", OWN["sd3"], True), False),
+    **{("OneTrainer", family): Layout(KOHYA, _one("lora_transformer_", layers, True), False)
+       for family, layers in OWN.items()},
     ("XLabs", "flux"): Layout(XLABS, _XLABS),
     ("base_model", "flux"): Layout(PEFT, _of("base_model.model.", FLUX_BLOCKS), False),
-    ("base_model", "flux2"): Layout(PEFT, _of("base_model.model.", _FLUX2_MORE)),
+    ("base_model", "flux2"): Layout(PEFT, _of("base_model.model.", FLUX2_LAYERS)),
     ("default", "qwen-image"): Layout(DEFAULT, _one("", OWN["qwen-image"])),
     ("default", "z-image"): Layout(DEFAULT, _one("", OWN["z-image"])),
     ("bare", "qwen-image"): Layout(KOHYA, _one("", OWN["qwen-image"])),
-    ("dots", "z-image"): Layout(DOTS, _of("diffusion_model.", dict(list(_Z_IMAGE.items())[:2]))),
-    ("LoKr of ai-toolkit", "flux2"): Layout(lokr(), _of("diffusion_model.", _FLUX2_MORE), False),
+    ("dots", "z-image"): Layout(DOTS, _of("diffusion_model.", dict(list(Z_IMAGE_BLOCKS.items())[:2]))),
+    ("LoKr of ai-toolkit", "flux2"): Layout(lokr(), _of("diffusion_model.", FLUX2_LAYERS), False),
     ("LoKr of ai-toolkit", "z-image"): Layout(lokr(), _one("diffusion_model.", tuple(
         layer for layer in OWN["z-image"] if "feed_forward" not in layer))),
     ("LoKr of LyCORIS", "flux"): Layout(lokr(left_product=True), _one("lycoris_", OWN["flux"], True), False),
+    ("LoKr of LyCORIS in sd-scripts", "flux"): Layout(lokr(), _of("lora_unet_", FLUX_BLOCKS, True), False),
     ("LoKr of LyCORIS", "flux2"): Layout(lokr(left_product=True), _one("lycoris_", _LOKR_FLUX2, True)),
     ("LoKr of LyCORIS", "sd3"): Layout(whole_lokr, _one("lycoris_", OWN["sd3"], True), False),
     ("LoKr of SimpleTuner", "flux2"): Layout(whole_lokr, _one("", _LOKR_FLUX2)),

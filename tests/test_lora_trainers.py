@@ -10,6 +10,7 @@ import diffusers
 import peft
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
 from runner.planning.planner import with_loras
@@ -23,11 +24,15 @@ from stages.models.skeleton import model_class, skeleton
 from stages.placement.placement import Place, Resident
 from tests.lora_layouts import (
     CHECKPOINTS,
+    FLUX2_LAYERS,
+    FLUX_ENDS,
     FLUX_WHOLE,
     KOHYA,
     LAYOUTS,
     OWN,
     PEFT,
+    SD3_BLOCKS,
+    Z_IMAGE_BLOCKS,
     Form,
     Layout,
     Tensors,
@@ -150,6 +155,47 @@ def test_flux_as_large_as_it_is_reads_as_diffusers_reads_it(tmp_path: Path, row:
         assert update.scale == 1.0 and torch.equal(update.up, added[name])
         assert torch.equal(update.down, theirs[f"{layer}.lora_A.weight"])
         assert torch.equal(update.up, theirs[f"{layer}.lora_B.weight"])
+
+
+@pytest.mark.parametrize("family", ["flux2", "sd3", "z-image"])
+def test_the_authors_names_are_those_of_diffusers_conversion(models: Models, tmp_path: Path, family: str) -> None:
+    """What converts the authors' weights converts the authors' sums as well: shares, and halves that change places."""
+    layers = {"flux2": FLUX2_LAYERS, "sd3": SD3_BLOCKS, "z-image": Z_IMAGE_BLOCKS}[family]
+    if family != "z-image":
+        layers = {**layers, "final_layer.adaLN_modulation.1": ("norm_out.linear",)}
+    checkpoint = models(family)
+    sizes = {name: weight.shape for name, weight in weights(checkpoint.components["transformer"]).items()}
+    tensors, _ = write(Layout(PEFT, {f"diffusion_model.{name}": each for name, each in layers.items()}), sizes)
+    sums = {f"{name}.weight": tensors[f"diffusion_model.{name}.lora_B.weight"]
+            @ tensors[f"diffusion_model.{name}.lora_A.weight"] for name in layers}
+    converter = getattr(single_file_utils, f"convert_{family.replace('-', '_')}_transformer_checkpoint_to_diffusers")
+    converted = converter(WholeCheckpoint(sums))
+    expected = {name: delta for name, delta in converted.items() if bool(delta.any())}
+    assert len(expected) == sum(map(len, layers.values()))
+    save_file(tensors, tmp_path / "style.safetensors")
+    check_merged(checkpoint, tmp_path / "style.safetensors", expected)
+
+
+class WholeCheckpoint(dict[str, torch.Tensor]):
+    """Tensors among others that are all zeros, for a reader that takes all that a model has."""
+
+    def pop(self, name: str, *default: Any) -> torch.Tensor:  # type: ignore[override]
+        return super().pop(name, torch.zeros(6, 1))
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return torch.zeros(6, 1)
+
+
+def test_layers_of_flux_outside_of_its_blocks_are_as_diffusers_converts_them(flux: Path) -> None:
+    """They then have no prefix, and diffusers' loader drops them; and it leaves out the alphas of two of them."""
+    sizes = {name: weight.shape for name, weight in weights(find(flux).components["transformer"]).items()}
+    names = {f"lora_unet_{name.replace('.', '_')}": layers for name, layers in FLUX_ENDS.items()}
+    tensors, added = write(Layout(low_rank(".lora_down.weight", ".lora_up.weight"), names,
+                                  halves="lora_unet_final_layer_adaLN_modulation_1"), sizes)
+    theirs = read_by_diffusers("FluxPipeline", tensors)
+    assert theirs.keys() == added.keys()
+    for name, delta in theirs.items():
+        torch.testing.assert_close(delta, added[name])
 
 
 def real_flux(folder: Path, doubles: int, singles: int) -> Component:

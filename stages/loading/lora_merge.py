@@ -198,7 +198,7 @@ def _odd(lora: Lora, group: Group) -> ModelError:
 def _strength(file: LoraFile, group: Group, rank: int | None = None) -> float:
     """Alpha over rank, from where the file says it; 1 where it says nothing, as its trainer then means."""
     lora, alpha, config = file.lora, group.tensors.get("alpha"), file.configs.get(group.component)
-    if config is not None and ("lora_alpha" in config.fields or "alpha" in config.fields):
+    if config is not None:
         if alpha is not None:
             raise refuse(lora, f"has two alphas for {group.layer[:100]}, one in its trainer's config", [group],
                          "use a LoRA with one")
