@@ -80,6 +80,7 @@ def put(suffix: str, value: torch.Tensor) -> Change:
     (put(".oft_blocks", torch.ones(2, 4, 4)), "are OFT"),
     (put(".lora_up.scale_weight", torch.ones(1)), "scales of quantized matrices"),
     (lambda t: t.update(pair("lora_prior_unet_x")), "lora_prior_unet_x.weight, which is no linear layer"),
+    (lambda t: t.update(pair("lora_unet_\x1b[2J\nx")), r"adds to \\x1b\[2J\\nx.weight, which is no linear"),
     (lambda t: t.update({"emp_params": torch.ones(3, 3)}), "1 of .* are under names that no known .* 'emp_params'"),
     (lambda t: t.update({"lora_te1_text_model_embeddings_position_embedding.diff": torch.ones(4, 32)}),
      "position_embedding.weight, which is no linear layer of this model's CLIPTextModel"),
@@ -104,7 +105,7 @@ def put(suffix: str, value: torch.Tensor) -> Change:
     (lambda t: t.update(PEFT("transformer.transformer_blocks.0.attn.to_q", 32, 32)[0]), "says twice .*to_q.weight"),
     (lambda t: t.update(lokr()(ATTENTION, 32, 32)[0]), "without others that belong to them"),
     (lambda t: t.update(loha("lora_unet_double_blocks_1_img_attn_proj", 32, 30)[0]), r"adds \[32, 30\] to"),
-    (put(".lora_A.weight", torch.ones(4, 32)), "says twice what is added to double"),
+    (put(".lora_A.weight", torch.ones(4, 32)), "says twice what is added to a layer: "),
     (lambda t: t.update({"lora_unet_img_in.diff_b": torch.ones(5)}),
      r"adds \[5\] to x_embedder.bias, which is \[32\]"),
 ])

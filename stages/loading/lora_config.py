@@ -42,7 +42,7 @@ class TrainerConfig:
         alpha = self._number("alpha_pattern", "lora_alpha" if "lora_alpha" in self.fields else "alpha", names)
         told = rank if rank and "r" not in self.fields else self._number("rank_pattern", "r", names)
         if told <= 0 or rank not in (None, told):
-            raise ModelError(f"{self.lora.source} says rank {told:g} for {names[0]:.100}, and its matrices have "
+            raise ModelError(f"{self.lora.source} says rank {told:g} for {names[0][:100]!r}, and its matrices have "
                              f"{rank or 'another'} -> use another LoRA")
         return alpha / (math.sqrt(told) if self.fields.get("use_rslora") else told)
 
@@ -81,7 +81,7 @@ def _check(lora: Lora, table: Mapping[str, Any]) -> None:
         if field == "use_dora" and value:
             raise ModelError(f"{lora.source} is a DoRA by its trainer's config -> use one without DoRA")
         if field in ("init_lora_weights", "init_weights") and value not in _BEGINNINGS:
-            raise ModelError(f"{lora.source} was trained from changed weights (`{field}` {value!s:.40}), which are "
+            raise ModelError(f"{lora.source} was trained from changed weights (`{field}` {value!r:.40}), which are "
                              f"not in it -> convert it to a plain LoRA, as PEFT's save_pretrained does")
         if field not in _HARMLESS and value:
             raise ModelError(f"{lora.source} has {field[:60]!r} in its trainer's config, which is not run -> use a "

@@ -85,6 +85,11 @@ class Group:
         return next(iter(self.names.values()))
 
     @property
+    def shown(self) -> str:
+        """The layer's name for a message: a file's names may hold what a terminal obeys."""
+        return repr(self.layer)[1:-1][:100]
+
+    @property
     def is_named_as_peft_does(self) -> bool:
         """Whether it is a pair under PEFT's names."""
         return ".lora_A." in self.names.get("down", "")
@@ -156,7 +161,7 @@ def _grouped(lora: Lora, tensors: Mapping[str, torch.Tensor]) -> list[Group]:
         layer = name.removeprefix(prefix).removesuffix(suffix)
         parts = names.setdefault((prefix, layer), {})
         if part in parts:
-            raise ModelError(f"{lora.source} says twice what is added to {layer[:100]}: {parts[part][:120]!r} and "
+            raise ModelError(f"{lora.source} says twice what is added to a layer: {parts[part][:120]!r} and "
                              f"{name[:120]!r} -> use a LoRA in one format")
         parts[part] = name
     return [Group(*PREFIXES[prefix], layer, parts, {part: tensors[name] for part, name in parts.items()})

@@ -106,7 +106,7 @@ def read_updates(lora: Lora, component: Component) -> dict[str, Update]:
     groups = file.of(component.name)
     unknown = [group for group in groups if not names.find(group.layer, group.flat)]
     if strangers := [group for group in unknown if not group.adds_nothing()]:
-        raise refuse(lora, f"adds to {strangers[0].layer[:100]}.weight, which is no linear layer of this model's "
+        raise refuse(lora, f"adds to {strangers[0].shown}.weight, which is no linear layer of this model's "
                            f"{component.class_name}", strangers, _OTHER)
     found: dict[str, Update] = {}
     sources: dict[str, Group] = {}
@@ -149,7 +149,7 @@ def _updates(file: LoraFile, group: Group) -> Iterator[tuple[str, Update]]:
     lora, tensors = file.lora, {part: tensor for part, tensor in group.tensors.items() if part != "alpha"}
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
         kinds = " by ".join(str(tensor.dtype) for tensor in reversed(tensors.values()))
-        raise ModelError(f"{lora.source} has {kinds} for {group.layer} -> use a LoRA in floating point")
+        raise ModelError(f"{lora.source} has {kinds} for {group.shown} -> use a LoRA in floating point")
     if not all(tensor.ndim == (1 if part in ("diff_b", "up_bias") else 2) and tensor.numel()
                for part, tensor in tensors.items() if part != "diff"):
         raise _odd(file.lora, group)
@@ -192,7 +192,7 @@ def _multiplied(lora: Lora, group: Group, tensors: Mapping[str, torch.Tensor], n
 def _odd(lora: Lora, group: Group) -> ModelError:
     shapes = " by ".join(str(list(tensor.shape)) for part, tensor in reversed(list(group.tensors.items()))
                          if part != "alpha")
-    return refuse(lora, f"has {shapes:.200} for {group.layer[:100]}", [group], "use a LoRA of linear layers")
+    return refuse(lora, f"has {shapes:.200} for {group.shown}", [group], "use a LoRA of linear layers")
 
 
 def _strength(file: LoraFile, group: Group, rank: int | None = None) -> float:
@@ -200,22 +200,22 @@ def _strength(file: LoraFile, group: Group, rank: int | None = None) -> float:
     lora, alpha, config = file.lora, group.tensors.get("alpha"), file.configs.get(group.component)
     if config is not None:
         if alpha is not None:
-            raise refuse(lora, f"has two alphas for {group.layer[:100]}, one in its trainer's config", [group],
+            raise refuse(lora, f"has two alphas for {group.shown}, one in its trainer's config", [group],
                          "use a LoRA with one")
         layers = (group.layer, group.layer.removeprefix("text_model."))
         return config.strength(layers, rank if "up" in group.tensors else None)
     if alpha is None:
         # Without an alpha sd-scripts and ComfyUI take the rank, and diffusers for its own names what is most common.
         if group.is_named_as_peft_does and group.component in file.told:
-            raise ModelError(f"{lora.source} has an alpha for other layers and none for {group.layer[:100]} -> use a "
+            raise ModelError(f"{lora.source} has an alpha for other layers and none for {group.shown} -> use a "
                              f"whole LoRA")
         return 1.0
-    if alpha.numel() != 1 or alpha.dtype == torch.bool:
-        raise ModelError(f"{lora.source} has {list(alpha.shape)} values for the alpha of {group.layer[:100]} -> use "
+    if alpha.numel() != 1:
+        raise ModelError(f"{lora.source} has {list(alpha.shape)} values for the alpha of {group.shown} -> use "
                          f"another LoRA")
     if rank is None:
         return 1.0
-    if not (value := number(lora, alpha.item())):
-        raise ModelError(f"{lora.source} has the alpha 0 for {group.layer[:100]}, which is nothing to some programs "
+    if not (value := number(lora, alpha.float().item())):
+        raise ModelError(f"{lora.source} has the alpha 0 for {group.shown}, which is nothing to some programs "
                          f"and the rank to others -> use another LoRA")
     return value / rank
