@@ -33,13 +33,13 @@ def low_rank(
     return form
 
 
-def lokr(alpha: float | None = ALPHA, rank: int = 2, left_product: bool = False) -> Form:
-    """LyCORIS' LoKr: the first factor whole or a product, the second a product."""
+def lokr(alpha: float | None = ALPHA, rank: int = 2, left_product: bool = False, rows: int = 4) -> Form:
+    """LyCORIS' LoKr: the first factor [rows, 4] whole or a product, the second a product."""
     def form(name: str, out: int, into: int) -> tuple[Tensors, torch.Tensor]:
-        w1, first, second = torch.randn(2, 4), torch.randn(out // 2, rank) / 4, torch.randn(rank, into // 4) / 4
+        w1, first, second = torch.randn(rows, 4), torch.randn(out // rows, rank) / 4, torch.randn(rank, into // 4) / 4
         factors = {"w1": w1}
         if left_product:
-            factors = {"w1_a": torch.randn(2, rank), "w1_b": torch.randn(rank, 4)}
+            factors = {"w1_a": torch.randn(rows, rank), "w1_b": torch.randn(rank, 4)}
             w1 = factors["w1_a"] @ factors["w1_b"]
         said = {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
         tensors = {f"{name}.lokr_{part}": value for part, value in {**factors, "w2_a": first, "w2_b": second}.items()}
@@ -214,12 +214,12 @@ LAYOUTS: Mapping[tuple[str, str], Layout] = {
     ("default", "z-image"): Layout(DEFAULT, _one("", OWN["z-image"])),
     ("bare", "qwen-image"): Layout(KOHYA, _one("", OWN["qwen-image"])),
     ("dots", "z-image"): Layout(DOTS, _of("diffusion_model.", dict(list(Z_IMAGE_BLOCKS.items())[:2]))),
-    ("LoKr of ai-toolkit", "flux2"): Layout(lokr(), _of("diffusion_model.", FLUX2_LAYERS), False),
+    ("LoKr of ai-toolkit", "flux2"): Layout(lokr(rows=2), _of("diffusion_model.", FLUX2_LAYERS), False),
     ("LoKr of ai-toolkit", "z-image"): Layout(lokr(), _one("diffusion_model.", tuple(
         layer for layer in OWN["z-image"] if "feed_forward" not in layer))),
-    ("LoKr of LyCORIS", "flux"): Layout(lokr(left_product=True), _one("lycoris_", OWN["flux"], True), False),
-    ("LoKr of LyCORIS in sd-scripts", "flux"): Layout(lokr(), _of("lora_unet_", FLUX_BLOCKS, True), False),
-    ("LoKr of LyCORIS", "flux2"): Layout(lokr(left_product=True), _one("lycoris_", _LOKR_FLUX2, True)),
+    ("LoKr of LyCORIS", "flux"): Layout(lokr(left_product=True, rows=2), _one("lycoris_", OWN["flux"], True), False),
+    ("LoKr of LyCORIS in sd-scripts", "flux"): Layout(lokr(rows=2), _of("lora_unet_", FLUX_BLOCKS, True), False),
+    ("LoKr of LyCORIS", "flux2"): Layout(lokr(rank=1, left_product=True), _one("lycoris_", _LOKR_FLUX2, True)),
     ("LoKr of LyCORIS", "sd3"): Layout(whole_lokr, _one("lycoris_", OWN["sd3"], True), False),
     ("LoKr of SimpleTuner", "flux2"): Layout(whole_lokr, _one("", _LOKR_FLUX2)),
     ("LoKr of PEFT", "flux2"): Layout(lokr(None), _one("transformer.", _LOKR_FLUX2)),

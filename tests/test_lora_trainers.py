@@ -86,10 +86,23 @@ def test_it_adds_what_its_trainer_meant(models: Models, tmp_path: Path, row: str
     save_file(tensors, tmp_path / "style.safetensors")
     check_merged(checkpoint, tmp_path / "style.safetensors", added, 0.5)
     if layout.same_as_diffusers:
-        theirs = read_by_diffusers(checkpoint.pipeline, tensors)
-        assert theirs.keys() == added.keys()
-        for name, delta in theirs.items():
-            torch.testing.assert_close(delta, added[name], rtol=1e-4, atol=1e-5)
+        theirs = fused_by_diffusers(checkpoint, tensors, 0.5)
+        assert theirs.keys() == before.keys()
+        for name, weight in merged(checkpoint, tmp_path / "style.safetensors", 0.5).items():
+            torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-5)
+
+
+def fused_by_diffusers(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], scale: float) -> Tensors:
+    """The transformer's weights as diffusers' own pipeline class reads, loads and fuses the file."""
+    pipeline, component = getattr(diffusers, checkpoint.pipeline), checkpoint.components["transformer"]
+    model = model_class(component).from_pretrained(component.folder)
+    more = {"return_alphas": True} if checkpoint.pipeline == "FluxPipeline" else {}
+    read = pipeline.lora_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, **more)
+    named, alphas = read if more else (read, None)
+    pipeline.load_lora_into_transformer(named, transformer=model, **({"network_alphas": alphas} if more else {}))
+    model.fuse_lora(lora_scale=scale)
+    model.unload_lora()
+    return dict(model.state_dict())
 
 
 def read_by_diffusers(pipeline: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
