@@ -76,6 +76,12 @@ def put(suffix: str, value: torch.Tensor) -> Change:
      "query_norm.weight, which is no linear layer of this model's Flux.* .1 tensors, first 'diffusion_model"),
     (lambda t: t.update({"lora_unet_double_blocks_0_img_attn_norm_key_norm.w_norm": torch.ones(16)}),
      "1 of [0-9]+ tensors are what is added to a norm"),
+    (put(".lora_magnitude_vector", torch.ones(32)), "are DoRA, such as .*lora_magnitude_vector"),
+    (lambda t: t.update(pair("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q")), "adds to 'T5', and"),
+    (lambda t: t.update(pair("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q")), "'text_encoder_2' .T5Enc"),
+    (put(".lokr_t2", torch.ones(4, 4, 3, 3)), "are for convolutions, such as .*lokr_t2"),
+    (put(".hada_t1", torch.ones(4, 4, 3, 3)), "are for convolutions, such as .*hada_t1"),
+    (put(".on_input", torch.ones(32)), "are IA3"),
     (put(".lora_mid.weight", torch.ones(4, 4, 3, 3)), "are for convolutions"),
     (put(".oft_blocks", torch.ones(2, 4, 4)), "are OFT"),
     (put(".lora_up.scale_weight", torch.ones(1)), "scales of quantized matrices"),
@@ -114,6 +120,15 @@ def test_what_is_not_run_is_refused_by_name(flux: Path, tmp_path: Path, change: 
     change(tensors)
     with pytest.raises(ModelError, match=said):
         reached(flux, tensors, tmp_path)
+
+
+def test_the_page_says_what_is_refused() -> None:
+    """Each ending and prefix of the page's second table is tried here."""
+    page = (Path(__file__).parent.parent / "docs" / "loras.md").read_text()
+    table = page[page.index("| what | why |") :].split("\n\n")[0]
+    said = [name for line in table.splitlines() for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
+    source = Path(__file__).read_text()
+    assert len(said) > 10 and not [name for name in said if name not in source]
 
 
 @pytest.mark.parametrize("change", [

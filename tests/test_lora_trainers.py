@@ -18,6 +18,7 @@ from stages.errors import ModelError
 from stages.families import FAMILIES
 from stages.loading.load import load
 from stages.loading.lora_merge import read_updates
+from stages.loading.lora_names import layer_names
 from stages.models.checkpoint import Checkpoint, Component, find
 from stages.models.lora import LoraRequest, find_lora, read_loras
 from stages.models.skeleton import model_class, skeleton
@@ -209,6 +210,28 @@ def test_layers_of_flux_outside_of_its_blocks_are_as_diffusers_converts_them(flu
     assert theirs.keys() == added.keys()
     for name, delta in theirs.items():
         torch.testing.assert_close(delta, added[name])
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model."])
+def test_krea_2_reads_as_diffusers_reads_it(tmp_path: Path, prefix: str) -> None:
+    """All layers under the names of its authors, of a model without weights."""
+    with torch.device("meta"):
+        model = diffusers.Krea2Transformer2DModel(
+            num_layers=2, attention_head_dim=16, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+            timestep_embed_dim=16, text_hidden_dim=32, num_text_layers=3, text_num_attention_heads=2,
+            text_num_key_value_heads=2, text_intermediate_size=48, axes_dims_rope=(4, 6, 6))
+    model.save_config(tmp_path / "transformer")
+    component = Component("transformer", "diffusers", "Krea2Transformer2DModel", tmp_path / "transformer", ())
+    sizes = {name: weight.shape for name, weight in model.state_dict().items()}
+    authors = layer_names(component).original
+    tensors, added = write(Layout(PEFT, {prefix + name: layers for name, layers in authors.items()}), sizes)
+    linear = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    save_file(tensors, tmp_path / "style.safetensors")
+    ours = read_updates(find_lora(LoraRequest(str(tmp_path / "style.safetensors")), "Krea2Pipeline"), component)
+    theirs = read_by_diffusers("Krea2Pipeline", tensors)
+    assert ours.keys() == theirs.keys() == added.keys() == linear
+    for name, delta in theirs.items():
+        torch.testing.assert_close(ours[name].rows(slice(None)), delta)
 
 
 def real_flux(folder: Path, doubles: int, singles: int) -> Component:

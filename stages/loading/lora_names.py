@@ -34,6 +34,10 @@ _FLUX_ATTENTION: Names = {
     "double_blocks.*.img_attn.proj": (f"{_FLUX_DOUBLE}.attn.to_out.0",),
     "double_blocks.*.txt_attn.proj": (f"{_FLUX_DOUBLE}.attn.to_add_out",),
 }
+_KREA2_BLOCKS = {"blocks.*": "transformer_blocks.*", "txtfusion.layerwise_blocks.*": "text_fusion.layerwise_blocks.*",
+                 "txtfusion.refiner_blocks.*": "text_fusion.refiner_blocks.*"}
+_KREA2_LAYERS = {"attn.wq": "attn.to_q", "attn.wk": "attn.to_k", "attn.wv": "attn.to_v", "attn.wo": "attn.to_out.0",
+                 "attn.gate": "attn.to_gate", "mlp.gate": "ff.gate", "mlp.up": "ff.up", "mlp.down": "ff.down"}
 # What the authors of a model call a layer, and which ones it is in diffusers; `*` is the number of a block.
 ORIGINAL_NAMES: Mapping[str, Names] = {
     "FluxTransformer2DModel": {
@@ -89,6 +93,14 @@ ORIGINAL_NAMES: Mapping[str, Names] = {
         "joint_blocks.*.context_block.mlp.fc1": (f"{_FLUX_DOUBLE}.ff_context.net.0.proj",),
         "joint_blocks.*.context_block.mlp.fc2": (f"{_FLUX_DOUBLE}.ff_context.net.2",),
     },
+    "Krea2Transformer2DModel": {
+        **{f"{block}.{layer}": (f"{_KREA2_BLOCKS[block]}.{_KREA2_LAYERS[layer]}",)
+           for block in _KREA2_BLOCKS for layer in _KREA2_LAYERS},
+        "first": ("img_in",), "last.linear": ("final_layer.linear",), "tproj.1": ("time_mod_proj",),
+        "tmlp.0": ("time_embed.linear_1",), "tmlp.2": ("time_embed.linear_2",),
+        "txtmlp.1": ("txt_in.linear_1",), "txtmlp.3": ("txt_in.linear_2",),
+        "txtfusion.projector": ("text_fusion.projector",),
+    },
     "ZImageTransformer2DModel": {
         "x_embedder": ("all_x_embedder.2-1",), "final_layer.linear": ("all_final_layer.2-1.linear",),
         "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
@@ -107,12 +119,12 @@ class LayerNames:
         self._model = skeleton(component)
         self.layers = {name: layer for name, layer in self._model.named_modules() if isinstance(layer, nn.Linear)}
         self._own: Names = {name: (name,) for name in self.layers}
-        self._original: Names = dict(self._named_by_authors(ORIGINAL_NAMES.get(component.class_name, {})))
+        self.original: Names = dict(self._named_by_authors(ORIGINAL_NAMES.get(component.class_name, {})))
         if component.library != "diffusers":
             # transformers has done without this level since CLIP's encoder is a model of its own.
             self._own = {**{f"text_model.{name}": (name,) for name in self.layers}, **self._own,
                          **{name.removeprefix("text_model."): (name,) for name in self.layers}}
-        self._dotted = {**self._original, **self._own}
+        self._dotted = {**self.original, **self._own}
         self._flat = _flattened(self._dotted)
 
     def find(self, name: str, flat: bool) -> tuple[str, ...]:
