@@ -30,6 +30,7 @@ from stages.models.skeleton import model_class, skeleton
 from stages.placement.placement import Place, Placement, Resident
 from stages.placement.streaming import Streamed
 from tests import tiny, tiny_families
+from tests.lora_layouts import FLUX_BLOCKS, difference, loha, lokr
 from tests.test_cards import MIB, halved
 from tests.test_modulation import asked, latents
 
@@ -188,8 +189,12 @@ def test_every_family_takes_one(build: Callable[[Path], Path], tmp_path: Path) -
     assert changed == {f"{layer}.weight" for layer in layers[::3]}
 
 
-def test_it_is_merged_wherever_the_weights_are(flux: Path, style: Path, cards: Cards) -> None:
+@pytest.mark.parametrize("other", [False, True], ids=["pairs", "other forms"])
+def test_it_is_merged_wherever_the_weights_are(
+    flux: Path, style: Path, tmp_path: Path, cards: Cards, other: bool
+) -> None:
     """On two cards, with a block that waits on the host and one on the disk, with the table and without."""
+    style = other_forms(flux, tmp_path / "other.safetensors") if other else style
     first, second = devices = cards(40 * MIB, 40 * MIB)
     whole = halved(first, second)
     waiting = Streamed(first, whole.devices, whole.rest, cpu_blocks=frozenset(["transformer_blocks.0"]),
@@ -207,6 +212,24 @@ def test_it_is_merged_wherever_the_weights_are(flux: Path, style: Path, cards: C
     plain = found.pop(("one card", False))
     assert {key: (made - plain).abs().max().item() for key, made in found.items()} == dict.fromkeys(found, 0.0)
     assert not torch.equal(latents(plan(flux))[0], plain)
+
+
+def other_forms(flux: Path, path: Path) -> Path:
+    """LoKr, LoHa and differences, of fused layers and of biases, for all blocks."""
+    sizes = {name: weight.shape for name, weight in load_file(transformer(flux).files[0]).items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for number, single in ((0, 0), (1, 2)):
+        names = {name.replace(".0.", f".{number}.").replace(".2.", f".{single}."): tuple(
+            layer.replace("transformer_blocks.0.", f"transformer_blocks.{number}.").replace(
+                "transformer_blocks.2.", f"transformer_blocks.{single}.") for layer in layers)
+            for name, layers in FLUX_BLOCKS.items()}
+        for count, (name, layers) in enumerate(names.items()):
+            rows = sum(sizes[f"{layer}.weight"][0] for layer in layers)
+            form = (lokr(rows=2), loha, difference)[count % 3]
+            tensors |= form(f"diffusion_model.{name}", rows, sizes[f"{layers[0]}.weight"][1])[0]
+            tensors[f"diffusion_model.{name}.diff_b"] = torch.randn(rows) / 8
+    save_file(tensors, path)
+    return path
 
 
 def test_it_takes_no_memory_of_a_card_once_it_is_merged(flux: Path, style: Path, cards: Cards) -> None:
