@@ -30,6 +30,7 @@ from stages.models.skeleton import model_class, skeleton
 from stages.placement.placement import Place, Placement, Resident
 from stages.placement.streaming import Streamed
 from tests import tiny, tiny_families
+from tests.lora_layouts import FLUX_BLOCKS, difference, loha, lokr
 from tests.test_cards import MIB, halved
 from tests.test_modulation import asked, latents
 
@@ -188,8 +189,12 @@ def test_every_family_takes_one(build: Callable[[Path], Path], tmp_path: Path) -
     assert changed == {f"{layer}.weight" for layer in layers[::3]}
 
 
-def test_it_is_merged_wherever_the_weights_are(flux: Path, style: Path, cards: Cards) -> None:
+@pytest.mark.parametrize("other", [False, True], ids=["pairs", "other forms"])
+def test_it_is_merged_wherever_the_weights_are(
+    flux: Path, style: Path, tmp_path: Path, cards: Cards, other: bool
+) -> None:
     """On two cards, with a block that waits on the host and one on the disk, with the table and without."""
+    style = other_forms(flux, tmp_path / "other.safetensors") if other else style
     first, second = devices = cards(40 * MIB, 40 * MIB)
     whole = halved(first, second)
     waiting = Streamed(first, whole.devices, whole.rest, cpu_blocks=frozenset(["transformer_blocks.0"]),
@@ -207,6 +212,24 @@ def test_it_is_merged_wherever_the_weights_are(flux: Path, style: Path, cards: C
     plain = found.pop(("one card", False))
     assert {key: (made - plain).abs().max().item() for key, made in found.items()} == dict.fromkeys(found, 0.0)
     assert not torch.equal(latents(plan(flux))[0], plain)
+
+
+def other_forms(flux: Path, path: Path) -> Path:
+    """LoKr, LoHa and differences, of fused layers and of biases, for all blocks."""
+    sizes = {name: weight.shape for name, weight in load_file(transformer(flux).files[0]).items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for number, single in ((0, 0), (1, 2)):
+        names = {name.replace(".0.", f".{number}.").replace(".2.", f".{single}."): tuple(
+            layer.replace("transformer_blocks.0.", f"transformer_blocks.{number}.").replace(
+                "transformer_blocks.2.", f"transformer_blocks.{single}.") for layer in layers)
+            for name, layers in FLUX_BLOCKS.items()}
+        for count, (name, layers) in enumerate(names.items()):
+            rows = sum(sizes[f"{layer}.weight"][0] for layer in layers)
+            form = (lokr(rows=2), loha, difference)[count % 3]
+            tensors |= form(f"diffusion_model.{name}", rows, sizes[f"{layers[0]}.weight"][1])[0]
+            tensors[f"diffusion_model.{name}.diff_b"] = torch.randn(rows) / 8
+    save_file(tensors, path)
+    return path
 
 
 def test_it_takes_no_memory_of_a_card_once_it_is_merged(flux: Path, style: Path, cards: Cards) -> None:
@@ -358,21 +381,21 @@ Q = "transformer.transformer_blocks.0.attn.to_q"
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    (lambda t: rename(t, "transformer.", "text_encoder_2."), "adds to 'text_encoder_2', and .* for text_encoder and"),
-    (lambda t: rename(t, "transformer.", "text_encoder."), "names for the CLIPTextModel that diffusers does not know"),
+    (lambda t: rename(t, "transformer.", "text_encoder_2."), r"adds to 'text_encoder_2' \(T5E.*\), and .* for text_e"),
+    (lambda t: rename(t, "transformer.", "text_encoder."), "weight, which is no linear layer of this model's CLIP"),
     (lambda t: rename(t, "attn.to_q", "attn.to_x"), r"to_x.weight, which is no linear layer of this model's Flux"),
     (lambda t: rename(t, "attn.to_q", "norm1"), "norm1.weight, which is no linear layer"),
     (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(7, 4)}), r"adds \[7, \d+\] to .* which is \["),
     (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(32, 3)}), "for a? ?.*linear layers"),
-    (lambda t: t.pop(f"{Q}.lora_B.weight"), r"pairs of matrices alone \(.*lora_B"),
-    (lambda t: t.update({f"{Q}.lora_B.bias": torch.zeros(32)}), r"pairs of matrices alone \(.*bias"),
-    (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), r"pairs of matrices alone \(.*magnitude"),
+    (lambda t: t.pop(f"{Q}.lora_B.weight"), "1 of 19 tensors are without others .*to_q.lora_A"),
+    (lambda t: t.update({f"{Q}.lora_A.bias": torch.ones(4)}), "1 of 21 tensors are under names that .*lora_A.bias"),
+    (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), "are DoRA, such as .*magnitude"),
     (lambda t: t.update({f"{Q}.dora_scale": torch.zeros(32)}), "DoRA"),
     (lambda t: t.update({f"{Q}.alpha": torch.tensor(2.0)}), "an alpha for other layers"),
     (lambda t: t.update({f"{Q}.lora_B.weight": torch.full((32, 4), torch.inf)}), "to .*to_q.weight that are not fin"),
     (lambda t: t.update({name: tensor.to(torch.int8) for name, tensor in t.items()}), "torch.int8 by .* in float"),
-    (lambda t: rename(t, "lora_A", "lokr_w1"), "pairs of matrices alone|no LoRA that"),
-    (lambda t: (t.clear(), t.update({"weight": torch.zeros(3)})), "no LoRA that|adds to .weight"),
+    (lambda t: rename(t, "lora_A", "lokr_w1"), "10 of 20 tensors are under names .*lokr"),
+    (lambda t: (t.clear(), t.update({"weight": torch.zeros(3)})), "holds nothing"),
 ])
 def test_what_would_be_passed_over_is_refused(
     flux: Path, style: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], said: str

@@ -1,63 +1,35 @@
 """LoRA merged into weights, one by one where they are read: W + scale * alpha / rank * B A (Hu et al., 2021).
 
 So nothing of it is left when a stage computes: every placement, the modulation table and every step are those of the
-model alone, on cards that have no room for a second set of layers.
+model alone, on cards that have no room for a second set of layers. LoKr and LoHa are products of another form, and
+differences of weights and biases are added as they are. docs/loras.md says whose files are taken.
 """
 
-import inspect
-import logging
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
-from safetensors import SafetensorError
-from torch import nn
 
 from stages.errors import ModelError
+from stages.loading.lora_config import number
+from stages.loading.lora_file import Group, LoraFile, read_lora_file, refuse
+from stages.loading.lora_names import LayerNames, layer_names
+from stages.loading.lora_updates import Difference, HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
 from stages.models.checkpoint import Checkpoint, Component
-from stages.models.lora import Lora, check_unchanged
-from stages.models.skeleton import skeleton
+from stages.models.lora import Lora
 
 # Elements of a weight that are added to at once: merging takes three times their bytes in float32 on its device.
 ELEMENTS_AT_ONCE = 2**20
-
-
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """What a LoRA adds to the weight [out, in] of a linear layer."""
-
-    down: torch.Tensor
-    """The first matrix, [rank, in]."""
-    up: torch.Tensor
-    """The second matrix, [out, rank]."""
-    scale: float
-    """What their product is multiplied by."""
-
-    def to(self, device: torch.device) -> "LowRankUpdate":
-        """The same in float32 on a device."""
-        return LowRankUpdate(self.down.to(device, torch.float32), self.up.to(device, torch.float32), self.scale)
-
-    def rows(self, rows: slice) -> torch.Tensor:
-        """What is added to these rows of the weight."""
-        return self.up[rows] @ self.down * self.scale
+_OTHER = "use a LoRA that was made for this model"
 
 
 class LoraMerger:
     """The updates of all LoRAs of a component, by weight."""
 
     def __init__(self, component: Component) -> None:
-        self._updates: dict[str, list[LowRankUpdate]] = {}
+        self._updates: dict[str, list[Update]] = {}
         for lora in component.loras:
             for name, update in read_updates(lora, component).items():
                 self._updates.setdefault(name, []).append(update)
@@ -78,10 +50,10 @@ class LoraMerger:
 
 
 @torch.no_grad()
-def add_updates(weight: torch.Tensor, updates: Sequence[LowRankUpdate]) -> None:
-    """Add all of them to a weight [out, in] in float32, some rows at a time, and round once."""
+def add_updates(weight: torch.Tensor, updates: Sequence[Update]) -> None:
+    """Add all of them to a weight [out, in] or a bias [out] in float32, some rows at a time, and round once."""
     here = [update.to(weight.device) for update in updates]
-    count = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+    count = max(1, ELEMENTS_AT_ONCE // weight[0].numel())
     for first in range(0, len(weight), count):
         rows = slice(first, first + count)
         total = weight[rows].float()
@@ -96,173 +68,154 @@ def check_loras(component: Component) -> None:
 
     What is well once is not looked at again: a LoRA is named by the hash of its file.
     """
-    model = skeleton(component)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for lora in component.loras:
         for name, update in read_updates(lora, component).items():
-            layer = layers.get(name.removesuffix(".weight"))
-            if layer is None:
-                raise ModelError(f"{lora.source} adds to {name}, which is no linear layer of this model's "
-                                 f"{component.class_name} -> use a LoRA that was made for this model")
-            shape = [update.up.shape[0], update.down.shape[1]]
-            if shape != list(layer.weight.shape):
-                raise ModelError(f"{lora.source} adds {shape} to {name}, which is {list(layer.weight.shape)} in this "
-                                 f"model -> use a LoRA that was made for this model")
-            if not all(bool(matrix.float().isfinite().all()) for matrix in (update.down, update.up)):
+            if not update.finite():
                 raise ModelError(f"{lora.source} adds values to {name} that are not finite -> fetch it again, or use "
                                  f"another LoRA")
 
 
 def components_reached(lora: Lora, checkpoint: Checkpoint) -> list[str]:
     """The components that a LoRA adds to; ModelError for one that is not in the checkpoint, or adds to nothing."""
-    known = set(_pipeline(lora)._lora_loadable_modules) & checkpoint.components.keys()
-    found = dict.fromkeys(name.partition(".")[0] for name in _converted(lora).tensors)
-    if foreign := [name for name in found if name not in known]:
-        raise ModelError(f"{lora.source} adds to {foreign[0]!r}, and diffusers {diffusers.__version__} knows LoRA for "
-                         f"{' and '.join(sorted(known))} of this model -> use one for those alone")
-    if not found:
+    known = _loadable(lora) & checkpoint.components.keys()
+    file = read_lora_file(lora)
+    found = dict.fromkeys(group.component for group in file.groups)
+    for name in found.keys() - known:
+        if groups := [group for group in file.of(name) if not group.adds_nothing()]:
+            there = checkpoint.components.get(name)
+            what = f"{name!r} ({there.class_name})" if there else repr(name)
+            raise refuse(lora, f"adds to {what}, and diffusers {diffusers.__version__} knows LoRA for "
+                               f"{' and '.join(sorted(known))} of this model", groups, "use one for those alone")
+    if not found.keys() & known:
         raise ModelError(f"{lora.source} holds nothing -> use another LoRA")
-    return list(found)
+    return [name for name in found if name in known]
 
 
-def read_updates(lora: Lora, component: Component) -> dict[str, LowRankUpdate]:
-    """What a LoRA adds to the component, by the name of the weight; ModelError for more than pairs of matrices.
-
-    diffusers knows the formats of the trainers, and what it would pass over is refused.
-    """
-    part = _converted(lora).of(component.name)
-    tensors = _named_as_in(lora, component, part.tensors)
-    layers = dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors)
-    odd = sorted(tensors.keys() ^ {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"})
-    if odd or part.config.get("use_dora"):
-        raise ModelError(f"{lora.source} is not made of pairs of matrices alone ({odd[0] if odd else 'DoRA'}) -> use "
-                         f"a plain LoRA")
-    found = {}
-    for layer in layers:
-        down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
-        if down.ndim != 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0:
-            raise ModelError(f"{lora.source} has {list(up.shape)} by {list(down.shape)} for {layer} -> use a LoRA of "
-                             f"linear layers")
-        if not (down.is_floating_point() and up.is_floating_point()):
-            raise ModelError(f"{lora.source} has {up.dtype} by {down.dtype} for {layer} -> use a LoRA in floating "
-                             f"point")
-        found[f"{layer}.weight"] = LowRankUpdate(down, up, _strength(lora, layer, down.shape[0], part) * lora.scale)
-    return found
-
-
-@dataclass(frozen=True)
-class _Converted:
-    """What a file holds, under diffusers' names."""
-
-    tensors: Mapping[str, torch.Tensor]
-    """The matrices."""
-    alphas: Mapping[str, Any]
-    """The alphas that stand beside them."""
-    config: Mapping[str, Any]
-    """The trainer's config."""
-
-    def of(self, component: str) -> "_Converted":
-        """What concerns a component, under its own names."""
-        inside = f"{component}."
-        return _Converted(*({name.removeprefix(inside): value for name, value in table.items()
-                             if name.startswith(inside)} for table in (self.tensors, self.alphas, self.config)))
-
-
-def _named_as_in(lora: Lora, component: Component, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors with the names that the component's class gives its layers, and PEFT the two matrices of each."""
-    named = dict(tensors)
-    if component.library == "diffusers":
-        plain = all(".lora_A." in name or ".lora_B." in name for name in named)
-        return named if plain else dict(convert_unet_state_dict_to_peft(named))
-    try:
-        named = convert_state_dict_to_peft(convert_state_dict_to_diffusers(named))
-    except (ValueError, LookupError) as error:
-        raise ModelError(f"{lora.source} has names for the {component.class_name} that diffusers does not know "
-                         f"({error}) -> use a LoRA that was made for this model") from error
-    # transformers has done without this level since CLIP's encoder is a model of its own.
-    level = "" if hasattr(skeleton(component), "text_model") else "text_model."
-    return {name.removeprefix(level): tensor for name, tensor in named.items()}
-
-
-def _strength(lora: Lora, layer: str, rank: int, part: _Converted) -> float:
-    """Alpha over rank, from where the file says it; 1 where it says nothing, as its trainer then means."""
-    if "lora_alpha" in part.config:
-        patterns = part.config.get("alpha_pattern") or {}
-        own = (alpha for pattern, alpha in patterns.items() if _names(lora, pattern, layer))
-        root = math.sqrt(rank) if part.config.get("use_rslora") else rank
-        return _number(lora, next(own, part.config["lora_alpha"])) / root
-    if not part.alphas:
-        return 1.0
-    if f"{layer}.alpha" not in part.alphas:
-        raise ModelError(f"{lora.source} has an alpha for other layers and none for {layer} -> use a whole LoRA")
-    return _number(lora, part.alphas[f"{layer}.alpha"]) / rank
-
-
-def _names(lora: Lora, pattern: str, layer: str) -> bool:
-    """Whether a name of PEFT's `alpha_pattern` means the layer: the whole of it behind a `^`, or else its end.
-
-    To PEFT it is a regular expression, and one from a file could run for ever.
-    """
-    if not re.fullmatch(r"\^?[\w.]+", pattern):
-        raise ModelError(f"{lora.source} has an alpha for layers like {pattern[:60]!r}, and only names of layers are "
-                         f"read -> use a LoRA that names them")
-    return layer == pattern.removeprefix("^") or (pattern[0] != "^" and layer.endswith(f".{pattern}"))
-
-
-def _number(lora: Lora, alpha: Any) -> float:
-    with suppress(TypeError, ValueError, RuntimeError):
-        if math.isfinite(value := float(alpha)):
-            return value
-    raise ModelError(f"{lora.source} has the alpha {str(alpha)[:60]!r} -> use another LoRA")
-
-
-def _patterns(config: Mapping[str, Any]) -> list[str]:
-    return [name for name in config if name.endswith("alpha_pattern")]
-
-
-def _pipeline(lora: Lora) -> Any:
-    """The pipeline class that reads a LoRA; ModelError for one that reads none."""
-    found = getattr(diffusers, lora.pipeline)
+def _loadable(lora: Lora) -> set[str]:
+    """The components that the pipeline class reads a LoRA for; ModelError for one that reads none."""
+    found: Any = getattr(diffusers, lora.pipeline)
     if not hasattr(found, "lora_state_dict"):
         raise ModelError(f"diffusers {diffusers.__version__} reads no LoRA for a {lora.pipeline} -> leave `loras` out")
+    # No public name says it.
+    return set(found._lora_loadable_modules)
+
+
+def read_updates(lora: Lora, component: Component) -> dict[str, Update]:
+    """What a LoRA adds to the component, by the name of the parameter; ModelError for what has no place in it."""
+    file, names = read_lora_file(lora), layer_names(component)
+    groups = file.of(component.name)
+    unknown = [group for group in groups if not names.find(group.layer, group.flat)]
+    if strangers := [group for group in unknown if not group.adds_nothing()]:
+        raise refuse(lora, f"adds to {strangers[0].shown}.weight, which is no linear layer of this model's "
+                           f"{component.class_name}", strangers, _OTHER)
+    found: dict[str, Update] = {}
+    sources: dict[str, Group] = {}
+    for group in groups:
+        for parameter, update in _updates(file, group) if names.find(group.layer, group.flat) else ():
+            for name, part in _shared_out(lora, group, parameter, update, names):
+                if name in found:
+                    raise refuse(lora, f"says twice what is added to {name}", [sources[name], group],
+                                 "use a LoRA in one format")
+                found[name], sources[name] = part, group
     return found
 
 
-def _converted(lora: Lora) -> _Converted:
-    """The file as diffusers reads it; ModelError for one that it cannot read, or reads in part."""
-    check_unchanged(lora)
-    reader = _pipeline(lora).lora_state_dict
-    wants = {"return_alphas": True} if "return_alphas" in inspect.signature(reader).parameters else {}
-    try:
-        with _strictly() as warned:
-            tensors, *more = reader(str(lora.path.parent), weight_name=lora.path.name, use_safetensors=True,
-                                    local_files_only=True, return_lora_metadata=True, **wants)
-    except (ValueError, LookupError, RuntimeError, AttributeError, TypeError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{lora.source} is no LoRA that diffusers {diffusers.__version__} can read for a "
-                         f"{lora.pipeline} ({reason:.200}) -> use one that was made for this model") from error
-    if warned:
-        raise ModelError(f"{lora.source} holds what is not run ({warned[0]:.200}) -> use a plain LoRA")
-    config = more.pop() or {}
-    if not isinstance(config, dict) or not all(isinstance(config.get(name) or {}, dict) for name in _patterns(config)):
-        raise ModelError(f"{lora.source} has a trainer's config that is no table -> use another LoRA")
-    alphas = {name: tensor for name, tensor in tensors.items() if name.endswith(".alpha")}
-    alphas |= more.pop() or {} if more else {}
-    return _Converted({name: tensor for name, tensor in tensors.items() if name not in alphas}, alphas, config)
+def _shared_out(
+    lora: Lora, group: Group, parameter: str, update: Update, names: LayerNames
+) -> Iterator[tuple[str, Update]]:
+    """What a group adds to each of the layers that it means, which share its rows; of the shape that they have."""
+    layers = names.find(group.layer, group.flat)
+    weights = {f"{layer}.{parameter}": getattr(names.layers[layer], parameter) for layer in layers}
+    for name, weight in weights.items():
+        if weight is None:
+            raise refuse(lora, f"adds to {name}, which this model does not have", [group], _OTHER)
+    expected = {name: list(weight.shape) for name, weight in weights.items()}
+    sizes = [shape[0] for shape in expected.values()]
+    for name, shape in expected.items():
+        if update.shape != [sum(sizes), *shape[1:]]:
+            together = f"{' and '.join(expected)} are {[sum(sizes), *shape[1:]]}" if len(sizes) > 1 else (
+                f"{name}, which is {shape}")
+            raise refuse(lora, f"adds {update.shape} to {together} in this model", [group], _OTHER)
+    rows = torch.arange(sum(sizes))
+    if names.has_changed_halves(group.layer, group.flat):
+        rows = torch.cat([*reversed(rows.chunk(2))])
+    for name, shape in expected.items():
+        share, rows = rows[: shape[0]], rows[shape[0] :]
+        yield name, update.part(share)
 
 
-@contextmanager
-def _strictly() -> Iterator[list[str]]:
-    """What diffusers warns of while it converts: there it passes over what it does not know."""
-    warned: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
-    root = logging.getLogger("diffusers")
-    level, handlers = root.level, root.handlers
-    root.setLevel(logging.WARNING)
-    root.handlers = [handler]
-    try:
-        yield warned
-    finally:
-        root.setLevel(level)
-        root.handlers = handlers
+def _updates(file: LoraFile, group: Group) -> Iterator[tuple[str, Update]]:
+    """What a group adds, to the weight and to the bias of its layers."""
+    lora, tensors = file.lora, {part: tensor for part, tensor in group.tensors.items() if part != "alpha"}
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        kinds = " by ".join(str(tensor.dtype) for tensor in reversed(tensors.values()))
+        raise ModelError(f"{lora.source} has {kinds} for {group.shown} -> use a LoRA in floating point")
+    if not all(tensor.ndim == (1 if part in ("diff_b", "up_bias") else 2) and tensor.numel()
+               for part, tensor in tensors.items() if part != "diff"):
+        raise _odd(file.lora, group)
+    if "diff_b" in tensors:
+        yield "bias", Difference(tensors["diff_b"], lora.scale)
+    if "diff" in tensors:
+        yield "weight", Difference(tensors["diff"], lora.scale)
+    if "up" in tensors:
+        down, up = tensors["down"], tensors["up"]
+        if down.shape[0] != up.shape[1]:
+            raise _odd(file.lora, group)
+        scale = _strength(file, group, down.shape[0]) * lora.scale
+        yield "weight", LowRankUpdate(down, up, scale)
+        if "up_bias" in tensors:
+            yield "bias", Difference(tensors["up_bias"], scale)
+    if "hada_w1_a" in tensors:
+        first, down, second, other = (tensors[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        if [first.shape[1], second.shape[1], first.shape[0], down.shape[1]] != [
+                down.shape[0], other.shape[0], second.shape[0], other.shape[1]]:
+            raise _odd(file.lora, group)
+        scale = _strength(file, group, down.shape[0]) * lora.scale
+        yield "weight", HadamardUpdate(first, down, second, other, scale)
+    if any(part.startswith("lokr") for part in tensors):
+        # The alpha of a LoKr goes with the rank of its second factor, or else of its first; with neither it has none.
+        ranks = [tensors[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in tensors]
+        left, right = (_multiplied(file.lora, group, tensors, f"lokr_{side}") for side in ("w1", "w2"))
+        yield "weight", KroneckerUpdate(left, right, _strength(file, group, *ranks[:1]) * lora.scale)
+
+
+def _multiplied(lora: Lora, group: Group, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A factor of a LoKr, which may be a product itself."""
+    if name in tensors:
+        return tensors[name]
+    up, down = tensors[f"{name}_a"], tensors[f"{name}_b"]
+    if up.shape[1] != down.shape[0]:
+        raise _odd(lora, group)
+    return up.float() @ down.float()
+
+
+def _odd(lora: Lora, group: Group) -> ModelError:
+    shapes = " by ".join(str(list(tensor.shape)) for part, tensor in reversed(list(group.tensors.items()))
+                         if part != "alpha")
+    return refuse(lora, f"has {shapes:.200} for {group.shown}", [group], "use a LoRA of linear layers")
+
+
+def _strength(file: LoraFile, group: Group, rank: int | None = None) -> float:
+    """Alpha over rank, from where the file says it; 1 where it says nothing, as its trainer then means."""
+    lora, alpha, config = file.lora, group.tensors.get("alpha"), file.configs.get(group.component)
+    if config is not None:
+        if alpha is not None:
+            raise refuse(lora, f"has two alphas for {group.shown}, one in its trainer's config", [group],
+                         "use a LoRA with one")
+        layers = (group.layer, group.layer.removeprefix("text_model."))
+        return config.strength(layers, rank if "up" in group.tensors else None)
+    if alpha is None:
+        # Without an alpha sd-scripts and ComfyUI take the rank, and diffusers for its own names what is most common.
+        if group.is_named_as_peft_does and group.component in file.told:
+            raise ModelError(f"{lora.source} has an alpha for other layers and none for {group.shown} -> use a "
+                             f"whole LoRA")
+        return 1.0
+    if alpha.numel() != 1:
+        raise ModelError(f"{lora.source} has {list(alpha.shape)} values for the alpha of {group.shown} -> use "
+                         f"another LoRA")
+    if rank is None:
+        return 1.0
+    if not (value := number(lora, alpha.float().item())):
+        raise ModelError(f"{lora.source} has the alpha 0 for {group.shown}, which is nothing to some programs "
+                         f"and the rank to others -> use another LoRA")
+    return value / rank

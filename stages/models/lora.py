@@ -54,7 +54,7 @@ class Lora:
     source: str
     """How it was asked for."""
     pipeline: str
-    """The pipeline class of diffusers that reads it."""
+    """The pipeline class of diffusers that it is for."""
 
 
 def read_loras(loras: Iterable[str | Path | LoraRequest]) -> tuple[LoraRequest, ...]:
