@@ -43,7 +43,7 @@ def several(name: str, values: Any, alone: Any = ()) -> tuple[Any, ...]:
     if isinstance(values, alone):
         return (values,)
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise InvalidInput(f"`{name}` is {shown(repr(values))} -> give a list")
+        raise InvalidInput(f"`{name}` is {shown(values if isinstance(values, str) else repr(values))} -> give a list")
     # Once: what gives its values one at a time has none left for a second look.
     return tuple(values)
 

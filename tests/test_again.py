@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from runner import Job, Request
+from runner.artifacts import FolderStore
 from runner.commands.cli import answer, app
 from runner.commands.refusal import again, better, quoted
 from stages.errors import DoesNotFit, Fix
@@ -72,6 +74,21 @@ def test_a_run_ends_with_a_command_that_makes_the_picture(
     ])
     assert words[-2:] == ["--allow-offload", "cpu"] and "denoise does not fit" in error
     assert answer(words) == 0 and out.is_file()
+
+
+def test_the_next_command_of_a_resume_lifts_what_the_run_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its limit is in its record, and leaving --max-memory out would leave it there."""
+    monkeypatch.chdir(tmp_path)
+    demo = Request("a red circle", 64, 64, 1, None, 1, 20)
+    for name, more in (("limited", {"max_memory": "4MB"}), ("placed", {"place": ["denoise=sharded", "decode=cpu"]})):
+        job = Job("demo", [demo], store="store", run=name, **more).absolute()
+        FolderStore(Path("store"), warn=print).save_run(name, {"requests": [], "stages": {}, "job": job.to_json()})
+        words, _ = pasted(capsys, ["resume", name, "--artifacts", "store", "--no-modulation-table", "--quiet"])
+        lifted = ["--max-memory", "none"] if name == "limited" else ["--place", "denoise=auto"]
+        assert words[-2:] == lifted and answer(words) == 0
+        assert (name == "placed") == bool(Job.from_json(FolderStore(Path("store")).load_run(name)["job"]).place)
 
 
 def test_options_are_replaced_and_others_kept() -> None:

@@ -100,6 +100,18 @@ def test_type_checkers_see_every_field_of_a_job_in_its_order() -> None:
     ({"loras": ["a=99"]}, "from -10 to 10"),
     ({"labels": [Label(1), Label(2)]}, "1 requests and 2 labels"),
     ({"output": Output(("a.png", "b.png"))}, "1 requests and 2 output paths"),
+    ({"family": ["flux"]}, "family must be text"), ({"store": None}, "store must be text"),
+    ({"store": b"x"}, "store must be text"), ({"revision": 3}, "revision must be text"),
+    ({"modulation_table": "no"}, "modulation_table must be bool"), ({"peer_copies": None}, "peer_copies must be bool"),
+    ({"labels": ["a"]}, "labels must be Label"), ({"origin": "x"}, "origin must be Origin"),
+    ({"policy": None}, "policy must be RunPolicy"), ({"policy": {}}, "policy must be RunPolicy"),
+    ({"output": None}, "output must be Output"), ({"run": "../x"}, "no name of a run"),
+    ({"run": 3}, "run must be text"), ({"run": "x" * 300}, "no name of a run"),
+    ({"run": "last"}, "no name of a run"), ({"run": "-x"}, "no name of a run"),
+    ({"model": "/x\udcff"}, "model is not valid UTF-8"), ({"max_memory": 0}, "no memory at all"),
+    ({"max_memory": {"0": 0}}, "no memory at all"), ({"max_memory": 1.5}, "max_memory must be text"),
+    ({"requests": [replace(FOX, index=3), replace(FOX, index=3)]}, "two of the requests have the index 3"),
+    ({"dtype": ["vae=float32", "vae=bfloat16"]}, "type of a component twice"), ({"lanes": "many"}, "lanes must be"),
     ({"requests": [replace(FOX, text_tokens=513)]}, "512"),
 ])
 def test_what_cannot_be_is_refused_by_its_name(change: dict[str, Any], says: str | None) -> None:
@@ -109,6 +121,64 @@ def test_what_cannot_be_is_refused_by_its_name(change: dict[str, Any], says: str
         return
     with pytest.raises(InvalidInput, match=says):
         Job(**fields)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"stop_after": "lunch"}, "stop_after is 'lunch' -> choose from None, encode, denoise, decode"),
+    ({"from_stage": "lunch"}, "from_stage is 'lunch'"), ({"step_every": float("nan")}, "step_every must be seconds"),
+    ({"step_every": -1}, "step_every must be seconds"), ({"step_every": "x"}, "step_every must be seconds"),
+    ({"preview": "2"}, "preview must be a whole number"), ({"preview": -1}, "preview must be"),
+    ({"strict": 1}, "strict must be bool"), ({"degrade": None}, "degrade must be bool"),
+    ({"stop_after": "encode", "from_stage": "decode"}, "from_stage='decode' comes after stop_after='encode'"),
+])
+def test_a_policy_that_cannot_be_is_refused_by_its_name(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        RunPolicy(**change)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"paths": "x.png"}, "paths is .*x.png.* -> give a list"), ({"paths": [3]}, "paths must be text"),
+    ({"paths": ["/x\udcff.png"]}, "not valid UTF-8"), ({"overwrite": "yes"}, "overwrite must be bool"),
+    ({"folder": 3}, "folder must be text"),
+])
+def test_an_output_that_cannot_be_is_refused_by_its_name(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        Output(**change)
+
+
+def test_what_python_gives_is_kept_in_one_form() -> None:
+    assert Output(["x.png"]) == Output((Path("x.png"),)) == Output(("x.png",))  # type: ignore[arg-type]
+    assert Job("flux", [FOX, FOX]).requests == (FOX, replace(FOX, index=1))
+    assert Job("flux", [FOX], dtype="vae=float32").dtype == {"vae": "float32"}
+    assert Job("flux", [FOX], dtype=["bfloat16", "vae=float32"]).dtype == {"": "bfloat16", "vae": "float32"}
+    assert Job("flux", [FOX], devices="0,1").devices == ("0", "1") and Job("flux", [FOX], lanes="2").lanes == 2
+    assert Job("flux", [FOX], loras="a.safetensors=0.5").loras == (LoraRequest("a.safetensors", 0.5),)
+    assert Job("flux", [FOX], place=["denoise=auto", "decode=0"]).place == (PlaceRequest("decode", "0"),)
+    # As in accelerate, a number is bytes.
+    limits = MemoryLimits.read(f"0={14 * 2**30}B,cpu=24GiB")
+    assert Job("flux", [FOX], max_memory={0: 14 * 2**30, "cpu": "24GiB"}).max_memory == limits
+    assert limits.by_device["0"].amount == 14 * 2**30 and len({Job("flux", [FOX]), Job("flux", [FOX])}) == 1
+    assert replace(FOX, guidance=3.0, negative_prompt="").negative_prompt is None
+
+
+@pytest.mark.parametrize("document", [
+    [1], None, "x", {"version": 2, 3: 1, "foo": 2}, {"version": True}, {"version": 2.0}, {"version": 2, "model": b"x"},
+])
+def test_what_is_no_document_of_a_job_is_refused(document: Any) -> None:
+    with pytest.raises(InvalidInput):
+        Job.from_json(document)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"foo": 1}, "foo: no field"), ({"policy": {"foo": 1}}, "policy.foo: no field"),
+    ({"requests": [{**FOX.__dict__, "foo": 1}]}, "requests.0.foo: no field"),
+    ({"policy": {"step_every": float("nan")}}, "step_every"), ({"policy": {"preview": -3}}, "preview"),
+    ({"max_memory": {"by_device": {"": {"text": "1GiB", "kind": "bytes", "amount": -5.0}}}}, "'1GiB' is not -5"),
+])
+def test_nothing_in_a_document_is_passed_over(change: dict[str, Any], says: str) -> None:
+    document = Job("flux", [FOX]).to_json()
+    with pytest.raises(InvalidInput, match=says):
+        Job.from_json({**document, **change})
 
 
 def test_a_part_of_a_job_keeps_what_belongs_to_its_requests() -> None:
