@@ -28,7 +28,7 @@ from runner.engine.keys import artifact_keys
 from runner.job import Output
 from runner.media.previews import strips
 from runner.request import requests_for
-from stages.errors import ModelError
+from stages.errors import InvalidInput, ModelError
 from stages.families import FAMILIES
 from stages.machine import Device, Machine
 from stages.state import State
@@ -266,6 +266,14 @@ def test_ranks_whose_cards_differ_are_named() -> None:
     assert differing([one(0, "bfloat16"), idle, one(2, "bfloat16")]) is None
     told = differing([one(0, "bfloat16"), idle, one(2, "float16")])
     assert told is not None and "rank 2 with {'transformer': 'float16'}" in told
+
+
+def test_one_rank_is_enough(tmp_path: Path) -> None:
+    job = Job("demo", requests_for("a red circle", FAMILIES["demo"], size=(64, 64), steps=1, seed=1),
+              store=tmp_path / "store", devices=["cpu"])
+    assert len(spawn(job, 1).pictures) == 1
+    with pytest.raises(InvalidInput, match="ranks must be a whole number from 1 to 64"):
+        spawn(job, 1.5)  # type: ignore[arg-type]
 
 
 def test_ranks_show_previews_and_their_record_has_those_of_all(tmp_path: Path) -> None:

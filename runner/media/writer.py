@@ -46,7 +46,7 @@ class PictureWriter:
         self.seconds = 0.0
 
     def write(self, picture: Finished) -> None:
-        """Write a picture, or leave the same one that is there to a resumed run; StoreError where it cannot be."""
+        """Write a picture, or leave the same one that is there; StoreError where it cannot be."""
         begin = time.perf_counter()
         position = self._positions[picture.index]
         path, card = Path(self._job.output.paths[position]), card_of(picture.request, picture.facts)
@@ -65,7 +65,7 @@ class PictureWriter:
 
     def _written(self, path: Path, picture: Finished, card: Mapping[str, Any]) -> bool:
         pixels, output = picture.read(), self._job.output
-        if self._job.resumed and os.path.lexists(path) and shows(path, pixels):
+        if not output.overwrite and os.path.lexists(path) and shows(path, pixels):
             return True
         write(path, png(pixels, card if output.metadata else None), overwrite=output.overwrite)
         return False
