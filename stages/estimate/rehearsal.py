@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
@@ -66,21 +67,22 @@ def rehearse(
             continue
         for enough in range(steps + 1, steps + _FURTHER):
             if not _trouble(loaded, scheduler, state, {**inputs, "num_inference_steps": enough}):
-                raise UnusableSteps(f"`steps={steps}`: with {_name(scheduler)} {trouble}, 0/0 or the like -> use "
-                                    f"`steps={enough}` or more", steps, enough)
+                raise UnusableSteps(f"`steps={steps}`: {_name(scheduler)} has no schedule for so few: {trouble} -> "
+                                    f"use `steps={enough}` or more", steps, enough)
         raise _refused(stage, scheduler, f"at {steps} steps {trouble}")
 
 
 def _trouble(loaded: Loaded, scheduler: Any, state: State, inputs: Inputs) -> str:
     """What numbers that are none the steps come to, if they do; ModelError for a scheduler that cannot go through."""
     try:
-        with torch.no_grad():
+        # What comes of it is said in one line, and numpy would say more.
+        with torch.no_grad(), np.errstate(all="ignore"):
             loaded.run(state, inputs)
     except BadResult as error:
         for name in ("sigmas", "timesteps"):
             values = getattr(scheduler, name, None)
             if isinstance(values, torch.Tensor) and not bool(torch.isfinite(values).all()):
-                return f"{name} are {', '.join(f'{value:.3g}' for value in values.tolist()[:4])}"
+                return f"its {name} are {', '.join(f'{value:.3g}' for value in values.tolist()[:4])} (0/0)"
         return error.text.partition(":")[2].strip().partition(":")[0]
     except MemoryError:
         raise
