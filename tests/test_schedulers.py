@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import ModularPipeline
 
-from runner import Job, Plan, Request, make_plan, run_all
+from runner import Job, Plan, Request, make_plan, run_all, spawn
 from runner.artifacts import FolderStore, MemoryStore
 from runner.engine.keys import artifact_keys, checkpoint_key
 from runner.engine.signals import Interrupted
@@ -199,9 +199,13 @@ def test_every_scheduler_of_diffusers_has_a_row() -> None:
     assert {row.name for row in ROWS} == names and f"diffusers {diffusers.__version__}" in PAGE
 
 
-def planned(model: Path, steps: int = STEPS, count: int = 1, **more: Any) -> Plan:
+def asked(model: Path, steps: int = STEPS, count: int = 1, **more: Any) -> Job:
     requests = [Request("a red circle", 64, 48, steps, 3.5, 7 + index, 32, index) for index in range(count)]
-    return make_plan(Job("flux", requests, model=model, dtype={"": torch.float32}, **{"devices": ["cpu"]} | more))
+    return Job("flux", requests, model=model, dtype={"": torch.float32}, **{"devices": ["cpu"]} | more)
+
+
+def planned(model: Path, steps: int = STEPS, count: int = 1, **more: Any) -> Plan:
+    return make_plan(asked(model, steps, count, **more))
 
 
 def pixels(plan: Plan, **more: Any) -> list[np.ndarray]:
@@ -239,6 +243,17 @@ def test_the_noise_of_steps_depends_on_no_lane_and_no_card(
     assert plan.lanes == 2
     assert all(np.array_equal(one, other) for one, other in zip(pixels(plan), alone, strict=True))
     assert not np.array_equal(alone[0], alone[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "levels"), [((), 0), (["denoise=tensor_parallel"], 1)], ids=["dealt", "together"])
+def test_the_noise_of_steps_depends_on_no_rank(flux: Path, tmp_path: Path, place: Sequence[str], levels: int) -> None:
+    """Two ranks that work on a picture together round otherwise, as they do with every scheduler."""
+    model = scheduled(flux, tmp_path / "model", "FlowMatchEulerDiscreteScheduler", **NOISY)
+    alone = pixels(planned(model, count=2))
+    made = spawn(asked(model, count=2, store=tmp_path / "store", place=place), ranks=2)
+    for one, other in zip(made.pictures, alone, strict=True):
+        assert np.abs(one.pixels.astype(int) - other).max() <= levels
 
 
 def test_another_scheduler_is_another_picture_of_the_same_embeddings(flux: Path, tmp_path: Path) -> None:
