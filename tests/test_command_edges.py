@@ -1,4 +1,4 @@
-"""The edges of the command line: streams that are closed or full, and words that contradict; and Python's side of it."""
+"""The edges of the command line: streams that are closed or full, and words that contradict; and Python's side."""
 
 import os
 import shlex

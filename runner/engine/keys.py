@@ -15,13 +15,16 @@ from stages.pipeline.stage import Stage
 def artifact_keys(plan: Plan) -> dict[str, tuple[str, ...]]:
     """Per stage, the artifact key of every request: the hash of everything that changes the artifact."""
     keys: dict[str, tuple[str, ...]] = {}
-    before: Sequence[str] = [plan.checkpoint.identity] * len(plan.requests)
+    checkpoint = plan.checkpoint
+    before: Sequence[str] = [checkpoint.unscheduled or checkpoint.identity] * len(plan.requests)
     for stage in plan.stages:
         types = {name: str(place.dtype) for name, place in plan.places_of(stage.name).items()}
         # A picture decoded in tiles is another picture.
         tile = {"tile": plan.tile} if stage.name == "decode" and plan.tile is not None else {}
         loras = [[lora.digest, lora.scale] for c in stage.components for lora in c.loras]
-        added = {"loras": loras} if loras else {}
+        added: dict[str, object] = {"loras": loras} if loras else {}
+        if stage.schedules:
+            added["model"] = checkpoint.identity
         # Of ten thousand requests all ask for the same names, and the pipeline blocks answer slowly.
         names = stage.inputs
         versions = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}

@@ -24,13 +24,14 @@ def load_checkpoint(store: Store, key: str) -> StepCheckpoint | None:
     if state is None:
         return None
     steps, latents = state.values.get("steps"), state.values.get("latents")
+    generator = state.values.get("generator")
     assert isinstance(steps, int) and isinstance(latents, torch.Tensor)
-    return StepCheckpoint(steps, latents)
+    return StepCheckpoint(steps, latents, generator if isinstance(generator, torch.Tensor) else None)
 
 
 @dataclass
 class StepCheckpointer:
-    """An emit for the denoise of one request, which keeps its latents."""
+    """An emit for the denoise of one request, which keeps its latents and the state of its generator."""
 
     emit: Emit
     """Hears of every event."""
@@ -65,6 +66,7 @@ class StepCheckpointer:
     def keep(self) -> None:
         """Keep the request as it was after its last step."""
         if self.store is not None and self.last is not None:
-            state = State({"latents": self.last["latents"](), "steps": int(self.last["step"])})
+            tensors = {name: self.last[name]() for name in ("latents", "generator") if name in self.last}
+            state = State({**tensors, "steps": int(self.last["step"])})
             self.store.put(checkpoint_key(self.key), "midway", state, {"of": self.key})
             self.kept = time.monotonic()

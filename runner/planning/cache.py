@@ -20,6 +20,8 @@ class PlanCache:
     """What was asked, the state that a stage started from, and what it takes."""
     savings: list[tuple[Any, State, TableSaving]] = field(default_factory=list)
     """The same of modulation tables."""
+    rehearsals: list[tuple[Any, State, None]] = field(default_factory=list)
+    """The same of rehearsals that went well."""
     costs: Costs = field(default_factory=dict)
     """What single blocks cost."""
 

@@ -15,6 +15,7 @@ from runner.text import gib
 from stages.errors import DoesNotFit, Fix, InvalidInput
 from stages.estimate.dry_run import Estimate, dry_run, one_thread
 from stages.estimate.memory_tracker import MixedDevices
+from stages.estimate.rehearsal import rehearse
 from stages.loading.disk_weights import bytes_read_per_pass
 from stages.machine import Machine
 from stages.models.format import choose_dtype
@@ -93,6 +94,8 @@ class Placer:
     """Whether there may be a modulation table."""
     requests: int = 1
     """How many there are."""
+    counts: frozenset[int] = frozenset()
+    """How many steps they take."""
 
     def place(self, stages: Sequence[Stage], known: PlanCache | None = None) -> Placed:
         """All stages placed; NoStrategyFits for the first that does not fit."""
@@ -104,6 +107,8 @@ class Placer:
 
     def _place(self, stage: Stage, state: State, done: Placed, known: PlanCache) -> State:
         types = dict(self._types(stage, done))
+        if stage.name == "denoise":
+            self._rehearse(stage, state, types, known)
         precomputed = self._precomputed(stage, state, types, done, known)
         weights = {component.name: weigh(component, types[component.name], precomputed.get(component.name, ()))
                    for component in stage.components}
@@ -129,6 +134,11 @@ class Placer:
         done.needs[stage.name] = task.needs(places, estimate)
         done.strategies[stage.name] = (*refused, *tiles)
         return estimate.state
+
+    def _rehearse(self, stage: Stage, state: State, types: Mapping[str, torch.dtype], known: PlanCache) -> None:
+        weights = {component.name: weigh(component, types[component.name]) for component in stage.components}
+        recalled(known.rehearsals, (types, self.inputs, self.counts), state,
+                 lambda: rehearse(stage, types, weights, state, self.inputs, self.counts, known.costs))
 
     def _precomputed(
         self, stage: Stage, state: State, types: Mapping[str, torch.dtype], done: Placed, known: PlanCache

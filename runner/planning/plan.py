@@ -119,7 +119,6 @@ def largest(requests: Sequence[Request]) -> Request:
     negative = max((request.negative_prompt or "" for request in requests), key=lambda prompt: len(prompt.encode()))
     guidance = max((request.guidance for request in requests if request.guidance is not None), default=None)
     tokens = max(request.text_tokens for request in requests)
-    # A second step finds what the first one left; later ones find the same.
-    steps = min(2, max(request.steps for request in requests))
+    steps = max(request.steps for request in requests)
     return replace(widest, prompt=longest, negative_prompt=negative or None, guidance=guidance, text_tokens=tokens,
                    steps=steps)

@@ -13,18 +13,20 @@ from runner.job import Job
 from runner.planning.cache import PlanCache
 from runner.planning.memory_limits import chosen, limited, read_machine
 from runner.planning.place_option import places_asked_for
-from runner.planning.placer import Placer
+from runner.planning.placer import Placed, Placer
 from runner.planning.plan import Plan, largest
 from runner.planning.suggestions import with_fixes
 from runner.request import Request, nearest_sizes
 from runner.text import shown
 from stages.errors import InvalidInput, ModelError
+from stages.estimate.rehearsal import UnusableSteps
 from stages.families import FAMILIES
 from stages.loading import lora_merge
 from stages.machine import Machine, check_cards, probe
 from stages.models.checkpoint import Checkpoint, check_family, find
 from stages.models.lora import LoraRequest, find_lora
 from stages.pipeline.split import require, split
+from stages.pipeline.stage import Stage
 
 
 def make_plan(
@@ -67,17 +69,31 @@ def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Pl
     stages = split(checkpoint, largest(job.requests).inputs)
     multiple = stages[1].scale_factor * job.defaults.patch
     job = _makeable(job, multiple)
-    most = largest(job.requests)
-    dtypes: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in job.dtype.items()}
-    placer = Placer(there, most.inputs, dtypes, places_asked_for(job.place, stages), job.allow_offload,
-                    job.lanes, smaller_sizes(most, multiple), job.modulation_table, len(job.requests))
-    placed = placer.place(stages, cache)
+    job, placer, placed = _placed(job, there, stages, multiple, cache)
     places = placed.places if job.peer_copies else {
         part: replace(place, placement=place.placement.through_host()) for part, place in placed.places.items()}
     _check_components(job, [component for _, component in places])
     loras = tuple(LoraRequest(lora.source, lora.scale, lora.digest) for lora in checkpoint.loras)
     return Plan(replace(job, loras=loras), checkpoint, there, stages, places, placed.weights, placed.needs,
                 placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, placer)
+
+
+def _placed(
+    job: Job, there: Machine, stages: Sequence[Stage], multiple: int, cache: PlanCache
+) -> tuple[Job, Placer, Placed]:
+    """The stages placed, and the job less the lines of a file that ask for steps which the scheduler cannot make."""
+    most = largest(job.requests)
+    dtypes: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in job.dtype.items()}
+    placer = Placer(there, most.inputs, dtypes, places_asked_for(job.place, stages), job.allow_offload,
+                    job.lanes, smaller_sizes(most, multiple), job.modulation_table, len(job.requests),
+                    frozenset(request.steps for request in job.requests))
+    try:
+        return job, placer, placer.place(stages, cache)
+    except UnusableSteps as error:
+        if not job.listed:
+            raise
+        lost = {request.index: error.text for request in job.requests if request.steps == error.steps}
+    return _placed(job.without(lost), there, stages, multiple, cache)
 
 
 def _checkpoint(job: Job) -> Checkpoint:

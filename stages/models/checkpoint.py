@@ -1,6 +1,7 @@
 """A model on disk: found, complete and of the right kind, before anything heavy is imported or loaded."""
 
 import hashlib
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,8 @@ class Checkpoint:
     """Its parts by name."""
     loras: Mapping[Lora, Collection[str]] = field(default_factory=dict)
     """What is merged into it, with the names of the components that each LoRA adds to."""
+    unscheduled: str = ""
+    """What names its content but for its schedulers, which no stage before the denoise reads; empty: its identity."""
 
     @property
     def bytes_to_download(self) -> int:
@@ -149,7 +152,8 @@ def _checked(
     """The checked folder; weights that are not there are represented by what is in the folder `headers`."""
     index = read_index(root, source)
     components = {name: _component(root, name, index, headers) for name in _chosen(index, source, names)}
-    return Checkpoint(root, source, identity or _fingerprint(root, index), index.pipeline, components)
+    whole, unscheduled = (identity, identity) if identity else _fingerprints(root, index)
+    return Checkpoint(root, source, whole, index.pipeline, components, unscheduled=unscheduled)
 
 
 def _chosen(index: Index, source: str, names: Collection[str] | None) -> tuple[str, ...]:
@@ -208,19 +212,31 @@ def _check_small(folder: Path, class_name: str) -> None:
         raise Incomplete(f"{folder} is empty; fetch it: {hub.download_line(folder.parent, (folder.name,))}")
 
 
-def _fingerprint(root: Path, index: Index) -> str:
-    """Changes when a file changes that a run may read, whichever components were asked for."""
-    digest = hashlib.sha256()
+def _fingerprints(root: Path, index: Index) -> tuple[str, str]:
+    """Changes when a file changes that a run may read, whichever components were asked for.
+
+    The second one does not change with schedulers: with their folders, and with their classes in the index.
+    """
+    schedulers = {name for name, (_, class_name) in index.parts.items() if str(class_name).endswith("Scheduler")}
+    whole, unscheduled = hashlib.sha256(), hashlib.sha256()
     for path in _files(root, index):
-        status = path.stat()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{status.st_size}\0".encode())
-        if status.st_size >= LARGE and path.suffix == ".safetensors":
-            digest.update(f"{status.st_mtime_ns}\0".encode())
-            length = int.from_bytes(head(path, 8), "little")
-            digest.update(hashlib.sha256(head(path, min(length, LARGE), 8)).digest())
-        else:
-            digest.update(hashlib.sha256(head(path, status.st_size)).digest())
-    return f"sha256:{digest.hexdigest()}"
+        seen = _file_fingerprint(root, path)
+        whole.update(seen)
+        if path.parent == root:
+            named = {name: value for name, value in read_json(path).items() if name not in schedulers}
+            unscheduled.update(json.dumps([path.name, named]).encode())
+        elif path.parent.name not in schedulers:
+            unscheduled.update(seen)
+    return f"sha256:{whole.hexdigest()}", f"sha256:{unscheduled.hexdigest()}"
+
+
+def _file_fingerprint(root: Path, path: Path) -> bytes:
+    status = path.stat()
+    name = f"{path.relative_to(root).as_posix()}\0{status.st_size}\0".encode()
+    if status.st_size >= LARGE and path.suffix == ".safetensors":
+        length = int.from_bytes(head(path, 8), "little")
+        return name + f"{status.st_mtime_ns}\0".encode() + hashlib.sha256(head(path, min(length, LARGE), 8)).digest()
+    return name + hashlib.sha256(head(path, status.st_size)).digest()
 
 
 def _files(root: Path, index: Index) -> Iterator[Path]:

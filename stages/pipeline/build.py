@@ -1,6 +1,8 @@
 """The pipeline of a stage, set up: the same for a run, for its lanes, for an estimate and for a recording."""
 
 import logging
+import re
+import traceback
 from collections.abc import Callable, Mapping
 
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, SequentialPipelineBlocks
@@ -8,8 +10,11 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, Sequen
 from stages.errors import ModelError
 from stages.models.checkpoint import Checkpoint
 
-# Every nesting level of blocks logs the whole traceback of an error that is raised all the same.
-logging.getLogger(ModularPipeline.__module__).addFilter(lambda record: "Error in block" not in record.getMessage())
+_CLASS = re.compile(r"<class '[\w.]*?(\w+)'>")
+# Every nesting level of blocks logs the whole traceback of an error that is raised all the same, and load_components
+# that of one which is asked for here.
+logging.getLogger(ModularPipeline.__module__).addFilter(
+    lambda record: not any(text in record.getMessage() for text in ("Error in block", "Failed to create component")))
 
 
 def empty_pipeline(blocks: SequentialPipelineBlocks, checkpoint: Checkpoint) -> ModularPipeline:
@@ -39,7 +44,28 @@ def build_pipeline(
         if name not in pipe.null_component_names:
             continue
         if tokenizer is None or not ("tokenizer" in name or "processor" in name):
-            raise ModelError(f"{name} of {checkpoint.source} could not be loaded: look at the files in "
-                             f"{checkpoint.path / name}")
+            kind = checkpoint.components[name].class_name
+            raise ModelError(f"{name} of {checkpoint.source}, a {kind}, could not be loaded ({_cause(pipe, name)}) -> "
+                             f"look at {checkpoint.path / name}")
         pipe.update_components(**{name: tokenizer()})
     return pipe
+
+
+def told(error: BaseException) -> str:
+    """An error of a library in a line; where its text says little, with the source line that raised it."""
+    text = _CLASS.sub(r"\1", " ".join(str(error).split()))
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and (not text or isinstance(error, LookupError)):
+        text = f"{text} in {frames[-1].line}" if text else str(frames[-1].line)
+    # In our messages, what stands in backquotes is of the job.
+    return f"{type(error).__name__}: {text:.300}".rstrip(": ").replace("`", "'")
+
+
+def _cause(pipe: ModularPipeline, name: str) -> str:
+    """Why a component does not load, which load_components only logs."""
+    try:
+        pipe.get_component_spec(name).load()
+    except Exception as error:  # Anything: it is a library's constructor with a model's config.
+        # It raises one of its own in the place of the constructor's.
+        return told(error.__context__ or error)
+    return "without an error"

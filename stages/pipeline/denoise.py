@@ -1,12 +1,11 @@
 """Denoise: embeddings and noise become latents."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.modular_pipelines.modular_pipeline import (
     BlockState,
     LoopSequentialPipelineBlocks,
@@ -19,6 +18,7 @@ from stages.events import Emit
 from stages.models.checkpoint import Checkpoint
 from stages.models.skeleton import skeleton
 from stages.pipeline.build import empty_pipeline
+from stages.pipeline.scheduler import drawing_from, follows_a_flow, keeps_nothing
 from stages.pipeline.stage import Inputs, Stage
 from stages.pipeline.step_hook import StepCheckpoint, StepHook, ignore, install
 
@@ -60,38 +60,52 @@ class Denoise(Stage):
         return arguments
 
     def resumable(self, pipe: ModularPipeline) -> bool:
-        """Whether a loop that stopped after some step can go on from its latents alone, to the same last bit.
-
-        A step of the flow-matching Euler scheduler reads nothing else of the steps before it.
-        """
-        scheduler = getattr(pipe, "scheduler", None)
-        plain = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.stochastic_sampling
-        return plain and len(self._loops) == 1
+        """Whether a loop that stopped after some step can go on from its latents and the generator's state alone."""
+        return keeps_nothing(getattr(pipe, "scheduler", None)) and len(self._loops) == 1
 
     @contextmanager
     def request(
-        self, pipe: ModularPipeline, inputs: Inputs, emit: Emit, resume_from: StepCheckpoint | None
+        self, pipe: ModularPipeline, arguments: Mapping[str, Any], emit: Emit, resume_from: StepCheckpoint | None
     ) -> Iterator[None]:
-        """While this thread's pipeline works on a request inside, `emit` is told of its steps."""
-        timesteps = pipe.scheduler.config.num_train_timesteps if self.resumable(pipe) else None
-        self.hook.on_step, self.hook.resume_from = StepMonitor(emit, timesteps), resume_from
+        """While this thread's pipeline works on a request with these arguments inside, `emit` is told of its steps."""
+        scheduler, generator = getattr(pipe, "scheduler", None), arguments.get("generator")
+        flow = follows_a_flow(scheduler) and len(self._loops) == 1
+        timesteps = pipe.scheduler.config.num_train_timesteps if flow else None
+        self.hook.on_step = StepMonitor(emit, timesteps, None if flow else generator)
+        self.hook.resume_from, self.hook.generator = resume_from, generator
+        try:
+            with drawing_from(scheduler, generator):
+                yield
+        finally:
+            # The monitor holds a tensor on the device.
+            self.hook.on_step, self.hook.resume_from, self.hook.generator = ignore, None, None
+
+    @contextmanager
+    def shortened(self, steps: int) -> Iterator[None]:
+        """Inside, this thread's loops go through so many of their steps at most: enough to know what all take."""
+        self.hook.limit = steps
         try:
             yield
         finally:
-            # The monitor holds a tensor on the device.
-            self.hook.on_step, self.hook.resume_from = ignore, None
+            self.hook.limit = None
 
 
 class StepMonitor:
     """An `OnStep` that tells of every step, and stops a run whose latents are no longer finite.
 
-    An event's "latents" is a function that copies them to the host, for those who want them, and "clean" one that
-    gives what they would be if the model's last direction led straight to the end.
+    An event's "latents" is a function that copies them to the host, for those who want them, "clean" one that gives
+    what they would be if the model's last direction led straight to the end, and "generator" one that gives the state
+    of the picture's generator.
     """
 
-    def __init__(self, emit: Emit, timesteps: int | None = None) -> None:
-        """`timesteps` is how many a flow is trained on; None for a loop whose steps have no such direction."""
-        self._emit, self._timesteps = emit, timesteps
+    def __init__(
+        self, emit: Emit, timesteps: int | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """`timesteps` is how many a flow is trained on; None for a loop whose steps have no such direction.
+
+        `generator` is what steps draw from, if they may draw.
+        """
+        self._emit, self._timesteps, self._generator = emit, timesteps, generator
         self._finite: torch.Tensor | None = None
 
     def __call__(self, step: int, steps: int, block_state: BlockState) -> None:
@@ -104,6 +118,8 @@ class StepMonitor:
             self._check(step)
             self._finite = None
         views: dict[str, Callable[[], torch.Tensor]] = {}
+        if self._generator is not None:
+            views["generator"] = partial(torch.Tensor.clone, self._generator.get_state())
         direction = getattr(block_state, "noise_pred", None)
         if isinstance(latents, torch.Tensor):
             views["latents"] = partial(_copy_to_host, latents)

@@ -1,6 +1,6 @@
 """Encode: the prompt becomes embeddings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,12 +28,12 @@ class Encode(Stage):
 
     @contextmanager
     def request(
-        self, pipe: ModularPipeline, inputs: Inputs, emit: Emit, resume_from: StepCheckpoint | None
+        self, pipe: ModularPipeline, arguments: Mapping[str, Any], emit: Emit, resume_from: StepCheckpoint | None
     ) -> Iterator[None]:
         """While the pipeline works on a request inside, what its encoders read is noted; `emit` is told what not."""
         reader = PromptReader(pipe)
-        with reader.listening(), super().request(pipe, inputs, emit, resume_from):
+        with reader.listening(), super().request(pipe, arguments, emit, resume_from):
             yield
         # A rehearsal, to which nobody listens, may have no tokenizer.
-        for text in () if emit is silent else reader.unseen(inputs):
+        for text in () if emit is silent else reader.unseen(arguments):
             emit("warning", {"text": text})

@@ -56,6 +56,11 @@ class Stage:
         return any(spec.name == "guider" for spec in self.blocks.expected_components)
 
     @property
+    def schedules(self) -> bool:
+        """Whether the blocks read a scheduler."""
+        return any(spec.name == "scheduler" for spec in self.blocks.expected_components)
+
+    @property
     def components(self) -> tuple[Component, ...]:
         """The components with weights, in the order of the pipeline; the first one takes the stage's inputs."""
         specs = self.blocks.expected_components
@@ -99,10 +104,15 @@ class Stage:
 
     @contextmanager
     def request(
-        self, pipe: ModularPipeline, inputs: Inputs, emit: Emit, resume_from: StepCheckpoint | None
+        self, pipe: ModularPipeline, arguments: Mapping[str, Any], emit: Emit, resume_from: StepCheckpoint | None
     ) -> Iterator[None]:
-        """While this thread's pipeline works on a request inside, `emit` is told of its steps."""
+        """While this thread's pipeline works on a request with these arguments inside, `emit` is told of its steps."""
         assert resume_from is None, f"{self.name} has no steps to go on from"
+        yield
+
+    @contextmanager
+    def shortened(self, steps: int) -> Iterator[None]:
+        """Inside, this thread's loops go through so many of their steps at most: enough to know what all take."""
         yield
 
 
@@ -194,7 +204,7 @@ class Loaded:
             values={name: self._received(value) for name, value in state.values.items()},
             kwargs_mapping={tag: list(names) for tag, names in state.tags.items()},
         )
-        with self.stage.request(self.pipe, inputs, emit, resume_from):
+        with self.stage.request(self.pipe, arguments, emit, resume_from):
             after = self.pipe(state=before, **arguments)
         made = self._handed_over(after, inputs)
         check_finite(self.stage.name, made)

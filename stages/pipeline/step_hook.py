@@ -26,6 +26,8 @@ class StepCheckpoint:
     """How many steps are done."""
     latents: torch.Tensor
     """The latents after them, on the host, in the loop's own type and shape."""
+    generator: torch.Tensor | None = None
+    """The state of the picture's generator after them; None for a scheduler that draws no noise."""
 
 
 def ignore(step: int, steps: int, block_state: BlockState) -> None:
@@ -33,10 +35,15 @@ def ignore(step: int, steps: int, block_state: BlockState) -> None:
 
 
 class StepHook(threading.local):
-    """What the denoise loop of this thread is given: who hears of its steps, and where it goes on from."""
+    """What the denoise loop of this thread is given: who hears of its steps, where it goes on from and what it draws.
+
+    `limit` is how many steps it goes through at most; those after it are passed over.
+    """
 
     on_step: OnStep = staticmethod(ignore)
     resume_from: StepCheckpoint | None = None
+    generator: torch.Generator | None = None
+    limit: int | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StepHook":
         # init_pipeline deep-copies the blocks, and a copy would not hear what the original is given.
@@ -71,9 +78,13 @@ def install(loop: LoopSequentialPipelineBlocks, hook: StepHook) -> None:
         checkpoint = hook.resume_from
         if checkpoint is not None and step["i"] < checkpoint.steps:
             return components, state
+        if hook.limit is not None and step["i"] >= hook.limit:
+            return components, state
         if checkpoint is not None and step["i"] == checkpoint.steps:
             state.latents = checkpoint.latents.to(state.latents.device)
             components.scheduler.set_begin_index(checkpoint.steps)
+            if checkpoint.generator is not None and hook.generator is not None:
+                hook.generator.set_state(checkpoint.generator)
         return whole_step(self, components, state, **step)
 
     # As a method of this one loop: init_pipeline's deep copy then has it as a method of its own.

@@ -117,7 +117,9 @@ def conditioning_program(stage: Stage, dtype: torch.dtype, state: State, inputs:
         raise NotPrecomputable(f"{stage.name} has {len(stage.components)} components that take turns")
     (component,) = stage.components
     places = {component.name: Place(Resident("cpu"), dtype)}
-    first, *_ = CallRecorder(stage, places, _KNOWN.programs(component, dtype)).record(state, inputs)
+    recorder = CallRecorder(stage, places, _KNOWN.programs(component, dtype))
+    with stage.shortened(1):
+        first, *_ = recorder.record(state, inputs)
     if not first.program.layers:
         raise NotPrecomputable(f"no layer of {component.class_name} sees only conditioning")
     return first.program
