@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from runner import Job, Request, make_plan
 from stages.models.checkpoint import find
 from stages.pipeline.split import split
 from stages.pipeline.stage import Loaded
@@ -16,6 +18,7 @@ from tests.staging import on_host
 
 INPUTS: dict[str, Any] = {"prompt": "", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 1,
                           "max_sequence_length": 64}
+SHORT, LONG = "a red circle on a blue square", "\U0001f98a" * 9
 # Qwen-Image is not here: it drops as many tokens as its template has, and that of a tokenizer of letters has more.
 MODELS: dict[str, tuple[Callable[[Path], object], int]] = {
     "z-image": (tiny_families.z_image, 64), "flux2-klein": (tiny_families.klein, 64),
@@ -29,6 +32,10 @@ def encoded(loaded: Loaded, prompt: str, tokens: int = 64) -> tuple[State, list[
     state = loaded.run(State(), {**INPUTS, "prompt": prompt, "max_sequence_length": tokens},
                        lambda kind, data: heard.append(str(data["text"])) if kind == "warning" else None)
     return state, heard
+
+
+def tokenizers(model: Path) -> list[Any]:
+    return [AutoTokenizer.from_pretrained(model / name) for name in ("tokenizer", "tokenizer_2")]
 
 
 def equal(one: State, other: State) -> bool:
@@ -75,3 +82,18 @@ def test_in_flux_t5_reads_on_where_clip_ends(flux: Path) -> None:
     with stage.loaded(on_host([stage])) as loaded:
         assert not encoded(loaded, "a fox " * 10)[1]
         assert "does not see its end" in encoded(loaded, "a fox and a dog " * 60)[1][0]
+
+
+def test_the_longest_prompt_is_that_of_most_tokens(flux: Path) -> None:
+    """Not of most bytes: a letter of four bytes may be one token."""
+    encode = split(find(flux), list(INPUTS))[0]
+    short, long = SHORT, LONG
+    tokens = [sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for tokenizer in tokenizers(flux))
+              for text in (short, long)]
+    assert len(long.encode()) > len(short.encode()) and tokens[0] > tokens[1]
+    assert encode.longest([long, short, "x"]) == short and encode.longest(iter(["x"])) == "x"
+
+
+def test_a_batch_is_rehearsed_with_its_most_tokens(flux: Path) -> None:
+    requests = [Request(prompt, 64, 64, 1, 3.5, 1, 32) for prompt in (LONG, SHORT)]
+    assert make_plan(Job("flux", requests, model=flux, devices=["cpu"])).placer.inputs["prompt"] == requests[1].prompt

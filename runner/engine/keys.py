@@ -9,7 +9,7 @@ from runner.artifacts import Store, key_of
 from runner.job import STAGES
 from runner.planning.plan import Plan
 from stages.errors import InvalidInput
-from stages.pipeline.stage import Stage
+from stages.pipeline.stage import Stage, guides
 
 
 def artifact_keys(plan: Plan) -> dict[str, tuple[str, ...]]:
@@ -27,10 +27,13 @@ def artifact_keys(plan: Plan) -> dict[str, tuple[str, ...]]:
             added["model"] = checkpoint.identity
         # Of ten thousand requests all ask for the same names, and the pipeline blocks answer slowly.
         names = stage.inputs
+        # Before the denoise, a guider only says whether there are negative embeddings.
+        guiding = stage.guided and not stage.schedules and "guidance_scale" not in stage.blocks.input_names
         versions = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
         before = keys[stage.name] = tuple(
             key_of({"before": key, "stage": stage.name, "versions": versions, "dtype": types, **tile, **added,
-                    "inputs": {name: value for name, value in request.inputs.items() if name in names}})
+                    "inputs": {name: guides(request.inputs) if guiding and name == "guidance_scale" else value
+                               for name, value in request.inputs.items() if name in names}})
             for key, request in zip(before, plan.requests, strict=True)
         )
     return keys

@@ -50,6 +50,8 @@ class PlacementProblem:
     """Components that are placed already."""
     lanes: int = 1
     """Requests in flight: so many cards are of use."""
+    full_lanes: int = 1
+    """Those of them whose activations are in `reserve`: there may be fewer requests."""
     split: bool = True
     """Whether components may be split."""
     offload: str | None = None

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from runner.planning.cache import PlanCache, recalled
 from runner.planning.ladder import NoStrategyFits, PlacementProblem, Strategy, choose
 from runner.planning.place_option import StagePlaces, resolve
-from runner.planning.precompute import TableSaving, table_saving
+from runner.planning.placed import Need, Placed, Tried
+from runner.planning.precompute import table_saving
 from runner.text import gib
 from stages.errors import DoesNotFit, Fix, InvalidInput
 from stages.estimate.dry_run import Estimate, dry_run, one_thread
@@ -27,49 +28,8 @@ from stages.placement.sharded import remainder
 from stages.placement.tensor_parallel import TensorParallel, bytes_per_device
 from stages.state import State
 
-# The names of a stage and a component: one may stand in two stages, as the VAE of pipelines that take pictures does.
-Part = tuple[str, str]
 TILES = (1024, 512, 256)
 TRIES = 4
-
-Tried = tuple[Strategy, ...]
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes on a device during a stage."""
-
-    weights: int
-    """Of the weights that it holds."""
-    activations: int
-    """Of all else, at most."""
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.weights + self.activations
-
-
-@dataclass
-class Placed:
-    """The stages placed so far; what is said by part is keyed by (stage, component)."""
-
-    places: dict[Part, Place] = field(default_factory=dict)
-    """Where each component goes, by part."""
-    weights: dict[Part, Weights] = field(default_factory=dict)
-    """What each component weighs, by part."""
-    needs: dict[str, dict[str, Need]] = field(default_factory=dict)
-    """Bytes by stage and device."""
-    strategies: dict[str, Tried] = field(default_factory=dict)
-    """What was tried, by stage; the last one is taken."""
-    reasons: dict[Part, str] = field(default_factory=dict)
-    """Why a component has its type."""
-    savings: dict[str, TableSaving] = field(default_factory=dict)
-    """What the modulation table saves, by component."""
-    lanes: int = 1
-    """Requests that are denoised at a time."""
-    reads: dict[str, int] = field(default_factory=dict)
-    """Bytes that a pass reads from the disk, by stage."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +164,7 @@ class Placer:
     ) -> tuple[int, dict[str, Place], Estimate, Tried]:
         """As many lanes as asked for; or as fit without streaming, up to one for each card that the denoiser is on."""
         if self.lanes is not None:
-            return self.lanes, places, estimate, tried
+            return self._lanes(task.stage), places, estimate, tried
         for count in range(min(concurrency(places), self.requests), 1, -1):
             try:
                 more = replace(self, lanes=count)._fitted(task, None)
@@ -229,7 +189,8 @@ class Placer:
             stage.name, weights, estimate.work, reserve, rest,
             fixed={name: resolve(where, weights[name], self.machine, rest)
                    for name, where in asked.components.items()},
-            lanes=self._lanes(stage), split=stage.name != "decode", offload=self.offload, pinned=pinned,
+            lanes=self.lanes or 1 if stage.name == "denoise" else 1, full_lanes=self._lanes(stage),
+            split=stage.name != "decode", offload=self.offload, pinned=pinned,
             smaller={} if stage.name == "encode" else self.smaller,
         )
         return choose(problem, self.machine, asked.strategy)
@@ -277,7 +238,8 @@ class Placer:
         return replace(found, peak=peak)
 
     def _lanes(self, stage: Stage) -> int:
-        return self.lanes or 1 if stage.name == "denoise" else 1
+        """How many requests are in a stage at a time: no more lanes than requests have activations."""
+        return min(self.lanes or 1, self.requests) if stage.name == "denoise" else 1
 
 
 @dataclass(frozen=True)

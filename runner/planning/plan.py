@@ -1,11 +1,12 @@
 """The plan: which model, which requests, and where every component goes, before anything is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from runner.job import Job
 from runner.planning.ladder import Strategy
-from runner.planning.placer import Need, Part, Placer
+from runner.planning.placed import Need, Part
+from runner.planning.placer import Placer
 from runner.planning.precompute import TableSaving
 from runner.request import Request
 from runner.text import clean, pictures
@@ -112,11 +113,19 @@ class Plan:
         return replace(self, job=self.job.only(positions))
 
 
-def largest(requests: Sequence[Request]) -> Request:
-    """A request that takes at least as much memory as any of these: the most pixels, tokens, words and guidance."""
+def most_bytes(prompts: Iterable[str]) -> str:
+    """The prompt of most bytes."""
+    return max(prompts, key=lambda prompt: len(prompt.encode()))
+
+
+def largest(requests: Sequence[Request], longest_of: Callable[[Iterable[str]], str] = most_bytes) -> Request:
+    """A request that takes at least as much memory as any of these: the most pixels, tokens, words and guidance.
+
+    `longest_of` says which of several prompts takes most.
+    """
     widest = max(requests, key=lambda request: request.width * request.height)
-    longest = max((request.prompt for request in requests), key=lambda prompt: len(prompt.encode()))
-    negative = max((request.negative_prompt or "" for request in requests), key=lambda prompt: len(prompt.encode()))
+    longest = longest_of(request.prompt for request in requests)
+    negative = longest_of(request.negative_prompt or "" for request in requests)
     guidance = max((request.guidance for request in requests if request.guidance is not None), default=None)
     tokens = max(request.text_tokens for request in requests)
     steps = max(request.steps for request in requests)

@@ -1,6 +1,6 @@
 """From a job to a plan: the model found and checked, its stages cut, every component placed where it fits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -13,7 +13,8 @@ from runner.job import Job
 from runner.planning.cache import PlanCache
 from runner.planning.memory_limits import chosen, limited, read_machine
 from runner.planning.place_option import places_asked_for
-from runner.planning.placer import Placed, Placer
+from runner.planning.placed import Placed
+from runner.planning.placer import Placer
 from runner.planning.plan import Plan, largest
 from runner.planning.suggestions import with_fixes
 from runner.request import Request, nearest_sizes
@@ -69,7 +70,7 @@ def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Pl
     stages = split(checkpoint, largest(job.requests).inputs)
     multiple = stages[1].scale_factor * job.defaults.patch
     job = _makeable(job, multiple)
-    job, placer, placed = _placed(job, there, stages, multiple, cache)
+    job, placer, placed = _placed(job, there, stages, stages[0].longest, multiple, cache)
     places = placed.places if job.peer_copies else {
         part: replace(place, placement=place.placement.through_host()) for part, place in placed.places.items()}
     _check_components(job, [component for _, component in places])
@@ -79,10 +80,11 @@ def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Pl
 
 
 def _placed(
-    job: Job, there: Machine, stages: Sequence[Stage], multiple: int, cache: PlanCache
+    job: Job, there: Machine, stages: Sequence[Stage], longest_of: Callable[[Iterable[str]], str], multiple: int,
+    cache: PlanCache,
 ) -> tuple[Job, Placer, Placed]:
     """The stages placed, and the job less the lines of a file that ask for steps which the scheduler cannot make."""
-    most = largest(job.requests)
+    most = largest(job.requests, longest_of)
     dtypes: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in job.dtype.items()}
     placer = Placer(there, most.inputs, dtypes, places_asked_for(job.place, stages), job.allow_offload,
                     job.lanes, smaller_sizes(most, multiple), job.modulation_table, len(job.requests),
@@ -93,7 +95,7 @@ def _placed(
         if not job.listed:
             raise
         lost = {request.index: error.text for request in job.requests if request.steps == error.steps}
-    return _placed(job.without(lost), there, stages, multiple, cache)
+    return _placed(job.without(lost), there, stages, longest_of, multiple, cache)
 
 
 def _checkpoint(job: Job) -> Checkpoint:
@@ -125,11 +127,15 @@ def with_loras(checkpoint: Checkpoint, asked: Sequence[LoraRequest]) -> Checkpoi
 
 
 def smaller_sizes(request: Request, multiple: int) -> Mapping[str, float]:
-    """Smaller sizes of the same shape, the largest first, with their part of the request's pixels."""
+    """Smaller sizes of the same shape, the largest first, with their part of the request's pixels.
+
+    A side that can be no smaller stays, and the other one shrinks alone.
+    """
     found = {}
     for part in (0.875, 0.75, 0.625, 0.5, 0.375, 0.25):
-        width, height = (int(side * part) // multiple * multiple for side in (request.width, request.height))
-        if width and height:
+        width, height = (max(multiple, int(side * part) // multiple * multiple)
+                         for side in (request.width, request.height))
+        if width * height < request.width * request.height:
             found[f"{width}x{height}"] = width * height / (request.width * request.height)
     return found
 

@@ -114,6 +114,11 @@ def least_change(problem: PlacementProblem, machine: Machine, only: str | None =
     if (only or problem.fixed) and _fits(replace(problem, fixed={}), machine):
         return f"it fits without `place={problem.stage}`", (Fix("place", None, problem.stage),)
     problem = replace(problem, fixed={})
+    if problem.lanes > 1:
+        # Each lane has activations of its own.
+        one = {name: held // problem.full_lanes for name, held in problem.reserve.items()}
+        if _fits(replace(problem, lanes=1, reserve=one), machine):
+            return "`lanes=1`: one picture at a time needs less for activations", (Fix("lanes", 1),)
     if machine.unlimited != machine and _fits(problem, machine.unlimited):
         return "it fits without `max_memory`", (Fix("max_memory"),)
     for offload in OFFLOADS[OFFLOADS.index(problem.offload) + 1 :]:
@@ -186,4 +191,5 @@ def _tighter(plan: Plan) -> str:
 
 def _amount(size: int) -> str:
     """Bytes as a limit is written, rounded down."""
-    return f"{size // 2**20}MiB" if size >= 2**20 else f"{size // 2**10}KiB"
+    unit, each = ("MiB", 2**20) if size >= 2**20 else ("KiB", 2**10) if size >= 2**10 else ("B", 1)
+    return f"{max(1, size // each)}{unit}"

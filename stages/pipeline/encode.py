@@ -1,12 +1,13 @@
 """Encode: the prompt becomes embeddings."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from diffusers import ModularPipeline
 
 from stages.events import Emit, silent
+from stages.pipeline.build import empty_pipeline
 from stages.pipeline.prompt_end import PromptReader
 from stages.pipeline.stage import Inputs, Stage
 from stages.pipeline.step_hook import StepCheckpoint
@@ -25,6 +26,28 @@ class Encode(Stage):
             # then guides away from the prompt itself, which changes nothing.
             arguments.setdefault("negative_prompt", "")
         return arguments
+
+    def longest(self, prompts: Iterable[str]) -> str:
+        """The prompt of which the tokenizers make most tokens; where they cannot be loaded, the one of most bytes."""
+        first, *others = sorted({*prompts}, key=lambda prompt: len(prompt.encode()), reverse=True)
+        if not others:
+            return first
+        pipe = empty_pipeline(self.blocks, self.checkpoint)
+        pipe.load_components(names=[name for name in pipe.null_component_names if name.startswith("tokenizer")])
+        found = [getattr(part, "tokenizer", part) for name, part in pipe.components.items()
+                 if name.startswith("tokenizer") and part is not None]
+
+        def count(prompt: str) -> int:
+            return sum(len(each(prompt, add_special_tokens=False, truncation=False)["input_ids"]) for each in found)
+
+        longest, most = first, count(first)
+        for prompt in others:
+            # No tokenizer makes more tokens than bytes, and one for the beginning.
+            if (len(prompt.encode()) + 1) * len(found) <= most:
+                break
+            if (tokens := count(prompt)) > most:
+                longest, most = prompt, tokens
+        return longest
 
     @contextmanager
     def request(
