@@ -135,7 +135,7 @@ class Placer:
         at_best = task.places({name: Resident(best, tile) for name in task.types})
         estimate = self.estimate(task, at_best)
         reserve = Counter(dict.fromkeys((device.name for device in self.machine.devices), estimate.peak[best]))
-        pinned = frozenset[str]()
+        first = pinned = frozenset(task.first_blocks())
         for _ in range(TRIES):
             placements, tried = self._chosen(task, estimate, reserve, pinned)
             places = task.places({name: placement if tile is None else placement.tiled(tile)
@@ -144,9 +144,9 @@ class Placer:
                 estimate = estimate if places == at_best else self.estimate(task, places)
             except MixedDevices:
                 # Branches that meet again must do so on one card: only the longest row of blocks is dealt.
-                if pinned:
+                if pinned != first:
                     raise
-                pinned = frozenset(name for weights in task.weights.values() for name in branches(weights))
+                pinned = first.union(name for weights in task.weights.values() for name in branches(weights))
                 continue
             over = {name: need.total - room for name, need in task.needs(places, estimate).items()
                     if (room := self.machine.room(name)) is not None}
@@ -260,6 +260,12 @@ class StageTask:
     """Bytes of the table that a call of the denoiser reads."""
     known: PlanCache
     """What other plans found out."""
+
+    def first_blocks(self) -> Iterator[str]:
+        """The blocks with the first weight of a component: where that is, a pipeline puts what it gives the model."""
+        for component in self.stage.components:
+            first = next(name for name, _ in skeleton(component, self.types[component.name]).named_parameters())
+            yield from (block for block in self.weights[component.name].blocks if first.startswith(f"{block}."))
 
     def places(self, placements: Mapping[str, Placement]) -> dict[str, Place]:
         """The components at these placements."""

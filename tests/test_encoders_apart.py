@@ -1,0 +1,36 @@
+"""Text encoders at different places: one whole on the card, of another some blocks wait on the host."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from runner import Job, Plan, Request, make_plan, run_all
+from stages.errors import DoesNotFit
+from stages.placement.placement import Resident
+from stages.placement.streaming import Streamed
+
+ASKED = [Request("a red circle", 64, 48, 2, 3.5, 7, 32)]
+
+
+def planned(model: Path, device: str, limit: int) -> Plan | None:
+    """The plan where T5 is whole on the card and CLIP is not; None where the limit leads to another."""
+    try:
+        plan = make_plan(Job("flux", ASKED, model=model, devices=[device], dtype="float32", max_memory=limit,
+                             allow_offload="cpu"))
+    except DoesNotFit:
+        return None
+    clip, t5 = (plan.places["encode", name].placement for name in ("text_encoder", "text_encoder_2"))
+    return plan if isinstance(clip, Streamed) and isinstance(t5, Resident) else None
+
+
+def test_ids_go_to_each_encoder_where_the_other_waits_on_the_host(flux: Path, cards: Callable[..., list[str]]) -> None:
+    whole = run_all(make_plan(Job("flux", ASKED, model=flux, devices=["cpu"], dtype="float32")))
+    (device,) = cards(200 * 10**6)
+    encode = make_plan(Job("flux", ASKED, model=flux, devices=[device], dtype="float32")).needs["encode"][device]
+    found = [plan for part in range(100, 30, -2)
+             if (plan := planned(flux, device, encode.total * part // 100)) is not None]
+    assert found, "no limit leads to the mix that this test is about"
+    for plan in (found[0], found[-1]):
+        made = run_all(plan)
+        assert np.array_equal(made.pictures[0].pixels, whole.pictures[0].pixels)
