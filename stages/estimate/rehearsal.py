@@ -7,8 +7,9 @@ take, and a config that is fine for one class asks another for a package that is
 import inspect
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from stages.errors import BadResult, Fix, InvalidInput, ModelError
+from stages.errors import BadResult, Fix, Fixes, InvalidInput, ModelError
 from stages.estimate.block_memo import BlockMemo, Costs
 from stages.estimate.dry_run import FakeTokenizer, tracked
 from stages.estimate.memory_tracker import FusedAttention, MemoryTracker
@@ -36,8 +37,10 @@ _FEW = 8
 class UnusableSteps(InvalidInput):
     """A number of steps that the scheduler has no schedule for."""
 
-    def __init__(self, text: str, steps: int, enough: int) -> None:
-        super().__init__(text, (Fix("steps", enough),))
+    def __init__(
+        self, text: str, fixes: Sequence[Fix] = (), alternatives: Sequence[Fixes] = (), steps: int = 0
+    ) -> None:
+        super().__init__(text, fixes, alternatives)
         self.steps = steps
 
 
@@ -68,7 +71,7 @@ def rehearse(
         for enough in range(steps + 1, steps + _FURTHER):
             if not _trouble(loaded, scheduler, state, {**inputs, "num_inference_steps": enough}):
                 raise UnusableSteps(f"`steps={steps}`: {_name(scheduler)} has no schedule for so few: {trouble} -> "
-                                    f"use `steps={enough}` or more", steps, enough)
+                                    f"use `steps={enough}` or more", (Fix("steps", enough),), steps=steps)
         raise _refused(stage, scheduler, f"at {steps} steps {trouble}")
 
 
@@ -95,7 +98,7 @@ def _trouble(loaded: Loaded, scheduler: Any, state: State, inputs: Inputs) -> st
 
 def _of_scheduler(error: Exception) -> bool:
     """Whether an error came by way of a scheduler, or of the block that sets it up."""
-    return any("schedul" in frame.filename.rpartition("site-packages")[2] or "schedul" in (frame.line or "")
+    return any(Path(frame.filename).parent.name == "schedulers" or "scheduler" in (frame.line or "")
                or frame.name == "retrieve_timesteps" for frame in traceback.extract_tb(error.__traceback__))
 
 
