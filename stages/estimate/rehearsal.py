@@ -72,27 +72,32 @@ def rehearse(
             if not _trouble(loaded, scheduler, state, {**inputs, "num_inference_steps": enough}):
                 raise UnusableSteps(f"`steps={steps}`: {_name(scheduler)} has no schedule for so few: {trouble} -> "
                                     f"use `steps={enough}` or more", (Fix("steps", enough),), steps=steps)
-        raise _refused(stage, scheduler, f"at {steps} steps {trouble}")
+        raise _refused(stage, scheduler, trouble)
 
 
 def _trouble(loaded: Loaded, scheduler: Any, state: State, inputs: Inputs) -> str:
-    """What numbers that are none the steps come to, if they do; ModelError for a scheduler that cannot go through."""
+    """Why the scheduler cannot go through so many steps, or what that is no number it comes to; empty if it can."""
     try:
         # What comes of it is said in one line, and numpy would say more.
         with torch.no_grad(), np.errstate(all="ignore"):
             loaded.run(state, inputs)
     except BadResult as error:
-        for name in ("sigmas", "timesteps"):
-            values = getattr(scheduler, name, None)
-            if isinstance(values, torch.Tensor) and not bool(torch.isfinite(values).all()):
-                return f"its {name} are {', '.join(f'{value:.3g}' for value in values.tolist()[:4])} (0/0)"
-        return error.text.partition(":")[2].strip().partition(":")[0]
+        return _not_finite(scheduler) or error.text.partition(":")[2].strip().partition(":")[0]
     except MemoryError:
         raise
     except Exception as error:  # Anything: it is a class that was not made for this loop.
         if _of_scheduler(error):
-            raise _refused(loaded.stage, scheduler, told(error)) from error
+            # A step is looked up by its timestep, and what is no number equals none.
+            return _not_finite(scheduler) or told(error)
         raise
+    return ""
+
+
+def _not_finite(scheduler: Any) -> str:
+    for name in ("sigmas", "timesteps"):
+        values = getattr(scheduler, name, None)
+        if isinstance(values, torch.Tensor) and not bool(torch.isfinite(values).all()):
+            return f"its {name} are {', '.join(f'{value:.3g}' for value in values.tolist()[:4])} (0/0)"
     return ""
 
 
