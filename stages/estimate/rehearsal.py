@@ -7,8 +7,9 @@ take, and a config that is fine for one class asks another for a package that is
 import inspect
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from stages.errors import BadResult, Fix, InvalidInput, ModelError
+from stages.errors import BadResult, Fix, Fixes, InvalidInput, ModelError
 from stages.estimate.block_memo import BlockMemo, Costs
 from stages.estimate.dry_run import FakeTokenizer, tracked
 from stages.estimate.memory_tracker import FusedAttention, MemoryTracker
@@ -36,8 +37,10 @@ _FEW = 8
 class UnusableSteps(InvalidInput):
     """A number of steps that the scheduler has no schedule for."""
 
-    def __init__(self, text: str, steps: int, enough: int) -> None:
-        super().__init__(text, (Fix("steps", enough),))
+    def __init__(
+        self, text: str, fixes: Sequence[Fix] = (), alternatives: Sequence[Fixes] = (), steps: int = 0
+    ) -> None:
+        super().__init__(text, fixes, alternatives)
         self.steps = steps
 
 
@@ -68,34 +71,39 @@ def rehearse(
         for enough in range(steps + 1, steps + _FURTHER):
             if not _trouble(loaded, scheduler, state, {**inputs, "num_inference_steps": enough}):
                 raise UnusableSteps(f"`steps={steps}`: {_name(scheduler)} has no schedule for so few: {trouble} -> "
-                                    f"use `steps={enough}` or more", steps, enough)
-        raise _refused(stage, scheduler, f"at {steps} steps {trouble}")
+                                    f"use `steps={enough}` or more", (Fix("steps", enough),), steps=steps)
+        raise _refused(stage, scheduler, trouble)
 
 
 def _trouble(loaded: Loaded, scheduler: Any, state: State, inputs: Inputs) -> str:
-    """What numbers that are none the steps come to, if they do; ModelError for a scheduler that cannot go through."""
+    """Why the scheduler cannot go through so many steps, or what that is no number it comes to; empty if it can."""
     try:
         # What comes of it is said in one line, and numpy would say more.
         with torch.no_grad(), np.errstate(all="ignore"):
             loaded.run(state, inputs)
     except BadResult as error:
-        for name in ("sigmas", "timesteps"):
-            values = getattr(scheduler, name, None)
-            if isinstance(values, torch.Tensor) and not bool(torch.isfinite(values).all()):
-                return f"its {name} are {', '.join(f'{value:.3g}' for value in values.tolist()[:4])} (0/0)"
-        return error.text.partition(":")[2].strip().partition(":")[0]
+        return _not_finite(scheduler) or error.text.partition(":")[2].strip().partition(":")[0]
     except MemoryError:
         raise
     except Exception as error:  # Anything: it is a class that was not made for this loop.
         if _of_scheduler(error):
-            raise _refused(loaded.stage, scheduler, told(error)) from error
+            # A step is looked up by its timestep, and what is no number equals none.
+            return _not_finite(scheduler) or told(error)
         raise
+    return ""
+
+
+def _not_finite(scheduler: Any) -> str:
+    for name in ("sigmas", "timesteps"):
+        values = getattr(scheduler, name, None)
+        if isinstance(values, torch.Tensor) and not bool(torch.isfinite(values).all()):
+            return f"its {name} are {', '.join(f'{value:.3g}' for value in values.tolist()[:4])} (0/0)"
     return ""
 
 
 def _of_scheduler(error: Exception) -> bool:
     """Whether an error came by way of a scheduler, or of the block that sets it up."""
-    return any("schedul" in frame.filename.rpartition("site-packages")[2] or "schedul" in (frame.line or "")
+    return any(Path(frame.filename).parent.name == "schedulers" or "scheduler" in (frame.line or "")
                or frame.name == "retrieve_timesteps" for frame in traceback.extract_tb(error.__traceback__))
 
 

@@ -83,11 +83,11 @@ class Denoise(Stage):
     @contextmanager
     def shortened(self, steps: int) -> Iterator[None]:
         """Inside, this thread's loops go through so many of their steps at most: enough to know what all take."""
-        self.hook.limit = steps
+        before, self.hook.limit = self.hook.limit, steps
         try:
             yield
         finally:
-            self.hook.limit = None
+            self.hook.limit = before
 
 
 class StepMonitor:
