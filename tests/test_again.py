@@ -1,5 +1,7 @@
 """A plan that does not fit ends with exit code 4 and a command: pasted, it plans, or runs."""
 
+import io
+import json
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -12,6 +14,9 @@ from runner import Job, Request
 from runner.artifacts import FolderStore
 from runner.commands.cli import answer, app
 from runner.commands.refusal import again, better, quoted
+from runner.placement_options import MemoryLimits
+from runner.planning.planner import smaller_sizes
+from runner.planning.suggestions import _amount
 from stages.errors import DoesNotFit, Fix
 from tests import sparse, tiny
 
@@ -74,6 +79,59 @@ def test_a_run_ends_with_a_command_that_makes_the_picture(
     ])
     assert words[-2:] == ["--allow-offload", "cpu"] and "denoise does not fit" in error
     assert answer(words) == 0 and out.is_file()
+
+
+def test_a_prompt_from_standard_input_is_written_out(
+    flux_dev: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for spelled in (["--prompt", "-"], ["--prompt=-"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a fox's \xf0\x9f\xa6\x8a\n")))
+        words, _ = pasted(capsys, ["plan", "flux", "--model", flux_dev, *spelled, "--machine", "2x16GB",
+                                   "--max-memory", "3GiB"])
+        assert "a fox's \U0001f98a" in words or "--prompt=a fox's \U0001f98a" in words
+        assert answer(words) == 0
+
+
+def test_no_command_is_suggested_that_would_be_refused_again(
+    flux_dev: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line with a size of its own does not hear of --size; nor can standard input be read twice."""
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"prompt": "a fox", "size": "2048x2048"}\n')
+    plan = ["plan", "flux", "--model", flux_dev, "--machine", "1x3GB", "--allow-offload", "cpu", "--prompt-file"]
+    assert answer([*plan, str(lines)]) == 4
+    told = capsys.readouterr().err
+    assert "next: " not in told and "--size" in told
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.read_bytes())))
+    assert answer([*plan, "-"]) == 4 and "next: " not in capsys.readouterr().err
+
+
+def test_lanes_beyond_the_pictures_take_nothing_and_fewer_are_suggested(
+    flux_dev: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = ["plan", "flux", "--model", flux_dev, "--machine", "2x16GB", "--json"]
+    assert answer(plan) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert answer([*plan, "--lanes", "16"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"] == alone["stages"]
+    many = [*plan, "--prompt", "a fox", "--count", "16", "--lanes", "16", "--size", "2048x2048"]
+    words, error = pasted(capsys, many)
+    assert words[-2:] == ["--lanes", "1"] and "one picture at a time needs less" in error and answer(words) == 0
+
+
+@pytest.mark.parametrize(("size", "says"), [((2048, 16), "1792x16"), ((16, 2048), "16x1792"), ((64, 32), "48x16")])
+def test_a_side_at_its_least_stays_and_the_other_one_shrinks(size: tuple[int, int], says: str) -> None:
+    request = Request("x", *size, 1, None, 1, 8)
+    sizes = smaller_sizes(request, 16)
+    assert next(iter(sizes)) == says and all(0 < part < 1 for part in sizes.values())
+    assert smaller_sizes(Request("x", 16, 16, 1, None, 1, 8), 16) == {}
+
+
+@pytest.mark.parametrize(("size", "text"), [(14 * 2**30, "14336MiB"), (2**20, "1MiB"), (2**20 - 1, "1023KiB"),
+                                            (1000, "1000B"), (1, "1B"), (0, "1B")])
+def test_an_amount_is_written_as_it_is_read(size: int, text: str) -> None:
+    assert _amount(size) == text and MemoryLimits.read(text).by_device[""].amount == max(1, size) // {
+        "M": 2**20, "K": 2**10}.get(text[-3:-2], 1) * {"M": 2**20, "K": 2**10}.get(text[-3:-2], 1)
 
 
 def test_the_next_command_of_a_resume_lifts_what_the_run_was_asked_for(

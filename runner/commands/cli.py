@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Annotated
@@ -15,6 +16,7 @@ import typer
 from runner.commands import runs_options
 from runner.commands.options import BatchOptions, FamilyOptions, PlanOptions, ResumeOptions, RunOptions
 from runner.commands.refusal import failed, refuse, usage
+from runner.commands.standard_input import may_read, read_prompt, with_prompt
 from runner.engine.signals import Interrupted
 from stages.families import FAMILIES, Family
 
@@ -137,12 +139,24 @@ def answer(words: Sequence[str]) -> int:
     if isinstance(command, int):
         return command
     try:
+        if isinstance(command, FamilyOptions) and command.prompt == "-" and may_read():
+            command = replace(command, prompt=read_prompt())
+            # What a suggestion repeats is what was read.
+            words = with_prompt(words, str(command.prompt))
         return (partial(generate, command) if isinstance(command, RunOptions) else command)() or 0
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         return refuse(f"{stopped}; what was finished is kept", stopped.code, error)
     except Exception as error:  # the last one to answer for the process: a line and an exit code, not a traceback
-        return failed(app, error, words, verbose=not {"-v", "--verbose"}.isdisjoint(words))
+        return failed(app, error, words, verbose=not {"-v", "--verbose"}.isdisjoint(words), plans=plans)
+
+
+def plans(words: Sequence[str]) -> bool:
+    """Whether a command line that is to be suggested leads to a plan."""
+    from runner.commands.suggested import leads_to_a_plan
+
+    command = app(list(words), standalone_mode=False)
+    return isinstance(command, RunOptions) and leads_to_a_plan(command)
 
 
 def generate(options: RunOptions) -> int:

@@ -53,12 +53,16 @@ def resume(run: str, options: ResumeOptions) -> int:
     check_display(options)
     check_engine(options, launched=False)
     distributed.check_ranks(options)
+    return produce(resumed_job(run, options), engine_of(options), options=options)
+
+
+def resumed_job(run: str, options: ResumeOptions) -> Job:
+    """The job of a run of the store, with what the options change of it."""
     where = options.artifacts or str(default_store())
     if where == "memory":
         raise StoreError("a run in memory ends with its process -> name the store with `store=DIR`")
     store = open_store(where, readonly=True)
-    job = resumed(recorded_job(store, find_run(store, run), where), options)
-    return produce(job, engine_of(options), options=options)
+    return resumed(recorded_job(store, find_run(store, run), where), options)
 
 
 def engine_of(options: RunOptions) -> distributed.Engine:
@@ -123,13 +127,18 @@ def in_this_process(options: RunOptions, job: Job, emit: Emit, results: Results,
     return replace(report, failures=(*report.failures, *failures))
 
 
+def planned_job(family: str, options: PlanOptions) -> Job:
+    """The job that a plan is asked for, whose pictures need no names, nor a prompt."""
+    prompt = options.prompt or ("a picture" if options.prompt_file is None else None)
+    return job_of(family, replace(options, prompt=prompt), named=False)
+
+
 def show_plan(family: str, options: PlanOptions) -> None:
     """Print the plan that the options lead to."""
     hush(options.verbose)
-    prompt = options.prompt or ("a picture" if options.prompt_file is None else None)
     check_engine(options, launched=False)
     distributed.check_ranks(options)
-    job = job_of(family, replace(options, prompt=prompt), named=False)
+    job = planned_job(family, options)
     from runner.planning import describe
     from runner.planning.planner import make_plan
 

@@ -1,7 +1,6 @@
 """From the options of a command line to a job, checked as a whole before anything heavy is imported."""
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -10,7 +9,7 @@ from typing import Any
 from runner.commands.batch import Batch, Defaults, Item, batch
 from runner.commands.options import FamilyOptions, ResumeOptions, RunOptions
 from runner.commands.prompts import Entry, read_prompts
-from runner.inputs import INPUTS, PROMPT_BYTES, SEED, STEPS, read_size, read_whole
+from runner.inputs import INPUTS, SEED, STEPS, read_size, read_whole
 from runner.job import STAGES, Job, Label, Origin, Output, RefusedLine, RunPolicy
 from runner.job_defaults import default_store as user_store
 from runner.job_defaults import new_run
@@ -193,7 +192,7 @@ def _entries(options: FamilyOptions, card: PictureCard | None) -> list[Entry]:
     if options.prompt is None and card is None:
         raise InvalidInput('there is no prompt -> --prompt "a red circle", --prompt - or --prompt-file FILE to read '
                            'it')
-    prompt = card.request.prompt if card is not None and options.prompt is None else _prompt(str(options.prompt))
+    prompt = card.request.prompt if card is not None and options.prompt is None else str(options.prompt)
     return [Entry(0, {"prompt": prompt})]
 
 
@@ -231,20 +230,6 @@ def _named(
         more = f"; so are {len(refused) - 1:,} more" if len(refused) > 1 else ""
         raise InvalidInput(f"--prompt-file {shown(str(options.prompt_file))} has no good line: {refused[0]}{more}")
     return items, paths, refused
-
-
-def _prompt(text: str) -> str:
-    """The prompt, from standard input where it is `-`, then without the line end behind it."""
-    if text != "-":
-        return text
-    data = sys.stdin.buffer.read(PROMPT_BYTES + 3)
-    if len(data.rstrip(b"\r\n")) > PROMPT_BYTES:
-        raise InvalidInput(f"the prompt has more than {PROMPT_BYTES:,} bytes -> shorten it")
-    try:
-        return data.decode().replace("\r\n", "\n").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"the prompt is not valid UTF-8 at byte {error.start} -> write it again in UTF-8"
-                           ) from None
 
 
 def _check_together(options: FamilyOptions) -> None:

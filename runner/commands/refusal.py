@@ -3,7 +3,7 @@
 import shlex
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,8 +50,14 @@ def refuse(message: str, code: int, error: BaseException | None = None, more: st
     return code
 
 
-def failed(app: typer.Typer, error: Exception, words: Sequence[str], *, verbose: bool) -> int:
-    """Say what an error was, with commands made of the `words` of this one that would do better; the exit code."""
+def failed(
+    app: typer.Typer, error: Exception, words: Sequence[str], *, verbose: bool,
+    plans: Callable[[Sequence[str]], bool] = lambda words: True,
+) -> int:
+    """Say what an error was, with commands made of the `words` of this one that would do better; the exit code.
+
+    Of the commands those are said that can be pasted, and that `plans` finds to fit.
+    """
     if verbose:
         TolerantStream(sys.stderr).write("".join(traceback.format_exception(error)))
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
@@ -59,7 +65,8 @@ def failed(app: typer.Typer, error: Exception, words: Sequence[str], *, verbose:
         text = error.message(as_option) if isinstance(error, StagerunError) else str(error)
         # What a plan was refused for has a line for each strategy.
         head, *lines = text.splitlines() if isinstance(error, DoesNotFit) else [text]
-        lines = [f"  {clean(line)}" for line in lines] + [f"next: {line}" for line in better(app, error, words)]
+        said = [] if reads_input(words) else [line for line in better(app, error, words) if plans(line_words(line))]
+        lines = [f"  {clean(line)}" for line in lines] + [f"next: {line}" for line in said]
         return refuse(head, code, error, "".join(f"{line}\n" for line in lines))
     hint = "" if verbose else " -> run again with -v to see where"
     return refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code, error)
@@ -106,6 +113,16 @@ def better(app: typer.Typer, error: Exception, words: Sequence[str]) -> list[str
         lines = [_resume_words(error), words]
         return [line for fixes in error.alternatives for line in _changed(app, lines, options_of(fixes))]
     return _changed(app, [words], options_of(error.fixes))
+
+
+def reads_input(words: Sequence[str]) -> bool:
+    """Whether a command takes its prompts from standard input, which is gone when the command is pasted."""
+    return any(pair in (("--prompt-file", "-"), ("--prompt-file=-",)) for pair in _pairs(words, ()))
+
+
+def line_words(line: str) -> list[str]:
+    """The words behind the program's, of a line that `again` made."""
+    return shlex.split(line)[3:]
 
 
 def options_of(fixes: Fixes) -> dict[str, str]:

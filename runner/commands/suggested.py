@@ -1,0 +1,39 @@
+"""A command that is to be suggested, planned as it would be if it were pasted."""
+
+from runner.commands.distributed import check_ranks
+from runner.commands.generate import planned_job, resumed_job
+from runner.commands.options import FamilyOptions, PlanOptions, ResumeOptions, RunOptions
+from runner.commands.parse import job_of
+from runner.distributed.env import Rank
+from runner.job import Job
+from stages.errors import StagerunError
+
+
+def leads_to_a_plan(options: RunOptions) -> bool:
+    """Whether what the options ask for can be planned, on the machine that would run it."""
+    # Where something was refused by its plan, this is here already.
+    from runner.distributed.rank import own_part, usable_machine
+    from runner.planning.planner import make_plan
+
+    try:
+        job = _job(options)
+        count = check_ranks(options)
+        machine = options.machine if isinstance(options, PlanOptions) else None
+        if count is not None and machine is None and job.tensor_parallel is None:
+            make_plan(job, machine=own_part(usable_machine(job), Rank(0, count, 0, count)), download=False)
+        else:
+            make_plan(job, machine=machine, download=False)
+    except StagerunError:
+        return False
+    return True
+
+
+def _job(options: RunOptions) -> Job:
+    match options:
+        case ResumeOptions():
+            return resumed_job(options.run, options)
+        case PlanOptions():
+            return planned_job(options.family, options)
+        case FamilyOptions():
+            return job_of(getattr(options, "family", str(options.ctx.info_name)), options, named=False)
+    raise AssertionError(f"no command has {type(options).__name__}")
