@@ -4,6 +4,7 @@ import fcntl
 import gc
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,9 @@ os.environ["MKL_CBWR"] = "AVX2,STRICT"
 # A machine that is busy with other tests is slow, not wrong.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")
+
+# A background job of a plain shell, and nohup, ignore Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Cards = Callable[..., list[str]]
 

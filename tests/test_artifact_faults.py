@@ -135,6 +135,7 @@ def test_a_file_size_limit_leaves_nothing_torn(worker: Worker, tmp_path: Path) -
     order = {"do": "put", "folder": str(tmp_path / "store"), "size": 100_000, "limit": 2**16}
     told = worker.do(order).told[0]
     assert told["errno"] == errno.EFBIG and "needs 48" in told["error"] and "are free" in told["error"]
+    assert "ulimit -f" in told["error"]
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
     assert not assert_whole_or_nothing(tmp_path / "store")
 

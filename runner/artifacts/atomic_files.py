@@ -230,6 +230,11 @@ def _cause(error: OSError, path: Path, needed: int) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         facts = os.statvfs(_existing(path))
         room = facts.f_bavail * facts.f_frsize
+        if error.errno == errno.EFBIG:
+            return (f"; needs {int(needed * SPARE):,} bytes, {room:,} are free, but no file may be so large: see "
+                    f"ulimit -f, or choose another `store`")
+        if error.errno == errno.ENOSPC and facts.f_files and not facts.f_favail:
+            return "; the disk has no room for another file, however small: remove files, or choose another `store`"
         return f"; needs {int(needed * SPARE):,} bytes, {room:,} are free: free some, or choose another `store`"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"; {owner(path)}: have it opened to you, or choose another `store`"

@@ -62,7 +62,7 @@ def failed(
         TolerantStream(sys.stderr).write("".join(traceback.format_exception(error)))
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
     if code != 1:
-        text = error.message(as_option) if isinstance(error, StagerunError) else str(error)
+        text = error.message(as_option) if isinstance(error, StagerunError) else str(error) or "out of host memory"
         # What a plan was refused for has a line for each strategy.
         head, *lines = text.splitlines() if isinstance(error, DoesNotFit) else [text]
         said = [] if reads_input(words) else [line for line in better(app, error, words) if plans(line_words(line))]
