@@ -20,10 +20,14 @@ from transformers.utils import import_utils
 
 from stages.errors import ModelError
 from stages.models.checkpoint import Component
+from stages.models.config_check import check_config, counted, explained, odd_fields
+from stages.models.files import read_json
 from stages.models.format import loaded_dtype
 from stages.models.hub import download_line
+from stages.models.safetensors_header import read_header
 
 _LIBRARIES: Mapping[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+MODULES_PER_TENSOR, MODULES_BESIDES = 8, 2000
 _IMMUTABLE = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size, frozenset)
 
 
@@ -129,16 +133,24 @@ def empty_model(component: Component, cls: Any, dtype: torch.dtype) -> nn.Module
 
 def _built(component: Component, cls: Any, dtype: torch.dtype, where: AbstractContextManager[Any]) -> nn.Module:
     """The component's module, made anew; ModelError when its config does not fit."""
-    try:
-        with _building(dtype), where:
+    path = component.folder / "config.json"
+    table, usual = read_json(path), cls if component.library == "diffusers" else cls.config_class
+    tensors = {name: entry for file in component.files for name, entry in read_header(file).items()}
+    check_config(table, path, component.library, usual, tensors)
+    odd = f" with {', '.join(fields)}" if (fields := odd_fields(table, usual)[:5]) else ""
+    refused = f"{path}{odd} does not fit {component.class_name}"
+    again = f"fetch it again: {download_line(component.folder.parent, (component.name,))}"
+    # A layer has a handful of modules for each of its tensors, counted with those in it.
+    most = MODULES_PER_TENSOR * len(tensors) + MODULES_BESIDES
+    too_many = f"{refused} (it makes more than {most} modules, but the files have {len(tensors)} tensors); {again}"
+    with explained(refused, again), counted(most, too_many), _building(dtype), where:
+        try:
             if component.library == "diffusers":
                 model = cls.from_config(cls.load_config(component.folder))
             else:
                 model = cls(_config(cls, component, dtype))
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{component.folder / 'config.json'} does not fit {component.class_name} ({reason:.200}); "
-                         f"fetch it again: {download_line(component.folder.parent, (component.name,))}") from error
+        except StrictDataclassError as error:
+            raise ValueError(error) from error
     assert isinstance(model, nn.Module)
     return model
 

@@ -2,11 +2,15 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, SequentialPipelineBlocks
 
 from stages.errors import ModelError
 from stages.models.checkpoint import Checkpoint
+from stages.models.config_check import explained
+from stages.models.hub import download_line
+from stages.models.skeleton import class_of
 
 # Every nesting level of blocks logs the whole traceback of an error that is raised all the same.
 logging.getLogger(ModularPipeline.__module__).addFilter(lambda record: "Error in block" not in record.getMessage())
@@ -14,7 +18,8 @@ logging.getLogger(ModularPipeline.__module__).addFilter(lambda record: "Error in
 
 def empty_pipeline(blocks: SequentialPipelineBlocks, checkpoint: Checkpoint) -> ModularPipeline:
     """The pipeline of these blocks with nothing loaded."""
-    pipe = blocks.init_pipeline(str(checkpoint.path))
+    with explained(f"diffusers cannot read the index of {checkpoint.path}", "use an untouched copy of the model"):
+        pipe = blocks.init_pipeline(str(checkpoint.path))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -27,19 +32,43 @@ def build_pipeline(
 ) -> ModularPipeline:
     """The pipeline of these blocks around these components, with what has no weights (tokenizers, schedulers) loaded.
 
-    With `tokenizer`, what it makes takes the place of tokenizers and processors that cannot be loaded here. Raises
-    ModelError for anything else that cannot.
+    With `tokenizer`, what it makes takes the place of tokenizers and processors that need a package which is not here.
+    Raises ModelError for anything else that cannot be loaded.
     """
     pipe = empty_pipeline(blocks, checkpoint)
     pipe.update_components(**components)
-    for name in [name for name in pipe.null_component_names if name in pipe.pretrained_component_names]:
+    known = set(pipe.pretrained_component_names) - set(checkpoint.absent)
+    for name in [name for name in pipe.null_component_names if name in known]:
         # load_components reads a dict as "per component" and hands plain values to every tokenizer, so it is called
         # for one name at a time; it only logs its failures, so the result is looked at.
         pipe.load_components(names=[name])
         if name not in pipe.null_component_names:
             continue
-        if tokenizer is None or not ("tokenizer" in name or "processor" in name):
+        needs_package = _refuse_damaged(checkpoint, name)
+        if tokenizer is None or not needs_package or not ("tokenizer" in name or "processor" in name):
             raise ModelError(f"{name} of {checkpoint.source} could not be loaded: look at the files in "
-                             f"{checkpoint.path / name}")
+                             f"{checkpoint.path / name}{needs_package}")
         pipe.update_components(**{name: tokenizer()})
     return pipe
+
+
+def _refuse_damaged(checkpoint: Checkpoint, name: str) -> str:
+    """The package that loading a part without weights asks for, if it is that; ModelError with any other reason.
+
+    The pipeline writes reasons to a log alone, so the part is loaded once more.
+    """
+    part = checkpoint.components.get(name)
+    if part is None:
+        raise ModelError(f"{checkpoint.path} names no {name}, which {checkpoint.pipeline} needs; use a model that is "
+                         f"whole")
+    cls: Any = class_of(part)
+    with explained(f"{part.folder} cannot be read as {part.class_name}",
+                   f"fetch it again: {download_line(checkpoint.path, (name,))}"):
+        try:
+            cls.from_pretrained(part.folder)
+        except ImportError as error:
+            return f" ({' '.join(str(error).split()):.200})"
+        except Exception as error:
+            # tokenizers raises nothing more special, and says well what is wrong.
+            raise ValueError(error) from error
+    return ""

@@ -5,6 +5,7 @@ from typing import Any
 from diffusers import ModularPipeline
 
 from stages.events import Emit
+from stages.models.skeleton import skeleton
 from stages.pipeline.stage import Inputs, Stage
 
 
@@ -13,6 +14,16 @@ class Encode(Stage):
 
     name = "encode"
 
+    def prepare(self, pipe: ModularPipeline) -> None:
+        """Lend a pipeline that lacks an encoder the denoiser's skeleton: upstream fills in zeros, as wide as it reads.
+
+        Without a denoiser diffusers falls back to a constant.
+        """
+        denoiser = self.checkpoint.components.get("transformer")
+        expected = {spec.name for spec in self.blocks.expected_components}
+        if denoiser is not None and "transformer" not in pipe.components and expected & set(self.checkpoint.absent):
+            pipe.transformer = skeleton(denoiser)
+
     def arguments(self, pipe: ModularPipeline, inputs: Inputs, emit: Emit) -> dict[str, Any]:
         """The inputs, and the empty negative prompt where one is read; `emit` is told of a prompt that will be cut."""
         arguments = super().arguments(pipe, inputs, emit)
@@ -20,7 +31,7 @@ class Encode(Stage):
             # For most families this is the default; Stable Diffusion 3 makes no negative embeddings without it, and
             # then guides away from the prompt itself, which changes nothing.
             arguments.setdefault("negative_prompt", "")
-        tokenizers = [name for name in pipe.components if name.startswith("tokenizer")]
+        tokenizers = [name for name in pipe.components if name.startswith("tokenizer") and getattr(pipe, name)]
         for name in ("prompt", "negative_prompt"):
             unseen = [unseen_end(pipe, tokenizer, inputs, name) for tokenizer in tokenizers if name in inputs]
             if unseen and all(unseen):

@@ -13,6 +13,7 @@ from stages.errors import NotPrecomputable
 from stages.models.checkpoint import Component
 from stages.models.skeleton import config_text, copy_skeleton, skeleton
 from stages.pipeline.stage import Inputs, Loaded, Stage, moved_to
+from stages.pipeline.suspects import suspected
 from stages.placement.placement import Place, Places, Resident
 from stages.precompute.conditioning import program_of
 from stages.precompute.program import Call, Program
@@ -50,7 +51,7 @@ class CallRecorder:
     ) -> None:
         """`programs` are those found so far; a call that fits none adds another, which leads to `layers`."""
         (component,) = stage.components
-        self._home, self._programs, self._layers = stage.home(places), programs, layers
+        self._stage, self._home, self._programs, self._layers = stage, stage.home(places), programs, layers
         self._calls, self._step = list[RecordedCall](), 0
         dtype = places[component.name].dtype
         model = copy_skeleton(skeleton(component, dtype), lambda: self._home)
@@ -60,7 +61,8 @@ class CallRecorder:
     def record(self, state: State, inputs: Inputs) -> list[RecordedCall]:
         """The calls that the denoise loop of one request makes."""
         self._calls, self._step = [], 0
-        self._loaded.run(state, inputs, self._count_steps)
+        with suspected(self._stage):
+            self._loaded.run(state, inputs, self._count_steps)
         return self._calls
 
     def _count_steps(self, kind: str, data: Mapping[str, object]) -> None:
