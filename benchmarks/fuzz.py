@@ -1,6 +1,6 @@
 """Damage by chance, and all that was not answered with a plan or an error for people: python -m benchmarks.fuzz.
 
-`--cases 5000` are as many of each of the targets of `tests/fuzz/targets.py`, `--only model` of one. A case is known
+`--cases 5000` are as many of each of the targets of `tests/fuzz/targets.py`, `--only sd3` of one. A case is known
 by its number, which is its seed: `--first 1234 --cases 1` makes that one again. The exit code is 1 where there is a
 fault.
 """

@@ -12,9 +12,9 @@ from stages.families import FAMILIES, Family
 from stages.models import hub, remote_headers
 from stages.models.config_check import check_counts
 from stages.models.files import HEADER_ONLY, Incomplete, add_to, head, is_small, read_json, visible, weight_files
-from stages.models.foreign_code import refuse_code
+from stages.models.foreign_code import refuse_code, refuse_fields
 from stages.models.format import refuse_companions, refuse_quantized
-from stages.models.index import INDEX, MODULAR, Index, read_index
+from stages.models.index import BLOCKS, INDEX, MODULAR, Index, read_index
 from stages.models.lora import Lora
 from stages.models.safetensors_header import file_bytes, read_header
 
@@ -101,7 +101,10 @@ def find(
 
 
 def _find(model: str | Path, revision: str | None, components: Collection[str] | None, weights: bool) -> Checkpoint:
-    folder = Path(model).expanduser()
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError as error:  # a ~ that is nobody's
+        raise ModelError(f"no model at {model} ({error}); give a folder with {INDEX}, or a hub id") from error
     if isinstance(model, str) and not folder.exists() and hub.is_id(model):
         return _find_on_hub(model, revision, components, weights)
     if revision is not None:
@@ -169,6 +172,8 @@ def _checked(
 ) -> Checkpoint:
     """The checked folder; weights that are not there are represented by what is in the folder `headers`."""
     index = read_index(root, source)
+    if (blocks := root / BLOCKS).exists():
+        refuse_fields(read_json(blocks), blocks)
     components = {name: _component(root, name, index, headers) for name in _chosen(index, source, names)}
     return Checkpoint(root, source, identity or _fingerprint(root, index), index.pipeline, components, index.absent)
 

@@ -14,9 +14,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 from stages.errors import ModelError, StagerunError
 from stages.models.safetensors_header import TensorEntry
 
-# What a constructor, or a model that was built of a strange config, may raise.
-UPSTREAM = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
-            RuntimeError, TypeError, ValueError)
 # Schedulers make as many numbers as they have timesteps, CLIP reads as many tokens as its tokenizer says.
 LARGEST_COUNT = 50_000
 # What is said of layers that there are not is common, and that few are made in no time.
@@ -145,9 +142,12 @@ def explained(what: str, next_step: str) -> Iterator[None]:
     """What upstream raises of a model whose configs were not foreseen, as ModelError with its reason."""
     try:
         yield
-    except StagerunError:
-        raise
-    except UPSTREAM as error:
+    except BaseException as error:
+        # The libraries and those below them raise anything, some of it of no class that can be imported: a panic in
+        # the Rust of tokenizers is not even an Exception.
+        is_upstream = isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+        if isinstance(error, StagerunError | MemoryError) or not is_upstream:
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{what} ({reason:.200}); {next_step}") from error
 

@@ -78,15 +78,8 @@ def fetch_small(model: str, root: Path, names: Collection[str], libraries: Mappi
 
     `libraries` has the library of those that have weights. Raises ModelError when theirs are not safetensors.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
     with _explained(model, root.name):
-        tree = islice(HfApi().list_repo_tree(model, revision=root.name, recursive=True), MOST_ENTRIES + 1)
-        sizes = {str(item.path): int(item.size) for item in tree if isinstance(item, RepoFile)}
-    if len(sizes) > MOST_ENTRIES or min(sizes.values(), default=0) < 0:
-        raise ModelError(f"{model} lists more than {MOST_ENTRIES} files, or some of less than 0 bytes: refused; use a "
-                         f"model that is whole")
+        sizes = _listed(model, root.name)
     small = []
     for name in names:
         files = _inside(model, name, sizes)
@@ -97,6 +90,19 @@ def fetch_small(model: str, root: Path, names: Collection[str], libraries: Mappi
         raise ModelError(f"{model} says that {large[0]} has {sizes[large[0]]} bytes, more than the {LARGEST_SMALL} "
                          f"that a file beside the weights may have: refused; use a model that is whole")
     _fetch(model, root, {path: sizes[path] for path in small})
+    return sizes
+
+
+def _listed(model: str, revision: str | None) -> dict[str, int]:
+    """The bytes of every file of a model, as the hub lists them."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = list(islice(HfApi().list_repo_tree(model, revision=revision, recursive=True), MOST_ENTRIES + 1))
+    sizes = {str(item.path): int(item.size) for item in tree if isinstance(item, RepoFile)}
+    if len(tree) > MOST_ENTRIES or min(sizes.values(), default=0) < 0:
+        raise ModelError(f"{model} lists more than {MOST_ENTRIES} files, or some of less than 0 bytes: refused; use a "
+                         f"model that is whole")
     return sizes
 
 
@@ -163,7 +169,7 @@ def _fetch(model: str, root: Path, sizes: Mapping[str, int]) -> None:
 
 def list_files(model: str) -> list[str]:
     """The names of the files of a model, or where the hub cannot be asked, of those in its cache."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     with suppress(LocalEntryNotFoundError):
@@ -171,7 +177,7 @@ def list_files(model: str) -> list[str]:
             root = Path(snapshot_download(model, local_files_only=True))
             return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     with _explained(model, None, "*.safetensors"):
-        return list(HfApi().list_repo_files(model))
+        return list(_listed(model, None))
 
 
 def fetch_file(model: str, name: str) -> Path:

@@ -9,6 +9,8 @@ from stages.errors import ModelError
 from stages.models.files import Incomplete, read_json
 
 INDEX, MODULAR = "model_index.json", "modular_model_index.json"
+# Where there is one, it says which class has the pipeline's blocks.
+BLOCKS = "modular_config.json"
 LIBRARIES = ("diffusers", "transformers")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

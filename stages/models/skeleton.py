@@ -14,7 +14,6 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import no_init_weights
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.utils import import_utils
 
@@ -144,13 +143,10 @@ def _built(component: Component, cls: Any, dtype: torch.dtype, where: AbstractCo
     most = MODULES_PER_TENSOR * len(tensors) + MODULES_BESIDES
     too_many = f"{refused} (it makes more than {most} modules, but the files have {len(tensors)} tensors); {again}"
     with explained(refused, again), counted(most, too_many), _building(dtype), where:
-        try:
-            if component.library == "diffusers":
-                model = cls.from_config(cls.load_config(component.folder))
-            else:
-                model = cls(_config(cls, component, dtype))
-        except StrictDataclassError as error:
-            raise ValueError(error) from error
+        if component.library == "diffusers":
+            model = cls.from_config(cls.load_config(component.folder))
+        else:
+            model = cls(_config(cls, component, dtype))
     assert isinstance(model, nn.Module)
     return model
 
@@ -192,6 +188,16 @@ def class_of(component: Component) -> type:
     if isinstance(cls, type):
         return cls
     raise _foreign(component, "class")
+
+
+def odd_config(component: Component) -> tuple[str, list[str]]:
+    """The name of the file that says how the component is made, and what stands out in it; "" where there is none."""
+    path = component.folder / ("config.json" if component.files else "scheduler_config.json")
+    if not path.is_file():
+        return "", []
+    cls = class_of(component)
+    # The fields of a model of transformers are those of its config.
+    return f"{component.name}/{path.name}", odd_fields(read_json(path), getattr(cls, "config_class", None) or cls)[:5]
 
 
 def _foreign(component: Component, what: str) -> ModelError:

@@ -10,7 +10,7 @@ from stages.errors import ModelError
 from stages.models.checkpoint import Checkpoint
 from stages.models.config_check import explained
 from stages.models.hub import download_line
-from stages.models.skeleton import class_of
+from stages.models.skeleton import class_of, odd_config
 
 # Every nesting level of blocks logs the whole traceback of an error that is raised all the same.
 logging.getLogger(ModularPipeline.__module__).addFilter(lambda record: "Error in block" not in record.getMessage())
@@ -41,7 +41,8 @@ def build_pipeline(
     for name in [name for name in pipe.null_component_names if name in known]:
         # load_components reads a dict as "per component" and hands plain values to every tokenizer, so it is called
         # for one name at a time; it only logs its failures, so the result is looked at.
-        pipe.load_components(names=[name])
+        with explained(f"{checkpoint.path / name} cannot be read", _again(checkpoint, name)):
+            pipe.load_components(names=[name])
         if name not in pipe.null_component_names:
             continue
         needs_package = _refuse_damaged(checkpoint, name)
@@ -50,6 +51,10 @@ def build_pipeline(
                              f"{checkpoint.path / name}{needs_package}")
         pipe.update_components(**{name: tokenizer()})
     return pipe
+
+
+def _again(checkpoint: Checkpoint, name: str) -> str:
+    return f"fetch it again: {download_line(checkpoint.path, (name,))}"
 
 
 def _refuse_damaged(checkpoint: Checkpoint, name: str) -> str:
@@ -62,13 +67,12 @@ def _refuse_damaged(checkpoint: Checkpoint, name: str) -> str:
         raise ModelError(f"{checkpoint.path} names no {name}, which {checkpoint.pipeline} needs; use a model that is "
                          f"whole")
     cls: Any = class_of(part)
-    with explained(f"{part.folder} cannot be read as {part.class_name}",
-                   f"fetch it again: {download_line(checkpoint.path, (name,))}"):
+    file, fields = odd_config(part)
+    odd = f" with {', '.join(fields)} in {file}" if fields else ""
+    with explained(f"{part.folder}{odd} cannot be read as {part.class_name}",
+                   _again(checkpoint, name)):
         try:
             cls.from_pretrained(part.folder)
         except ImportError as error:
             return f" ({' '.join(str(error).split()):.200})"
-        except Exception as error:
-            # tokenizers raises nothing more special, and says well what is wrong.
-            raise ValueError(error) from error
     return ""

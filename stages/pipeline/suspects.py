@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stages.models.config_check import explained, odd_fields
-from stages.models.files import read_json
-from stages.models.skeleton import class_of
+from stages.models.config_check import explained
+from stages.models.skeleton import odd_config
 from stages.pipeline.stage import Stage
 
 
@@ -21,15 +20,10 @@ def suspected(stage: Stage) -> Iterator[None]:
 def _suspects(stage: Stage) -> list[str]:
     """The configs of the parts that the stage has, those alone which have odd fields where any has."""
     names = [spec.name for spec in stage.blocks.expected_components]
-    files, odd = [], []
-    for part in (stage.checkpoint.components[name] for name in names if name in stage.checkpoint.components):
-        config = part.folder / ("config.json" if part.files else "scheduler_config.json")
-        if not config.is_file():
-            continue
-        files.append(f"{part.name}/{config.name}")
-        cls = class_of(part)
-        # The fields of a model of transformers are those of its config.
-        fields = odd_fields(read_json(config), getattr(cls, "config_class", None) or cls)
-        if fields:
-            odd.append(f"{files[-1]} ({', '.join(fields[:5])})")
+    files, odd = list[str](), list[str]()
+    for name in names:
+        part = stage.checkpoint.components.get(name)
+        file, fields = odd_config(part) if part else ("", [])
+        files += [file] if file else []
+        odd += [f"{file} ({', '.join(fields)})"] if fields else []
     return odd or files

@@ -26,11 +26,22 @@ class Target:
     """The names of the errors that are an answer: every other one is a fault."""
 
 
-def make_model(folder: Path) -> None:
+def flux(folder: Path) -> None:
     """A tiny FLUX checkpoint, its transformer in shards."""
     from tests import tiny
 
     tiny.flux(folder, doubles=1, singles=2, shard="200KB")
+
+
+def of_family(name: str) -> Callable[[Path], object]:
+    """The maker of a tiny checkpoint of another family."""
+
+    def make(folder: Path) -> None:
+        from tests import tiny_families
+
+        getattr(tiny_families, name)(folder)
+
+    return make
 
 
 def damage_model(random: Random, folder: Path) -> str:
@@ -63,17 +74,29 @@ def _damage_file(random: Random, folder: Path) -> str:
     return f"{name}: {what}"
 
 
-def plan_model(folder: Path) -> None:
-    """Plan a run of the model in the folder."""
-    import torch
+def plan_of(family: str) -> Callable[[Path], object]:
+    """Plans a run of the model in a folder."""
 
-    from runner import Job, Request, make_plan
+    def plan(folder: Path) -> None:
+        import torch
 
-    request = Request("a red circle", 32, 32, 2, 3.5, 0, 16)
-    make_plan(Job("flux", [request], model=folder, devices=["cpu"], dtype={"": torch.float32}), download=False)
+        from runner import Job, make_plan
+        from runner.request import requests_for
+        from stages.families import FAMILIES
+
+        requests = requests_for("a red circle", FAMILIES[family], size=(64, 64), steps=2,
+                                guidance=FAMILIES[family].guidance, seed=0, text_tokens=224)
+        make_plan(Job(family, list(requests), model=folder, devices=["cpu"], dtype={"": torch.float32}),
+                  download=False)
+
+    return plan
 
 
+_REFUSALS = frozenset({"ModelError", "Incomplete", "InvalidInput", "DoesNotFit", "NotPrecomputable"})
 TARGETS: Mapping[str, Target] = {
-    "model": Target(make_model, damage_model, plan_model,
-                    frozenset({"ModelError", "Incomplete", "InvalidInput", "DoesNotFit", "NotPrecomputable"})),
+    "flux": Target(flux, damage_model, plan_of("flux"), _REFUSALS),
+    "sd3": Target(of_family("sd3"), damage_model, plan_of("sd3"), _REFUSALS),
+    "qwen-image": Target(of_family("qwen_image"), damage_model, plan_of("qwen-image"), _REFUSALS),
+    "flux2-klein": Target(of_family("klein"), damage_model, plan_of("flux2-klein"), _REFUSALS),
+    "z-image": Target(of_family("z_image"), damage_model, plan_of("z-image"), _REFUSALS),
 }
