@@ -311,7 +311,8 @@ def test_vae_with_the_attention_names_of_old(model: Path) -> None:
 @pytest.mark.parametrize(("component", "changes", "words"), [
     ("transformer", {"num_layers": "three"}, r": num_layers is 'three', which FluxTransformer2DModel cannot take"),
     ("transformer", {"num_attention_heads": -1}, ": num_attention_heads is -1, and less than 0 is refused"),
-    ("transformer", {"axes_dims_rope": None}, ": axes_dims_rope is None, which"),
+    ("transformer", {"axes_dims_rope": "wide"}, ": axes_dims_rope is 'wide', which"),
+    ("transformer", {"axes_dims_rope": [4, 4]}, r": axes_dims_rope is \[4, 4\], which"),
     ("text_encoder", {"hidden_size": 30}, r" does not fit CLIPTextModel \(.*hidden size \(30\).*\); fetch it again"),
     ("text_encoder", {"num_attention_heads": 0}, r" with num_attention_heads=0 does not fit CLIPTextModel \(.*zero"),
     ("text_encoder_2", {"d_model": "wide"}, r" with d_model='wide' does not fit T5EncoderModel \(.+\); fetch"),

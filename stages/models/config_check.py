@@ -8,6 +8,7 @@ import inspect
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -40,8 +41,8 @@ def check_config(
 ) -> None:
     """ModelError for a field that is not of the kind that `cls` takes, or a number that the files do not bear out."""
     widest = max((side for entry in tensors.values() for side in entry.shape), default=0)
-    largest = max(_LARGEST[library], 4 * widest)
     for name, number in _numbers(table):
+        largest = max(_LARGEST["transformers" if "position" in name else library], 4 * widest)
         if abs(number) > largest and "theta" not in name:
             raise ModelError(f"{path}: {name} is {_shown(number)}, and the widest tensor of the files {widest}: "
                              f"config and weights are not of one model; use an untouched copy of it")
@@ -58,15 +59,19 @@ def _is_counted(name: str) -> bool:
 
 def _numbers(table: Mapping[str, object]) -> Iterator[tuple[str, int]]:
     """Every whole number in a JSON object, with the name of the field that it stands in."""
-    left: list[tuple[str, object]] = list(table.items())
+    left: list[Iterator[tuple[str, object]]] = [iter(table.items())]
     while left:
-        name, value = left.pop()
-        if isinstance(value, int) and not isinstance(value, bool):
-            yield name, value
-        elif isinstance(value, dict):
-            left += value.items()
-        elif isinstance(value, list):
-            left += [(name, item) for item in value]
+        for name, value in left[-1]:
+            if isinstance(value, dict):
+                left.append(iter(value.items()))
+                break
+            if isinstance(value, list):
+                left.append(zip(repeat(name), value, strict=False))
+                break
+            if isinstance(value, int) and not isinstance(value, bool):
+                yield name, value
+        else:
+            left.pop()
 
 
 def _check_kinds(table: Mapping[str, object], path: Path, cls: Any) -> None:
@@ -82,8 +87,11 @@ def _check_kinds(table: Mapping[str, object], path: Path, cls: Any) -> None:
 
 
 def _fits(value: object, annotation: Any, default: object) -> bool:
-    """Whether a JSON value is of a kind that the annotation or the default has; true where neither says any."""
-    if isinstance(value, int | float) and isinstance(default, int | float):
+    """Whether a JSON value is of a kind that the annotation or the default has; true where neither says any.
+
+    A null is how many say that something is not used, whatever it is annotated with.
+    """
+    if value is None or (isinstance(value, int | float) and isinstance(default, int | float)):
         return True
     if type(value) is type(default) and not isinstance(value, list):
         return True

@@ -53,9 +53,9 @@ def like(random: Random, value: Any) -> Any:
     if isinstance(value, str):
         return random.choice(WORDS)
     if isinstance(value, list):
-        made = [like(random, item) for item in value] or [any_value(random)]
+        made = [like(random, item) for item in value[:100]] or [any_value(random)]
         longer = random.randrange(2)
-        return made * random.choice((1, 1, 2, 1000)) if longer else made[: random.randrange(len(made) + 1)]
+        return made * random.choice((1, 1, 2, 50)) if longer else made[: random.randrange(len(made) + 1)]
     return any_value(random)
 
 
