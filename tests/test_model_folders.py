@@ -255,6 +255,13 @@ def test_a_damaged_tokenizer_is_refused_by_the_plan(model: Path, text: str) -> N
         planned(model)
 
 
+def test_a_tokenizer_of_another_model_is_refused_by_the_plan(model: Path) -> None:
+    """Its encoder would be asked for a row that it does not have."""
+    rewrite(model / "tokenizer" / "tokenizer_config.json", pad_token="float32")
+    with pytest.raises(ModelError, match=r"tokenizer pads with token \d+, but its encoder knows \d+"):
+        planned(model)
+
+
 def test_an_empty_tokenizer_is_refused_at_once(model: Path) -> None:
     (model / "tokenizer_2" / "tokenizer.json").write_text("")
     refused(model, "tokenizer_2/tokenizer.json has 0 bytes; fetch it again")

@@ -1,10 +1,13 @@
 """Encode: the prompt becomes embeddings."""
 
+from pathlib import Path
 from typing import Any
 
 from diffusers import ModularPipeline
 
+from stages.errors import ModelError
 from stages.events import Emit
+from stages.models.hub import download_line
 from stages.models.skeleton import skeleton
 from stages.pipeline.stage import Inputs, Stage
 
@@ -23,6 +26,8 @@ class Encode(Stage):
         expected = {spec.name for spec in self.blocks.expected_components}
         if denoiser is not None and "transformer" not in pipe.components and expected & set(self.checkpoint.absent):
             pipe.transformer = skeleton(denoiser)
+        for name in (name for name in pipe.components if name.startswith("tokenizer")):
+            _check_padding(pipe, name, self.checkpoint.path / name)
 
     def arguments(self, pipe: ModularPipeline, inputs: Inputs, emit: Emit) -> dict[str, Any]:
         """The inputs, and the empty negative prompt where one is read; `emit` is told of a prompt that will be cut."""
@@ -38,6 +43,18 @@ class Encode(Stage):
                 emit("warning", {"text": f"the {name.replace('_', ' ')} is too long for the model, which does not see "
                                          f"its end: {min(unseen, key=len)!r}"})
         return arguments
+
+
+def _check_padding(pipe: ModularPipeline, name: str, folder: Path) -> None:
+    """ModelError where a tokenizer pads with a token that its encoder has no row for."""
+    reader, encoder = getattr(pipe, name), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+    padding = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
+    if padding is None or encoder is None:
+        return
+    rows = encoder.get_input_embeddings().weight.shape[0]
+    if padding >= rows:
+        raise ModelError(f"{folder} pads with token {padding}, but its encoder knows {rows}, so they are not of one "
+                         f"model; fetch it again: {download_line(folder.parent, (name,))}")
 
 
 def unseen_end(pipe: ModularPipeline, tokenizer: str, inputs: Inputs, name: str = "prompt") -> str:
