@@ -101,6 +101,13 @@ def test_shards_without_their_index(tmp_path: Path) -> None:
             "but not diffusion_pytorch_model.safetensors.index.json", "hf download ID transformer/diff")
 
 
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "flux1-dev-Q4_0.gguf",
+                                  "diffusion_pytorch_model-00001-of-00002.fp16.safetensors"])
+def test_variants_and_foreign_formats_alone_are_named(model: Path, name: str) -> None:
+    (model / WEIGHTS).rename(model / "transformer" / name)
+    refused(model, f"transformer has {name} but no diffusion_pytorch_model.safetensors; only the plain variant is")
+
+
 def test_a_variant_beside_the_plain_file_is_left_alone(flux: Path, model: Path) -> None:
     plain = find(model).components
     shutil.copy(model / WEIGHTS, model / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
@@ -230,6 +237,15 @@ def test_blocks_of_a_model_that_are_code_are_refused(model: Path) -> None:
 def test_counts_of_what_has_no_weights(model: Path, path: str, changes: dict[str, object], words: str) -> None:
     rewrite(model / path, **changes)
     refused(model, path, words, "more than 50000 is refused")
+
+
+@pytest.mark.parametrize("length", [131072, 10**9, int(1e30)])
+def test_tokenizers_that_are_told_how_much_to_read_may_say_what_they_like(
+    flux: Path, model: Path, length: int
+) -> None:
+    """That of Qwen-Image has 131072, and 10^30 is how transformers says that there is no limit."""
+    rewrite(model / "tokenizer_2" / "tokenizer_config.json", model_max_length=length)
+    assert torch.equal(picture(model), picture(flux))
 
 
 @pytest.mark.parametrize(("path", "changes", "words"), [

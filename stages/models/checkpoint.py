@@ -21,7 +21,6 @@ from stages.models.safetensors_header import file_bytes, read_header
 # Files of so many bytes are told apart by size, time and header: to hash all of a model takes minutes.
 LARGE = 64 * 2**20
 _WEIGHTLESS = re.compile(r"(Tokenizer|TokenizerFast|Processor|ProcessorFast|FeatureExtractor|Scheduler)$")
-_COUNTING = ("scheduler_config.json", "tokenizer_config.json")
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tekken.json",))
 
 
@@ -206,10 +205,13 @@ def _component(root: Path, name: str, index: Index, headers: Path | None) -> Com
 
 def _check_small(folder: Path, class_name: str) -> None:
     names = {path.name for path in visible(folder)}
-    for path in (path for path in visible(folder) if path.name in _COUNTING):
-        check_counts(read_json(path), path)
+    said = folder / "tokenizer_config.json"
+    if class_name.startswith("CLIPTokenizer") and said.exists():
+        # CLIP reads as many tokens as its tokenizer says; the others are told how many.
+        check_counts({"model_max_length": read_json(said).get("model_max_length")}, said)
     if class_name.endswith("Scheduler"):
-        read_json(folder / "scheduler_config.json")
+        path = folder / "scheduler_config.json"
+        check_counts(read_json(path), path)
     elif class_name.endswith(("Tokenizer", "TokenizerFast")) and not (
         any(name.endswith((".model", ".spm", ".tiktoken")) for name in names)
         or any(names.issuperset(vocabulary) for vocabulary in _VOCABULARIES)

@@ -30,8 +30,7 @@ _WORDS: Mapping[type, str] = {type(None): "null", bool: "a bool", int: "a number
 def check_counts(table: Mapping[str, object], path: Path) -> None:
     """ModelError for a number in the config of something without weights that would be made so often."""
     for name, number in _numbers(table):
-        # 10^30 is how tokenizers say that there is no limit.
-        if abs(number) > LARGEST_COUNT and not (name == "model_max_length" and number > 2**63):
+        if abs(number) > LARGEST_COUNT:
             raise ModelError(f"{path}: {name} is {_shown(number)}, and more than {LARGEST_COUNT} is refused; use an "
                              f"untouched copy of the model")
 
@@ -43,12 +42,12 @@ def check_config(
     widest = max((side for entry in tensors.values() for side in entry.shape), default=0)
     for name, number in _numbers(table):
         largest = max(_LARGEST["transformers" if "position" in name else library], 4 * widest)
-        if abs(number) > largest and "theta" not in name:
-            raise ModelError(f"{path}: {name} is {_shown(number)}, and the widest tensor of the files {widest}: "
-                             f"config and weights are not of one model; use an untouched copy of it")
         if number > max(FEW, len(tensors)) and _is_counted(name):
             raise ModelError(f"{path}: {name} is {_shown(number)}, but the files have no more than {len(tensors)} "
                              f"tensors: config and weights are not of one model; use an untouched copy of it")
+        if abs(number) > largest and "theta" not in name:
+            raise ModelError(f"{path}: {name} is {_shown(number)}, and the widest tensor of the files {widest}: "
+                             f"config and weights are not of one model; use an untouched copy of it")
     if library == "diffusers":
         _check_kinds(table, path, cls)
 

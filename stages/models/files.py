@@ -144,8 +144,8 @@ def opened_first(folder: Path, library: str, names: Collection[str]) -> str:
             f"{folder} has no safetensors weights, only {', '.join(bad[:3])}: pickle refused, it can run code; "
             f"use a model that ships safetensors"
         )
-    others = sorted(name for name in names if name.endswith(".safetensors"))
-    if shards := [name for name in others if _SHARD.search(name)]:
+    others = sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
+    if shards := [name for name in others if name.startswith(f"{_STEMS[library]}-") and _SHARD.search(name)]:
         raise Incomplete(
             f"{folder} has {len(shards)} shards, first {shards[0]}, but not {index}, which says what is in which; "
             f"fetch it: {refetch_line(folder / index)}"
