@@ -35,7 +35,8 @@ CASES = {
     "claim": "but its header tells of",
     "notes": "says that vae/merges.txt has 3000000000 bytes",
     "endless": "answers with more than the",
-    "packed": "answers with more than the",
+    "packed": "answers with packed bytes",
+    "pause": "asks for a pause of 1000000 s",
     "index": "answers with more than the 16777216 bytes",
     "open": f"found org/open@{COMMIT}",
 }
@@ -50,7 +51,9 @@ class Hostile(Answer):
         self.path = self.path.replace(f"org/{self.case}", "org/open")
         is_tree, is_weights = what == "tree", self.path.split("?")[0].endswith(".safetensors")
         if self.case == "silent":
-            time.sleep(15)
+            time.sleep(10)
+        elif self.case == "pause":
+            self.send(429, b"{}", {"Retry-After": "1000000"})
         elif self.case in ("flood", "pages", "listing") and is_tree:
             self.list_much()
         elif (self.case, is_weights, body) in (("endless", True, True), ("packed", True, True)) or (
@@ -116,10 +119,14 @@ def hostile(flux: Path) -> Iterator[Hub]:
 def ends(hostile: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float, int]]:
     """For each case the words, seconds and bytes that it ended with."""
     home = tmp_path_factory.mktemp("hostile") / "a" / "b" / "c" / "home"
-    done = started(["-c", FIND, *(f"org/{name}" for name in CASES)], hostile, home, timeout=3)
-    assert done.returncode == 0, done.stderr
+    found = {}
+    # A machine may be busy: only the hub that never answers is not waited for.
+    for names, timeout in ((["silent"], 2), ([name for name in CASES if name != "silent"], 30)):
+        done = started(["-c", FIND, *(f"org/{name}" for name in names)], hostile, home, timeout=timeout)
+        assert done.returncode == 0, done.stderr
+        found |= dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
     assert not list(home.parent.parent.parent.rglob("escaped*"))
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -128,4 +135,4 @@ def test_a_hub_costs_seconds_and_megabytes_whatever_it_answers(
 ) -> None:
     text, seconds, took = ends[name]
     assert CASES[name] in text and "\n" not in text
-    assert seconds < 30 and took < 300 * 2**20
+    assert seconds < 60 and took < 300 * 2**20

@@ -14,6 +14,9 @@ from stages.errors import ModelError
 # Seconds for an answer that is no file.
 SLOWEST = 60.0
 LARGEST_ANSWER = 16 * 2**20
+# Seconds that it may ask to be left alone; its own limits are counted in five minutes.
+LONGEST_PAUSE = 600.0
+_SECONDS = re.compile(r"(?:^|t=)([0-9]{1,300})")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TAG = re.compile(r"[\w.:+=-]{1,200}", re.ASCII)
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
@@ -64,19 +67,26 @@ class _Answers:
     def answered(self, response: Any) -> None:
         """An answer begins; its body is still to come."""
         self._silent_since = None
-        self._check_names(response.headers)
+        self._check_names(response)
+        self._check_pause(response)
         limit, seconds = self._limits(response.request)
         claimed = response.headers.get("content-length", "0")
         if response.request.method == "HEAD" or limit is None:
             return
-        if not claimed.isdigit() or int(claimed) > limit or "content-encoding" in response.headers:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise ModelError(f"{settings.ENDPOINT} answers with packed bytes, which it was asked not to, and which "
+                             f"may be any number of them ({self._model}): refused; use another hub or proxy")
+        if not claimed.isdigit() or int(claimed) > limit:
             raise self._too_long(limit)
         response.stream = _limited(response, limit, seconds, self._too_long(limit))
 
-    def _check_names(self, headers: Any) -> None:
-        """What the client names files and folders by."""
+    def _check_names(self, response: Any) -> None:
+        """What the client names files and folders by: both are in one answer, which is not that of a file server."""
+        headers, is_ours = response.headers, f"/{self._model}/" in response.request.url.path
         commit = headers.get(settings.HUGGINGFACE_HEADER_X_REPO_COMMIT)
-        if commit is not None and (not _COMMIT.fullmatch(commit) or self._commit not in (None, commit)):
+        if commit is None:
+            return
+        if not _COMMIT.fullmatch(commit) or (is_ours and self._commit not in (None, commit)):
             asked = f" where {self._commit} was asked for" if self._commit else ""
             raise ModelError(f"{settings.ENDPOINT} answered with the commit {commit!r:.60}{asked} ({self._model}): "
                              f"refused; run the same command again, or give a `revision` that stays")
@@ -86,12 +96,21 @@ class _Answers:
                 raise ModelError(f"{settings.ENDPOINT} names a file by {tag!r:.60} ({self._model}): refused; use "
                                  f"another hub")
 
+    def _check_pause(self, response: Any) -> None:
+        """The client sleeps for as long as it is told to before it asks once more."""
+        if response.status_code < 400:
+            return
+        said = response.headers.get("retry-after", "") + ";" + response.headers.get("ratelimit", "")
+        if (pause := max(map(float, _SECONDS.findall(said)), default=0.0)) > LONGEST_PAUSE:
+            raise ModelError(f"{settings.ENDPOINT} asks for a pause of {pause:.0f} s ({self._model}), and more than "
+                             f"{LONGEST_PAUSE:.0f} are not waited for; run the same command again later")
+
     def _limits(self, request: Any) -> tuple[int | None, float]:
         """The most bytes of the answer and its seconds; None where any number is right."""
         asked = _RANGE.fullmatch(request.headers.get("range", ""))
         if asked:
             return max(LARGEST_ANSWER, int(asked[2]) - int(asked[1]) + 1), SLOWEST
-        if "/resolve/" in request.url.path or not request.url.path.startswith("/api/"):
+        if "/resolve" in request.url.path or not request.url.path.startswith("/api/"):
             return self._largest, float("inf")
         return LARGEST_ANSWER, SLOWEST
 
