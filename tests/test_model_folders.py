@@ -233,6 +233,8 @@ def test_blocks_of_a_model_that_are_code_are_refused(model: Path) -> None:
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps is 1000000000"),
     ("tokenizer/tokenizer_config.json", {"model_max_length": 10**6}, "model_max_length is 1000000"),
     ("tokenizer/tokenizer_config.json", {"model_max_length": 10**9}, "model_max_length is 1000000000"),
+    ("tokenizer_2/tokenizer_config.json", {"extra_ids": 10**6}, "extra_ids is 1000000"),
+    ("tokenizer_2/tokenizer_config.json", {"extra_ids": 10**9}, "extra_ids is 1000000000"),
 ])
 def test_counts_of_what_has_no_weights(model: Path, path: str, changes: dict[str, object], words: str) -> None:
     rewrite(model / path, **changes)

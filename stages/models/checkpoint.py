@@ -10,7 +10,7 @@ from pathlib import Path
 from stages.errors import InvalidInput, ModelError
 from stages.families import FAMILIES, Family
 from stages.models import hub, remote_headers
-from stages.models.config_check import check_counts
+from stages.models.config_check import check_scheduler, check_tokenizer
 from stages.models.files import HEADER_ONLY, Incomplete, add_to, head, is_small, read_json, visible, weight_files
 from stages.models.foreign_code import refuse_code, refuse_fields
 from stages.models.format import refuse_companions, refuse_quantized
@@ -206,12 +206,11 @@ def _component(root: Path, name: str, index: Index, headers: Path | None) -> Com
 def _check_small(folder: Path, class_name: str) -> None:
     names = {path.name for path in visible(folder)}
     said = folder / "tokenizer_config.json"
-    if class_name.startswith("CLIPTokenizer") and said.exists():
-        # CLIP reads as many tokens as its tokenizer says; the others are told how many.
-        check_counts({"model_max_length": read_json(said).get("model_max_length")}, said)
+    if said.exists():
+        check_tokenizer(read_json(said), said, class_name)
     if class_name.endswith("Scheduler"):
         path = folder / "scheduler_config.json"
-        check_counts(read_json(path), path)
+        check_scheduler(read_json(path), path)
     elif class_name.endswith(("Tokenizer", "TokenizerFast")) and not (
         any(name.endswith((".model", ".spm", ".tiktoken")) for name in names)
         or any(names.issuperset(vocabulary) for vocabulary in _VOCABULARIES)

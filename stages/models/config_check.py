@@ -19,7 +19,8 @@ from stages.models.safetensors_header import TensorEntry
 LARGEST_COUNT = 50_000
 # What is said of layers that there are not is common, and that few are made in no time.
 FEW = 1000
-_LARGEST = {"diffusers": 2**16, "transformers": 2**24}
+LARGEST_ID = 2**24
+_LARGEST = {"diffusers": 2**16, "transformers": LARGEST_ID}
 # Names of numbers that say how often something is made.
 _COUNTED = ("layer", "block", "depth", "stage")
 _MEASURED = ("channel", "dim", "size", "width", "_id", "ratio")
@@ -27,12 +28,25 @@ _WORDS: Mapping[type, str] = {type(None): "null", bool: "a bool", int: "a number
                               list: "a list", tuple: "a list", dict: "an object"}
 
 
-def check_counts(table: Mapping[str, object], path: Path) -> None:
-    """ModelError for a number in the config of something without weights that would be made so often."""
+def check_scheduler(table: Mapping[str, object], path: Path) -> None:
+    """ModelError for a number in a scheduler's config that is more than it can be made of."""
     for name, number in _numbers(table):
-        if abs(number) > LARGEST_COUNT:
-            raise ModelError(f"{path}: {name} is {_shown(number)}, and more than {LARGEST_COUNT} is refused; use an "
-                             f"untouched copy of the model")
+        _check_count(path, name, number, LARGEST_COUNT)
+
+
+def check_tokenizer(table: Mapping[str, object], path: Path, class_name: str) -> None:
+    """ModelError for a number in a tokenizer's config by which too much is made: ids are large, and make nothing."""
+    for name, number in _numbers(table):
+        # CLIP reads as many tokens as its tokenizer says; the others are told how many.
+        is_length, is_clip = name == "model_max_length", class_name.startswith("CLIPTokenizer")
+        if is_clip or not is_length:
+            _check_count(path, name, number, LARGEST_COUNT if is_length or "extra" in name else LARGEST_ID)
+
+
+def _check_count(path: Path, name: str, number: int, largest: int) -> None:
+    if abs(number) > largest:
+        raise ModelError(f"{path}: {name} is {_shown(number)}, and more than {largest} is refused; use an untouched "
+                         f"copy of the model")
 
 
 def check_config(
