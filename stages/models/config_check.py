@@ -6,7 +6,7 @@ what the files have, and all modules of a skeleton together against all tensors.
 
 import inspect
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
@@ -159,18 +159,25 @@ def _shown(value: object) -> str:
 
 
 @contextmanager
-def explained(what: str, next_step: str) -> Iterator[None]:
-    """What upstream raises of a model whose configs were not foreseen, as ModelError with its reason."""
+def explained(what: str, next_step: str | Callable[[], str]) -> Iterator[None]:
+    """What upstream raises of a model whose configs were not foreseen, as ModelError with its reason.
+
+    Not that memory ran out: whoever runs the stage has an answer to that.
+    """
+    from torch import OutOfMemoryError  # A model is found and checked before torch is imported.
+
     try:
         yield
     except BaseException as error:
         # The libraries and those below them raise anything, some of it of no class that can be imported: a panic in
         # the Rust of tokenizers is not even an Exception.
         is_upstream = isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
-        if isinstance(error, StagerunError | MemoryError) or not is_upstream:
+        is_memory = isinstance(error, MemoryError | OutOfMemoryError) or "allocate memory" in str(error)
+        if isinstance(error, StagerunError) or is_memory or not is_upstream:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{what} ({reason:.200}); {next_step}") from error
+        step = next_step if isinstance(next_step, str) else next_step()
+        raise ModelError(f"{what} ({reason:.200}); {step}") from error
 
 
 @contextmanager

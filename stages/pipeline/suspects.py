@@ -13,7 +13,7 @@ def suspected(stage: Stage) -> Iterator[None]:
     """While entered, an error of the libraries is a ModelError with the files and fields that may have led to it."""
     path = stage.checkpoint.path
     with explained(f"{path}: what its configs say does not go together in {stage.name}",
-                   f"look at {'; '.join(_suspects(stage))}, or use an untouched copy of the model"):
+                   lambda: f"look at {'; '.join(_suspects(stage))}, or use an untouched copy of the model"):
         yield
 
 

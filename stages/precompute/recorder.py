@@ -51,7 +51,7 @@ class CallRecorder:
     ) -> None:
         """`programs` are those found so far; a call that fits none adds another, which leads to `layers`."""
         (component,) = stage.components
-        self._stage, self._home, self._programs, self._layers = stage, stage.home(places), programs, layers
+        self._home, self._programs, self._layers = stage.home(places), programs, layers
         self._calls, self._step = list[RecordedCall](), 0
         dtype = places[component.name].dtype
         model = copy_skeleton(skeleton(component, dtype), lambda: self._home)
@@ -61,8 +61,7 @@ class CallRecorder:
     def record(self, state: State, inputs: Inputs) -> list[RecordedCall]:
         """The calls that the denoise loop of one request makes."""
         self._calls, self._step = [], 0
-        with suspected(self._stage):
-            self._loaded.run(state, inputs, self._count_steps)
+        self._loaded.run(state, inputs, self._count_steps)
         return self._calls
 
     def _count_steps(self, kind: str, data: Mapping[str, object]) -> None:
@@ -119,7 +118,8 @@ def conditioning_program(stage: Stage, dtype: torch.dtype, state: State, inputs:
         raise NotPrecomputable(f"{stage.name} has {len(stage.components)} components that take turns")
     (component,) = stage.components
     places = {component.name: Place(Resident("cpu"), dtype)}
-    first, *_ = CallRecorder(stage, places, _KNOWN.programs(component, dtype)).record(state, inputs)
+    with suspected(stage):
+        first, *_ = CallRecorder(stage, places, _KNOWN.programs(component, dtype)).record(state, inputs)
     if not first.program.layers:
         raise NotPrecomputable(f"no layer of {component.class_name} sees only conditioning")
     return first.program
