@@ -78,7 +78,7 @@ def test_1_a_component_that_fails_to_load_is_none_and_no_exception(flux: Path, t
     pipe = ModularPipeline.from_pretrained(str(model))
     pipe.load_components(names=["scheduler"])
     assert pipe.scheduler is None
-    with pytest.raises(ModelError, match=r"scheduler of .*, a FlowMatch.*, could not be loaded \(.*\) -> look at"):
+    with pytest.raises(ModelError, match=r"scheduler_config\.json is not valid JSON"):
         stages[1].loaded(on_host(stages)).__enter__()
 
 

@@ -1,6 +1,7 @@
 """What a component weighs is what it takes when loaded; files and configs that do not match are refused."""
 
 import json
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -307,17 +308,49 @@ def test_vae_with_the_attention_names_of_old(model: Path) -> None:
     assert weigh(vae, torch.float32) == before
 
 
-@pytest.mark.parametrize(("component", "changes"), [
-    ("transformer", {"num_layers": "three"}),
-    ("transformer", {"num_attention_heads": -1}),
-    ("text_encoder", {"hidden_size": 30}),
-    ("text_encoder_2", {"d_model": "wide"}),
-    ("vae", {"down_block_types": ["NoSuchBlock"] * 4}),
+@pytest.mark.parametrize(("component", "changes", "words"), [
+    ("transformer", {"num_layers": "three"}, r": num_layers is 'three', which FluxTransformer2DModel cannot take"),
+    ("transformer", {"num_attention_heads": -1}, ": num_attention_heads is -1, and less than 0 is refused"),
+    ("transformer", {"axes_dims_rope": "wide"}, ": axes_dims_rope is 'wide', which"),
+    ("transformer", {"axes_dims_rope": [4, 4]}, r": axes_dims_rope is \[4, 4\], which"),
+    ("text_encoder", {"hidden_size": 30}, r" does not fit CLIPTextModel \(.*hidden size \(30\).*\); fetch it again"),
+    ("text_encoder", {"num_attention_heads": 0}, r" with num_attention_heads=0 does not fit CLIPTextModel \(.*zero"),
+    ("text_encoder_2", {"d_model": "wide"}, r" with d_model='wide' does not fit T5EncoderModel \(.+\); fetch"),
+    ("vae", {"down_block_types": ["NoSuchBlock"] * 4}, r" does not fit AutoencoderKL \(NoSuchBlock .+\); fetch"),
+    ("vae", {"norm_num_groups": 0}, r" with norm_num_groups=0 does not fit AutoencoderKL \(.*zero.*\); fetch"),
+    ("vae", {"block_out_channels": {}}, r": block_out_channels is \{\}, which AutoencoderKL cannot take"),
 ])
-def test_config_that_no_model_can_have(model: Path, component: str, changes: dict[str, object]) -> None:
+def test_config_that_no_model_can_have(model: Path, component: str, changes: dict[str, object], words: str) -> None:
     rewrite(model / component / "config.json", **changes)
-    with pytest.raises(ModelError, match=rf"{component}/config\.json does not fit \w+ \(.+\); fetch it again"):
+    with pytest.raises(ModelError, match=rf"{component}/config\.json{words}"):
         one(model, component)
+
+
+@pytest.mark.parametrize("count", [10**6, 10**9, 10**30])
+@pytest.mark.parametrize(("component", "field"), [
+    ("transformer", "num_layers"), ("transformer", "num_single_layers"), ("transformer", "axes_dims_rope"),
+    ("text_encoder", "num_hidden_layers"), ("text_encoder", "max_position_embeddings"),
+    ("text_encoder_2", "num_layers"), ("vae", "layers_per_block"), ("vae", "norm_num_groups"),
+])
+def test_counts_are_held_against_the_headers_before_anything_is_made(
+    model: Path, component: str, field: str, count: int
+) -> None:
+    path = model / component / "config.json"
+    usual = json.loads(path.read_text())[field]
+    rewrite(path, **{field: [count, *usual[1:]] if isinstance(usual, list) else count})
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match=rf"{component}/config\.json.*{field} is {count},|"
+                                        rf"{component}/config\.json does not fit the shape of .*{count}"):
+        one(model, component)
+    assert time.process_time() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18
+
+
+def test_layers_of_which_few_are_claimed_stop_at_the_tensors_that_there_are(model: Path) -> None:
+    rewrite(model / "transformer" / "config.json", num_layers=1000)
+    with pytest.raises(ModelError, match=r"config\.json does not fit FluxTransformer2DModel \(it makes more than \d+ "
+                                        r"modules, but the files have \d+ tensors\)"):
+        one(model, "transformer")
 
 
 @pytest.mark.parametrize("name", ["NoSuchModel", "FluxPipeline", "logging"])

@@ -18,6 +18,7 @@ from stages.models.checkpoint import Component
 from stages.models.skeleton import copy_skeleton, skeleton
 from stages.models.weights import Weights
 from stages.pipeline.stage import Inputs, Loaded, Stage, moved_to
+from stages.pipeline.suspects import suspected
 from stages.placement.placement import Place, Places, device_of
 from stages.state import State
 
@@ -66,7 +67,7 @@ def dry_run(
         return received
 
     loaded = Loaded(stage, stage.pipeline(models, FakeTokenizer), receive)
-    with tracker, FusedAttention(tracker), torch.no_grad(), stage.shortened(_STEPS):
+    with suspected(stage), tracker, FusedAttention(tracker), torch.no_grad(), stage.shortened(_STEPS):
         after = loaded.run(state, inputs)
         return Estimate(dict(tracker.peak), work, after)
 

@@ -4,15 +4,18 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stages.errors import InvalidInput, ModelError
 from stages.families import FAMILIES, Family
 from stages.models import hub, remote_headers
-from stages.models.files import HEADER_ONLY, SMALL_FILES, Incomplete, head, read_json, size_of, weight_files
-from stages.models.format import refuse_quantized
-from stages.models.index import INDEX, MODULAR, Index, read_index
+from stages.models.config_check import check_scheduler, check_tokenizer
+from stages.models.files import HEADER_ONLY, Incomplete, add_to, head, is_small, read_json, visible, weight_files
+from stages.models.foreign_code import refuse_code, refuse_fields
+from stages.models.format import refuse_companions, refuse_quantized
+from stages.models.index import BLOCKS, INDEX, MODULAR, Index, read_index
 from stages.models.lora import Lora
 from stages.models.safetensors_header import file_bytes, read_header
 
@@ -64,6 +67,8 @@ class Checkpoint:
     """The name of its pipeline class."""
     components: Mapping[str, Component]
     """Its parts by name."""
+    absent: Collection[str] = ()
+    """The names of parts that its index says it does without."""
     loras: Mapping[Lora, Collection[str]] = field(default_factory=dict)
     """What is merged into it, with the names of the components that each LoRA adds to."""
     unscheduled: str = ""
@@ -93,7 +98,15 @@ def find(
     the model is not found, not complete, damaged, or would run code of its own, and InvalidInput for a revision of a
     folder.
     """
-    folder = Path(model).expanduser()
+    with _looked_at():
+        return _find(model, revision, components, weights)
+
+
+def _find(model: str | Path, revision: str | None, components: Collection[str] | None, weights: bool) -> Checkpoint:
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError as error:  # a ~ that is nobody's
+        raise ModelError(f"no model at {model} ({error}); give a folder with {INDEX}, or a hub id") from error
     if isinstance(model, str) and not folder.exists() and hub.is_id(model):
         return _find_on_hub(model, revision, components, weights)
     if revision is not None:
@@ -101,6 +114,16 @@ def find(
     if not folder.is_dir():
         raise hub.no_folder_error(str(model), folder)
     return _checked(folder.resolve(), str(model), None, components)
+
+
+@contextmanager
+def _looked_at() -> Iterator[None]:
+    """What the system refuses of a folder or a file, as ModelError."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{error.filename or 'the model'} cannot be looked at ({error.strerror or error}); check the "
+                         f"permissions of all folders on the way, and the disk") from error
 
 
 def check_family(checkpoint: Checkpoint, *, family: Family) -> None:
@@ -137,7 +160,7 @@ def _find_on_hub(
     libraries = {name: library for name, (library, class_name) in classes.items() if not _weightless(class_name)}
     sizes = hub.fetch_small(model, root, names, libraries)
     for name in names:
-        _refuse_code(root / name)
+        refuse_code(root / name)
     if weights:
         hub.fetch_weights(model, root, libraries, sizes)
     else:
@@ -151,9 +174,11 @@ def _checked(
 ) -> Checkpoint:
     """The checked folder; weights that are not there are represented by what is in the folder `headers`."""
     index = read_index(root, source)
+    if (blocks := root / BLOCKS).exists():
+        refuse_fields(read_json(blocks), blocks)
     components = {name: _component(root, name, index, headers) for name in _chosen(index, source, names)}
     whole, unscheduled = (identity, identity) if identity else _fingerprints(root, index)
-    return Checkpoint(root, source, whole, index.pipeline, components, unscheduled=unscheduled)
+    return Checkpoint(root, source, whole, index.pipeline, components, index.absent, unscheduled=unscheduled)
 
 
 def _chosen(index: Index, source: str, names: Collection[str] | None) -> tuple[str, ...]:
@@ -171,36 +196,25 @@ def _component(root: Path, name: str, index: Index, headers: Path | None) -> Com
         there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir()))
         raise Incomplete(f"{folder} is missing: the index names component {name}, the folder has {there or 'none'}; "
                          f"fetch it: {hub.download_line(root, (name,))}")
-    _refuse_code(folder)
+    refuse_code(folder)
     if _weightless(class_name):
         _check_small(folder, class_name)
         return Component(name, library, class_name, folder, ())
     refuse_quantized(read_json(folder / "config.json"), folder)
     files = weight_files(folder, library, headers / name if headers else None)
     for path in files:
-        read_header(path)
+        refuse_companions(read_header(path), path)
     return Component(name, library, class_name, folder, files)
 
 
-def _refuse_code(folder: Path) -> None:
-    """ModelError for what would make a library run code of the model's, or read files that were not checked."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".py" or path.name == "adapter_config.json":
-            raise ModelError(f"{path} is refused: custom code and adapters are not run; use a model of the libraries' "
-                             f"own classes")
-        if path.suffix not in SMALL_FILES:
-            continue
-        size_of(path)
-        table = read_json(path) if path.name.endswith("config.json") else {}
-        if key := next((key for key in ("auto_map", "transformers_weights") if table.get(key)), None):
-            raise ModelError(f"{path} is refused for its {key}: custom code and foreign files are not read; use a "
-                             f"model of the libraries' own classes")
-
-
 def _check_small(folder: Path, class_name: str) -> None:
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in visible(folder)}
+    said = folder / "tokenizer_config.json"
+    if said.exists():
+        check_tokenizer(read_json(said), said, class_name)
     if class_name.endswith("Scheduler"):
-        read_json(folder / "scheduler_config.json")
+        path = folder / "scheduler_config.json"
+        check_scheduler(read_json(path), path)
     elif class_name.endswith(("Tokenizer", "TokenizerFast")) and not (
         any(name.endswith((".model", ".spm", ".tiktoken")) for name in names)
         or any(names.issuperset(vocabulary) for vocabulary in _VOCABULARIES)
@@ -231,17 +245,20 @@ def _fingerprints(root: Path, index: Index) -> tuple[str, str]:
 
 
 def _file_fingerprint(root: Path, path: Path) -> bytes:
-    status = path.stat()
+    status, content = path.stat(), hashlib.sha256()
     name = f"{path.relative_to(root).as_posix()}\0{status.st_size}\0".encode()
     if status.st_size >= LARGE and path.suffix == ".safetensors":
+        name += f"{status.st_mtime_ns}\0".encode()
         length = int.from_bytes(head(path, 8), "little")
-        return name + f"{status.st_mtime_ns}\0".encode() + hashlib.sha256(head(path, min(length, LARGE), 8)).digest()
-    return name + hashlib.sha256(head(path, status.st_size)).digest()
+        add_to(content, path, min(length, LARGE), 8)
+    else:
+        add_to(content, path, status.st_size)
+    return name + content.digest()
 
 
 def _files(root: Path, index: Index) -> Iterator[Path]:
     yield from (path for path in (root / INDEX, root / MODULAR) if path.is_file())
     for name in sorted(index.parts):
-        for path in sorted((root / name).glob("*")):
-            if path.is_file() and path.suffix in (*SMALL_FILES, ".safetensors"):
+        for path in visible(root / name) if (root / name).is_dir() else ():
+            if path.is_file() and (is_small(path.name) or path.suffix == ".safetensors"):
                 yield path

@@ -1,5 +1,7 @@
 """The files of a model folder, read with distrust: the folder may be half downloaded, damaged or hostile."""
 
+import hashlib
+import re
 import shlex
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
@@ -7,19 +9,44 @@ from pathlib import Path, PurePosixPath
 from stages.errors import ModelError
 from stages.strict_json import strict_json
 
-# The suffixes of all but weights.
-SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken")
-LARGEST_JSON = 100 * 2**20
+# The ends of the names of all but weights.
+_SMALL = (".json", "vocab.txt", "merges.txt", ".model", ".jinja", ".spm", ".tiktoken")
+PIECE = 2**20
+LARGEST_SMALL = 100 * 2**20
+LARGEST_CONFIG = 16 * 2**20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Behind the name of a file that holds the header alone, in place of weights that are not here.
 HEADER_ONLY = ".header"
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _LFS = b"version https://git-lfs"
 _CACHE = "models--"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 class Incomplete(ModelError):
     """A file or folder that is simply not there: for a model of the hub, downloading it is the answer."""
+
+
+def is_small(name: str) -> bool:
+    """Whether a library may read a file of this name besides the weights; notes and licenses it does not."""
+    return name.endswith(_SMALL) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether it is the name of what a system keeps beside the files of people, such as `._config.json`."""
+    return name.startswith(".")
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, by name, without what is hidden."""
+    return sorted(path for path in folder.iterdir() if not is_hidden(path.name))
+
+
+def check_small(path: Path) -> None:
+    """ModelError unless it is a file that may be read whole."""
+    if (size := size_of(path)) > LARGEST_SMALL:
+        raise ModelError(f"{path} has {size} bytes, more than the {LARGEST_SMALL} that a file beside the weights may "
+                         f"have; fetch it again: {refetch_line(path)}")
 
 
 def size_of(path: Path) -> int:
@@ -50,11 +77,18 @@ def head(path: Path, count: int, start: int = 0) -> bytes:
         raise ModelError(f"{path} cannot be read ({error.strerror}); check the permissions and the disk") from error
 
 
+def add_to(digest: "hashlib._Hash", path: Path, count: int, start: int = 0) -> None:
+    """Feed a digest with at most `count` bytes of a file from `start`, piece by piece."""
+    for at in range(start, start + count, PIECE):
+        digest.update(head(path, min(PIECE, start + count - at), at))
+
+
 def read_json(path: Path) -> dict[str, object]:
     """The JSON object in a file; ModelError when it is no strict JSON or no object, or too large."""
     size = size_of(path)
-    if size > LARGEST_JSON:
-        raise ModelError(f"{path} has {size} bytes, more than the {LARGEST_JSON} that a JSON file may have here")
+    if size > LARGEST_CONFIG:
+        raise ModelError(f"{path} has {size} bytes, more than the {LARGEST_CONFIG} that it may have; fetch it again: "
+                         f"{refetch_line(path)}")
     try:
         # diffusers writes one in its schedulers' configs: DPM-Solver++ clips lambda at -Infinity by default.
         found = strict_json(head(path, size), infinity=path.name == "scheduler_config.json")
@@ -91,7 +125,7 @@ def weight_files(folder: Path, library: str, headers: Path | None = None) -> tup
     Files that are not there are represented by their headers, where there are any in the folder `headers`. Raises
     ModelError when there are only pickles or variants, or when the index names anything but files beside it.
     """
-    there = {path.name for path in folder.iterdir()}
+    there = {path.name for path in visible(folder)}
     kept = headers.glob(f"*{HEADER_ONLY}") if headers is not None else ()
     alone = {path.stem: path for path in kept if path.stem not in there}
     name = opened_first(folder, library, there | alone.keys())
@@ -111,7 +145,13 @@ def opened_first(folder: Path, library: str, names: Collection[str]) -> str:
             f"{folder} has no safetensors weights, only {', '.join(bad[:3])}: pickle refused, it can run code; "
             f"use a model that ships safetensors"
         )
-    if others := sorted(name for name in names if name.endswith(".safetensors")):
+    others = sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
+    if shards := [name for name in others if name.startswith(f"{_STEMS[library]}-") and _SHARD.search(name)]:
+        raise Incomplete(
+            f"{folder} has {len(shards)} shards, first {shards[0]}, but not {index}, which says what is in which; "
+            f"fetch it: {refetch_line(folder / index)}"
+        )
+    if others:
         raise ModelError(
             f"{folder} has {', '.join(others[:3])} but no {single}; only the plain variant is read: "
             f"use a model that ships it"

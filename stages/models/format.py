@@ -1,7 +1,7 @@
 """The type that weights have when they are loaded, and the formats that are not."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 # Their blocks clip activations to what float16 holds; others overflow to infinity, and the picture turns black.
 SAFE_IN_FLOAT16 = frozenset({"FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel",
                              "ChromaTransformer2DModel"})
+
+
+_NOT_RUN = "which are not run; use a model in bfloat16 or float32, such as the one that it was made from"
+_QUANTIZED = ("quantization_config", "quantization", "compression_config")
+# What is stored beside fp8, int8, 4 bit and packed weights: names of ComfyUI, compressed-tensors, bitsandbytes, GPTQ,
+# AWQ, quanto, torchao, ModelOpt and nunchaku. No class of the libraries has a parameter of such a name.
+_COMPANION = re.compile(
+    r"(^|\.)(scaled_fp8|comfy_quant|SCB|CB|weight_format|absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*"
+    r"|(weight|input|output|k|v|q)_scale(_inv|_2)?|scale_(weight|input|output)|(weight|input)_zero_point"
+    r"|weight_(packed|shape|g_idx|qdata)|(weight|input|output)_(quantizer\._)?amax|pre_quant_scale|g_idx|qweight|qzeros"
+    r"|wscales|wzeros|wtscale|wcscales|smooth_factor(_orig)?|weight\._(data|scale|shift|packed))$"
+    r"|\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$"
+)
+_SCALE_LIKE = re.compile(r"scale|absmax|quant|zero_?point|zeros|amax", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,9 +59,30 @@ def choose_dtype(class_name: str, devices: Sequence["Device"]) -> Choice:
 
 def refuse_quantized(config: Mapping[str, object], folder: Path) -> None:
     """Raise ModelError where the config of a component folder says that its weights are quantized."""
-    if config.get("quantization_config"):
-        raise ModelError(f"{folder} holds quantized weights, which are not run; use a model in bfloat16 or float32, "
-                         f"such as the one that it was made from")
+    parts = [part for part in config.values() if isinstance(part, dict)]
+    if any(part.get(key) for part in (config, *parts) for key in _QUANTIZED):
+        raise ModelError(f"{folder} holds quantized weights, {_NOT_RUN}")
+
+
+def refuse_companions(tensors: Iterable[str], path: Path, *, unknown: bool = False) -> None:
+    """Raise ModelError where weights have tensors beside them without which they mean something else, such as scales.
+
+    The libraries read the weights all the same, and leave these out. Of `unknown` tensors, which no class asks for,
+    all are meant that can be such.
+    """
+    pattern = _SCALE_LIKE if unknown else _COMPANION
+    if found := [name for name in tensors if pattern.search(name)]:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ModelError(f"{path} holds quantized weights ({found[0]}{more} belongs to them), {_NOT_RUN}")
+
+
+def refuse_whole_numbers(stored: Mapping[str, str], path: Path) -> None:
+    """Raise ModelError for weights which are stored as whole numbers; `stored` has the types in the files by name."""
+    found = [f"{name} ({dtype})" for name, dtype in stored.items() if dtype.startswith(("I", "U", "BOOL"))]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ModelError(f"{path} holds whole numbers in place of weights, {found[0]}{more}: quantized weights, "
+                         f"{_NOT_RUN}")
 
 
 def loaded_dtype(

@@ -6,17 +6,31 @@ import shlex
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 import huggingface_hub.constants as settings
 
 from stages.errors import ModelError
 from stages.models import remote_headers
-from stages.models.files import SMALL_FILES, Incomplete, hub_id, opened_first, weight_files
+from stages.models.files import (
+    LARGEST_CONFIG,
+    LARGEST_SMALL,
+    Incomplete,
+    hub_id,
+    is_hidden,
+    is_small,
+    opened_first,
+    weight_files,
+)
+from stages.models.hub_answers import bounded
 from stages.models.index import INDEX, MODULAR
+
+MOST_ENTRIES = 100_000
 
 # Bytes of the files that a run needs, to tell what a download takes where the hub cannot be asked.
 DOWNLOADS = {"black-forest-labs/FLUX.1-dev": 33_740_000_000, "black-forest-labs/FLUX.1-schnell": 33_730_000_000}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -50,7 +64,7 @@ def fetch_index(model: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    with _explained(model, revision):
+    with _explained(model, revision, largest=LARGEST_CONFIG):
         for name in (INDEX, MODULAR):
             try:
                 return Path(hf_hub_download(model, name, revision=revision)).parent
@@ -64,27 +78,39 @@ def fetch_small(model: str, root: Path, names: Collection[str], libraries: Mappi
 
     `libraries` has the library of those that have weights. Raises ModelError when theirs are not safetensors.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
     with _explained(model, root.name):
-        tree = HfApi().list_repo_tree(model, revision=root.name, recursive=True)
-        sizes = {item.path: item.size for item in tree if isinstance(item, RepoFile)}
+        sizes = _listed(model, root.name)
     small = []
     for name in names:
         files = _inside(model, name, sizes)
         if name in libraries:
             opened_first(Path(model, name), libraries[name], files)
-        small += [f"{name}/{file}" for file in files if file.endswith(SMALL_FILES)]
-    _fetch(model, root, small)
+        small += [f"{name}/{file}" for file in files if is_small(file)]
+    if large := [path for path in small if sizes[path] > LARGEST_SMALL]:
+        raise ModelError(f"{model} says that {large[0]} has {sizes[large[0]]} bytes, more than the {LARGEST_SMALL} "
+                         f"that a file beside the weights may have: refused; use a model that is whole")
+    _fetch(model, root, {path: sizes[path] for path in small})
+    return sizes
+
+
+def _listed(model: str, revision: str | None) -> dict[str, int]:
+    """The bytes of every file of a model, as the hub lists them."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = list(islice(HfApi().list_repo_tree(model, revision=revision, recursive=True), MOST_ENTRIES + 1))
+    sizes = {str(item.path): int(item.size) for item in tree if isinstance(item, RepoFile)}
+    if len(tree) > MOST_ENTRIES or min(sizes.values(), default=0) < 0:
+        raise ModelError(f"{model} lists more than {MOST_ENTRIES} files, or some of less than 0 bytes: refused; use a "
+                         f"model that is whole")
     return sizes
 
 
 def fetch_weights(model: str, root: Path, libraries: Mapping[str, str], sizes: Mapping[str, int]) -> None:
     """Downloads the safetensors of components, if the disk has room; their configs are there already."""
-    paths = _weight_paths(model, root, libraries, sizes)
-    _check_disk(model, root, {path: sizes[path] for path in paths})
-    _fetch(model, root, paths)
+    wanted = {path: sizes[path] for path in _weight_paths(model, root, libraries, sizes)}
+    _check_disk(model, root, wanted)
+    _fetch(model, root, wanted)
 
 
 def fetch_headers(model: str, root: Path, libraries: Mapping[str, str], sizes: Mapping[str, int]) -> None:
@@ -108,7 +134,7 @@ def _weight_paths(model: str, root: Path, libraries: Mapping[str, str], sizes: M
 
 def _inside(model: str, name: str, paths: Iterable[str]) -> list[str]:
     found = [path.removeprefix(f"{name}/") for path in paths if path.startswith(f"{name}/")]
-    files = [file for file in found if "/" not in file]
+    files = [file for file in found if "/" not in file and not is_hidden(file)]
     if not files:
         raise ModelError(f"{model} has no folder {name}, though its index names it: the model itself is incomplete")
     if code := [file for file in files if file.endswith(".py")]:
@@ -130,18 +156,20 @@ def _check_disk(model: str, root: Path, sizes: Mapping[str, int]) -> None:
         )
 
 
-def _fetch(model: str, root: Path, paths: list[str]) -> None:
+def _fetch(model: str, root: Path, sizes: Mapping[str, int]) -> None:
+    """Downloads the files of these sizes that are not there."""
     from huggingface_hub import snapshot_download
 
-    wanted = [re.sub(r"([*?[])", r"[\1]", path) for path in paths if not (root / path).exists()]
+    absent = {path: size for path, size in sizes.items() if not (root / path).exists()}
+    wanted = [re.sub(r"([*?[])", r"[\1]", path) for path in absent]
     if wanted:
-        with _explained(model, root.name):
+        with _explained(model, root.name, largest=max(absent.values())):
             snapshot_download(model, revision=root.name, allow_patterns=wanted)
 
 
 def list_files(model: str) -> list[str]:
     """The names of the files of a model, or where the hub cannot be asked, of those in its cache."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     with suppress(LocalEntryNotFoundError):
@@ -149,7 +177,7 @@ def list_files(model: str) -> list[str]:
             root = Path(snapshot_download(model, local_files_only=True))
             return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     with _explained(model, None, "*.safetensors"):
-        return list(HfApi().list_repo_files(model))
+        return list(_listed(model, None))
 
 
 def fetch_file(model: str, name: str) -> Path:
@@ -172,12 +200,19 @@ def refuse_offline(model: str, revision: str | None, missing: Incomplete) -> Non
 
 
 @contextmanager
-def _explained(model: str, revision: str | None, file: str | None = None) -> Iterator[None]:
-    """What the hub refuses, as one ModelError with the next step: of a whole model, or of a `file` of it."""
+def _explained(
+    model: str, revision: str | None, file: str | None = None, largest: int | None = None
+) -> Iterator[None]:
+    """What the hub refuses, as one ModelError with the next step: of a whole model, or of a `file` of it.
+
+    `largest` are the bytes of the largest file that is downloaded, where that is known.
+    """
     from huggingface_hub import errors
 
+    commit = revision if revision is not None and _COMMIT.fullmatch(revision) else None
     try:
-        yield
+        with bounded(model, commit, largest):
+            yield
     except errors.GatedRepoError as error:
         raise ModelError(_gated(model)) from error
     except errors.RevisionNotFoundError as error:
@@ -198,6 +233,11 @@ def _explained(model: str, revision: str | None, file: str | None = None) -> Ite
     except errors.HTTPError as error:  # the HTTP library's own, which differs between versions of the hub's
         raise ModelError(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
                          f"again: what has arrived is kept") from error
+
+
+    except (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ModelError(f"{settings.ENDPOINT} answered with something else than asked for {model} "
+                         f"({type(error).__name__}: {error!s:.200}); use another hub") from error
 
 
 def _answered(model: str, status: int) -> str:

@@ -9,6 +9,8 @@ from stages.errors import ModelError
 from stages.models.files import Incomplete, read_json
 
 INDEX, MODULAR = "model_index.json", "modular_model_index.json"
+# Where there is one, it says which class has the pipeline's blocks.
+BLOCKS = "modular_config.json"
 LIBRARIES = ("diffusers", "transformers")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -23,6 +25,8 @@ class Index:
     """The name of the pipeline class."""
     parts: Mapping[str, tuple[object, object]]
     """The library and the class of every component that the model has, as they stand there."""
+    absent: frozenset[str] = frozenset()
+    """The names of components that it could have and does without."""
 
     def part(self, name: str) -> tuple[str, str]:
         """Library and class of a component; ModelError when they are not of the libraries that are trusted."""
@@ -77,7 +81,9 @@ def _read(path: Path, source: str) -> Index:
     if "auto_map" in table:
         raise ModelError(f"{path} has an auto_map: custom code is refused; use a model of diffusers' own classes")
     parts = {name: _part(path, name, value, source) for name, value in table.items() if _is_part(name, value)}
-    return Index(path, pipeline, parts)
+    absent = frozenset(name for name, value in table.items() if isinstance(value, list) and value[:2] == [None, None]
+                       and name not in parts)
+    return Index(path, pipeline, parts, absent)
 
 
 def _is_part(name: str, value: object) -> bool:
@@ -85,7 +91,8 @@ def _is_part(name: str, value: object) -> bool:
         return False
     if len(value) == 3:
         return isinstance(value[2], dict)
-    return value != [None, None] and all(isinstance(item, str | None) for item in value)
+    # A list of numbers may be anything; what names a library or a class is meant to be a part.
+    return any(isinstance(item, str) for item in value)
 
 
 def _part(path: Path, name: str, value: object, source: str) -> tuple[object, object]:

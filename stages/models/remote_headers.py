@@ -7,17 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+import huggingface_hub.constants as settings
+
 from stages.errors import ModelError
 from stages.models.files import HEADER_ONLY
 
 CONNECTIONS = 8
+# Bytes of spaces that a header may have besides.
+SPARE = 2**20
 
 
 def header_folder(model: str, revision: str) -> Path:
     """The folder for the headers of a model at a commit, laid out like the model."""
-    from huggingface_hub import cached_assets_path
-
-    return Path(cached_assets_path("stagerun", model, revision))
+    # As `cached_assets_path` has it, which makes the folder: a cache may be read-only, and nothing is missing.
+    return Path(settings.HF_ASSETS_CACHE, "stagerun", model.replace("/", "--"), revision)
 
 
 def fetch(model: str, revision: str, paths: Collection[str], sizes: Mapping[str, int]) -> None:
@@ -48,9 +51,9 @@ def _read(model: str, revision: str, path: str, size: int) -> bytes:
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     # As long as the one in the file, which says more: so the data stand where they do there.
     length = size - data - 8
-    if length < len(text):
-        raise ModelError(f"{path} of {model} has {size} bytes, fewer than its header tells of: the model itself is "
-                         f"incomplete")
+    if not len(text) <= length <= 2 * len(text) + len(json.dumps(found.metadata)) + SPARE:
+        raise ModelError(f"{path} of {model} has {size} bytes, but its header tells of {data + len(text) + 8}: the "
+                         f"model itself is not whole; use one that is")
     return length.to_bytes(8, "little") + text.ljust(length)
 
 

@@ -14,16 +14,19 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import no_init_weights
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.utils import import_utils
 
 from stages.errors import ModelError
 from stages.models.checkpoint import Component
+from stages.models.config_check import check_config, counted, explained, odd_fields
+from stages.models.files import read_json
 from stages.models.format import loaded_dtype
 from stages.models.hub import download_line
+from stages.models.safetensors_header import read_header
 
 _LIBRARIES: Mapping[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+MODULES_PER_TENSOR, MODULES_BESIDES = 8, 2000
 _IMMUTABLE = (bool, int, float, str, bytes, type(None), torch.dtype, torch.Size, frozenset)
 
 
@@ -129,16 +132,21 @@ def empty_model(component: Component, cls: Any, dtype: torch.dtype) -> nn.Module
 
 def _built(component: Component, cls: Any, dtype: torch.dtype, where: AbstractContextManager[Any]) -> nn.Module:
     """The component's module, made anew; ModelError when its config does not fit."""
-    try:
-        with _building(dtype), where:
-            if component.library == "diffusers":
-                model = cls.from_config(cls.load_config(component.folder))
-            else:
-                model = cls(_config(cls, component, dtype))
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{component.folder / 'config.json'} does not fit {component.class_name} ({reason:.200}); "
-                         f"fetch it again: {download_line(component.folder.parent, (component.name,))}") from error
+    path = component.folder / "config.json"
+    table, usual = read_json(path), cls if component.library == "diffusers" else cls.config_class
+    tensors = {name: entry for file in component.files for name, entry in read_header(file).items()}
+    check_config(table, path, component.library, usual, tensors)
+    odd = f" with {', '.join(fields)}" if (fields := odd_fields(table, usual)[:5]) else ""
+    refused = f"{path}{odd} does not fit {component.class_name}"
+    again = f"fetch it again: {download_line(component.folder.parent, (component.name,))}"
+    # A layer has a handful of modules for each of its tensors, counted with those in it.
+    most = MODULES_PER_TENSOR * len(tensors) + MODULES_BESIDES
+    too_many = f"{refused} (it makes more than {most} modules, but the files have {len(tensors)} tensors); {again}"
+    with explained(refused, again), counted(most, too_many), _building(dtype), where:
+        if component.library == "diffusers":
+            model = cls.from_config(cls.load_config(component.folder))
+        else:
+            model = cls(_config(cls, component, dtype))
     assert isinstance(model, nn.Module)
     return model
 
@@ -180,6 +188,16 @@ def class_of(component: Component) -> type:
     if isinstance(cls, type):
         return cls
     raise _foreign(component, "class")
+
+
+def odd_config(component: Component) -> tuple[str, list[str]]:
+    """The name of the file that says how the component is made, and what stands out in it; "" where there is none."""
+    path = component.folder / ("config.json" if component.files else "scheduler_config.json")
+    if not path.is_file():
+        return "", []
+    cls = class_of(component)
+    # The fields of a model of transformers are those of its config.
+    return f"{component.name}/{path.name}", odd_fields(read_json(path), getattr(cls, "config_class", None) or cls)[:5]
 
 
 def _foreign(component: Component, what: str) -> ModelError:

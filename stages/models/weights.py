@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from stages.errors import ModelError
 from stages.models.checkpoint import Component
-from stages.models.format import any_of
+from stages.models.format import any_of, refuse_companions, refuse_whole_numbers
 from stages.models.hub import download_line
 from stages.models.safetensors_header import TensorEntry, header_text, read_header
 from stages.models.skeleton import config_text, skeleton
@@ -130,9 +130,14 @@ def compare(component: Component, model: nn.Module, found: Mapping[str, StoredTe
                 f"and weights are not of one model: "
                 f"{download_line(component.folder.parent, (component.name,))} --force-download"
             )
+    refuse_whole_numbers({source.name: source.entry.dtype for name, source in found.items()
+                          if source is not None and name in wanted and wanted[name].is_floating_point()},
+                         component.folder)
     ignored = any_of(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
     known = {*wanted, *(name for name, _ in model.named_buffers())}
-    return tuple(sorted(name for name in found if name not in known and not ignored(name)))
+    extra = tuple(sorted(name for name in found if name not in known and not ignored(name)))
+    refuse_companions(extra, component.folder, unknown=True)
+    return extra
 
 
 def sources(component: Component, model: Any) -> Mapping[str, StoredTensor | None]:

@@ -21,6 +21,7 @@ from stages.pipeline.build import empty_pipeline
 from stages.pipeline.scheduler import drawing_from, follows_a_flow, keeps_nothing
 from stages.pipeline.stage import Inputs, Stage
 from stages.pipeline.step_hook import StepCheckpoint, StepHook, ignore, install
+from stages.pipeline.suspects import suspected
 
 
 class Denoise(Stage):
@@ -43,7 +44,8 @@ class Denoise(Stage):
         """Pixels per latent along an edge, as the family's own pipeline class reads it off the VAE."""
         pipe = empty_pipeline(self.blocks, self.checkpoint)
         self.prepare(pipe)
-        return int(pipe.vae_scale_factor)
+        with suspected(self):
+            return int(pipe.vae_scale_factor)
 
     def prepare(self, pipe: ModularPipeline) -> None:
         """Lend the pipeline the VAE's skeleton: without a VAE, diffusers falls back to constants for its geometry."""

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from diffusers import ModularPipeline
 
+from stages.errors import ModelError
 from stages.events import Emit, silent
+from stages.models.hub import download_line
+from stages.models.skeleton import skeleton
 from stages.pipeline.build import empty_pipeline
 from stages.pipeline.prompt_end import PromptReader
 from stages.pipeline.stage import Inputs, Stage
@@ -17,6 +21,18 @@ class Encode(Stage):
     """The text encoders (and image encoders, where the inputs have images)."""
 
     name = "encode"
+
+    def prepare(self, pipe: ModularPipeline) -> None:
+        """Lend a pipeline that lacks an encoder the denoiser's skeleton: upstream fills in zeros, as wide as it reads.
+
+        Without a denoiser diffusers falls back to a constant.
+        """
+        denoiser = self.checkpoint.components.get("transformer")
+        expected = {spec.name for spec in self.blocks.expected_components}
+        if denoiser is not None and "transformer" not in pipe.components and expected & set(self.checkpoint.absent):
+            pipe.transformer = skeleton(denoiser)
+        for name in (name for name in pipe.components if name.startswith("tokenizer")):
+            _check_padding(pipe, name, self.checkpoint.path / name)
 
     def arguments(self, pipe: ModularPipeline, inputs: Inputs) -> dict[str, Any]:
         """The inputs, and the empty negative prompt where one is read."""
@@ -60,3 +76,15 @@ class Encode(Stage):
         # A rehearsal, to which nobody listens, may have no tokenizer.
         for text in () if emit is silent else reader.unseen(arguments):
             emit("warning", {"text": text})
+
+
+def _check_padding(pipe: ModularPipeline, name: str, folder: Path) -> None:
+    """ModelError where a tokenizer pads with a token that its encoder has no row for."""
+    reader, encoder = getattr(pipe, name), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+    padding = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
+    if padding is None or encoder is None:
+        return
+    rows = encoder.get_input_embeddings().weight.shape[0]
+    if padding >= rows:
+        raise ModelError(f"{folder} pads with token {padding}, but its encoder knows {rows}, so they are not of one "
+                         f"model; fetch it again: {download_line(folder.parent, (name,))}")

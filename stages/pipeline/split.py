@@ -42,10 +42,25 @@ def split(checkpoint: Checkpoint, inputs: Collection[str]) -> tuple[Encode, Deno
         raise ModelError(f"{checkpoint.pipeline} makes {made}, not images: choose a model that makes images")
     denoise = Denoise(checkpoint, groups["denoise"], *_reads([decode]))
     encode = Encode(checkpoint, groups["encode"], *_reads([denoise, decode]))
+    for stage in (encode, denoise, decode):
+        _check_whole(stage)
     unread = sorted(set(inputs) - encode.inputs - denoise.inputs - decode.inputs)
     if unread:
         raise InvalidInput(f"{checkpoint.pipeline} has no use for {', '.join(unread)}: leave it out")
     return encode, denoise, decode
+
+
+def _check_whole(stage: Stage) -> None:
+    """ModelError where the index names too few of the parts that a stage is made of."""
+    there = stage.checkpoint.components
+    for spec in stage.blocks.expected_components:
+        left_out = spec.name not in there and spec.name not in stage.checkpoint.absent
+        if left_out and spec.default_creation_method == "from_pretrained":
+            raise ModelError(f"{stage.checkpoint.path} names no {spec.name}, which {stage.checkpoint.pipeline} needs "
+                             f"for {stage.name}; use a model that is whole")
+    if not stage.components:
+        raise ModelError(f"{stage.checkpoint.path} names nothing with weights for {stage.name}; use a model that is "
+                         f"whole")
 
 
 def require(modules: Iterable[str]) -> None:

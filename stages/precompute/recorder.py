@@ -13,6 +13,7 @@ from stages.errors import NotPrecomputable
 from stages.models.checkpoint import Component
 from stages.models.skeleton import config_text, copy_skeleton, skeleton
 from stages.pipeline.stage import Inputs, Loaded, Stage, moved_to
+from stages.pipeline.suspects import suspected
 from stages.placement.placement import Place, Places, Resident
 from stages.precompute.conditioning import program_of
 from stages.precompute.program import Call, Program
@@ -118,7 +119,7 @@ def conditioning_program(stage: Stage, dtype: torch.dtype, state: State, inputs:
     (component,) = stage.components
     places = {component.name: Place(Resident("cpu"), dtype)}
     recorder = CallRecorder(stage, places, _KNOWN.programs(component, dtype))
-    with stage.shortened(1):
+    with suspected(stage), stage.shortened(1):
         first, *_ = recorder.record(state, inputs)
     if not first.program.layers:
         raise NotPrecomputable(f"no layer of {component.class_name} sees only conditioning")
