@@ -22,9 +22,11 @@ from stages.estimate.block_memo import BlockMemo, Costs
 from stages.estimate.dry_run import FakeTokenizer, tracked
 from stages.estimate.memory_tracker import FusedAttention, MemoryTracker
 from stages.models.checkpoint import Component
+from stages.models.skeleton import odd_config
 from stages.models.weights import Weights
 from stages.pipeline.build import told
 from stages.pipeline.stage import Inputs, Loaded, Stage, moved_to
+from stages.pipeline.suspects import suspected
 from stages.placement.placement import Place, Resident
 from stages.state import State
 
@@ -62,14 +64,16 @@ def rehearse(
         return
     for steps in sorted(counts):
         before, whole = torch.get_rng_state(), steps <= _FEW or steps == max(counts)
-        with stage.shortened(steps if whole else 1):
+        with suspected(stage), stage.shortened(steps if whole else 1):
             trouble = _trouble(loaded, scheduler, state, {**inputs, "num_inference_steps": steps})
         if not torch.equal(before, torch.get_rng_state()):
             raise _refused(stage, scheduler, "its steps draw noise from a source that no seed sets")
         if not trouble:
             continue
         for enough in range(steps + 1, steps + _FURTHER):
-            if not _trouble(loaded, scheduler, state, {**inputs, "num_inference_steps": enough}):
+            with suspected(stage):
+                still = _trouble(loaded, scheduler, state, {**inputs, "num_inference_steps": enough})
+            if not still:
                 raise UnusableSteps(f"`steps={steps}`: {_name(scheduler)} has no schedule for so few: {trouble} -> "
                                     f"use `steps={enough}` or more", (Fix("steps", enough),), steps=steps)
         raise _refused(stage, scheduler, trouble)
@@ -108,6 +112,9 @@ def _of_scheduler(error: Exception) -> bool:
 
 
 def _refused(stage: Stage, scheduler: Any, why: str) -> ModelError:
+    part = stage.checkpoint.components.get("scheduler")
+    file, fields = odd_config(part) if part is not None else ("", [])
+    why += f", with {file} ({', '.join(fields)})" if fields else ""
     return ModelError(f"{_name(scheduler)} cannot run the denoise of {stage.checkpoint.pipeline}: {why} -> give "
                       f"{stage.checkpoint.path / 'scheduler'} one that can, such as FlowMatchEulerDiscreteScheduler")
 

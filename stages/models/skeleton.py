@@ -196,8 +196,12 @@ def odd_config(component: Component) -> tuple[str, list[str]]:
     if not path.is_file():
         return "", []
     cls = class_of(component)
-    # The fields of a model of transformers are those of its config.
-    return f"{component.name}/{path.name}", odd_fields(read_json(path), getattr(cls, "config_class", None) or cls)[:5]
+    try:
+        # The fields of a model of transformers are those of its config.
+        fields = odd_fields(read_json(path), getattr(cls, "config_class", None) or cls)[:5]
+    except ImportError:  # Of a class that stands in for one whose package is not here.
+        fields = []
+    return f"{component.name}/{path.name}", fields
 
 
 def _foreign(component: Component, what: str) -> ModelError:

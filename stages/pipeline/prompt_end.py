@@ -20,7 +20,8 @@ class PromptReader:
 
     def __init__(self, pipe: ModularPipeline) -> None:
         self._pipe = pipe
-        self._tokenizers = [name for name in pipe.components if name.startswith("tokenizer") and getattr(pipe, name) is not None]
+        self._tokenizers = [name for name, part in pipe.components.items()
+                            if name.startswith("tokenizer") and part is not None]
         self._read: dict[str, list[list[int]]] = {name: [] for name in self._tokenizers}
 
     @contextmanager
