@@ -458,7 +458,8 @@ def test_one_that_is_named_twice_is_refused(flux: Path, style: Path) -> None:
 
 def test_a_denoiser_cut_over_cards_takes_none(flux: Path, style: Path, cards: Cards) -> None:
     """And what is proposed instead was planned, and fits."""
-    with pytest.raises(DoesNotFit, match=r"into whole ones -> leave place='denoise' or loras out$") as refused:
+    says = r"into whole ones -> leave what place says of denoise or loras out$"
+    with pytest.raises(DoesNotFit, match=says) as refused:
         make_plan(Job("flux", REQUEST, model=flux, loras=[str(style)], devices=cards(40 * MIB, 40 * MIB),
                       place=["denoise=tensor_parallel"]))
     assert refused.value.fixes == (Fix("place", None, "denoise"),)

@@ -23,6 +23,7 @@ from stages.models.checkpoint import Checkpoint, Component, find
 from stages.models.lora import LoraRequest, find_lora, read_loras
 from stages.models.skeleton import model_class, skeleton
 from stages.placement.placement import Place, Resident
+from tests import sparse
 from tests.lora_layouts import (
     CHECKPOINTS,
     FLUX2_LAYERS,
@@ -146,7 +147,8 @@ def thin(down: str, up: str) -> Form:
 @pytest.mark.parametrize("row", ["sd-scripts", "ComfyUI", "fal"])
 def test_flux_as_large_as_it_is_reads_as_diffusers_reads_it(tmp_path: Path, row: str) -> None:
     """diffusers counts on the width of FLUX.1 where it splits what is fused, and for fal's on all of its blocks."""
-    component = real_flux(tmp_path, *((19, 38) if row == "fal" else (1, 3)))
+    component = (find(sparse.flux_dev(tmp_path / "flux")).components["transformer"] if row == "fal" else
+                 real_flux(tmp_path, 1, 3))
     if row == "fal":
         plain = "base_model.model."
         blocks = {plain + re.sub(r"\.[0-9]+\.", f".{number}.", name, count=1): tuple(
