@@ -15,7 +15,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from runner import Job, Plan, make_plan, run_all, spawn
+from runner import Job, Plan, RunPolicy, make_plan, run_all, spawn
 from runner.artifacts import FolderStore, MemoryStore
 from runner.commands.cli import answer
 from runner.engine.keys import artifact_keys
@@ -240,6 +240,25 @@ def test_it_takes_no_memory_of_a_card_once_it_is_merged(flux: Path, style: Path,
         (denoise,) = (stage for stage in run_all(job).stages if stage.stage == "denoise")
         peaks[len(loras)] = denoise.peak[card], job.needs["denoise"][card].total
     assert peaks[0] == peaks[1] and peaks[0][0] <= peaks[0][1]
+
+
+@pytest.mark.parametrize("made", ["rank 256", "many forms"])
+def test_a_card_of_just_the_planned_size_is_enough_to_merge_on(
+    flux: Path, tmp_path: Path, cards: Cards, made: str
+) -> None:
+    """What merging takes besides the weights may be more than all of the activations."""
+    path = tmp_path / "large.safetensors"
+    if made == "rank 256":
+        tiny.lora(path, flux, rank=256)
+    else:
+        other_forms(flux, path)
+    (card,) = cards(40 * MIB)
+    need = plan(flux, str(path), devices=[card]).needs["denoise"][card]
+    assert made != "rank 256" or need.total > plan(flux, devices=[card]).needs["denoise"][card].total
+    (card,) = cards(need.total)
+    tight = plan(flux, str(path), devices=[card], place=["denoise=resident"])
+    run = run_all(tight, RunPolicy(degrade=False))
+    assert run.changes == () and max(stage.peak[card] for stage in run.stages) <= need.total
 
 
 def test_a_weight_is_rounded_once() -> None:

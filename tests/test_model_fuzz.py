@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+from benchmarks.fuzz import cases
 from tests.fuzz.isolation import BYTES, Outcome, Server, is_fault, server
 from tests.fuzz.mutations import nested
 from tests.fuzz.targets import TARGETS
@@ -42,6 +43,12 @@ def test_every_damage_ends_in_a_plan_or_in_a_refusal(running: Server, whole: Pat
     outcome = running.run("flux", damaged)
     note(str(outcome))
     assert not is_fault("flux", outcome)
+
+
+@pytest.mark.parametrize("name", ["lora", "record", "store"])
+def test_what_a_run_reads_besides_its_model_may_be_damaged_too(name: str) -> None:
+    faults = [(seed, what, outcome) for seed, what, outcome in cases(name, range(25)) if is_fault(name, outcome)]
+    assert not faults
 
 
 def test_what_is_whole_is_planned(running: Server, whole: Path) -> None:

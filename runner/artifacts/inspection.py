@@ -114,7 +114,11 @@ def _key_of_run(run: str, stage: str, store: Store) -> str:
         raise StoreError(f"run {run} has no stage {name!r}; it has {_some(list(stages))}")
     if not (index or "0").isdecimal() or int(index or "0") >= len(keys):
         raise StoreError(f"run {run} has {len(keys)} requests, so {name}:0 to {name}:{len(keys) - 1}, not {index!r}")
-    return str(keys[int(index or "0")])
+    key = str(keys[int(index or "0")])
+    if not is_key(key):
+        raise StoreError(f"the record of run {run} names {key[:80]!r} for {name}, which is no artifact key: somebody "
+                         f"changed it")
+    return key
 
 
 def _summary(name: str, tensor: torch.Tensor) -> TensorSummary:

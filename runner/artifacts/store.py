@@ -215,9 +215,10 @@ class Store(ABC):
             raise StoreError(f"there is no run {run} here; the last are: {', '.join(self.runs()[-3:]) or 'none'}")
         try:
             record = read_document(bytes(data)).get("record")
+            if not isinstance(record, dict):
+                raise Damaged("it is signed, and holds none")
         except Damaged as error:
             raise StoreError(f"the record of run {run} is damaged: {error}; repeat it, its artifacts stay") from error
-        assert isinstance(record, dict), "save_run wrote it, and its sha256 is right"
         return StoredRun(run, *_parse_head(bytes(data[:_HEAD_BYTES])), record)
 
     def drop_run(self, run: str) -> None:

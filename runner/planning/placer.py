@@ -18,6 +18,7 @@ from stages.estimate.dry_run import Estimate, dry_run, one_thread
 from stages.estimate.memory_tracker import MixedDevices
 from stages.estimate.rehearsal import rehearse
 from stages.loading.disk_weights import bytes_read_per_pass
+from stages.loading.lora_merge import bytes_to_merge
 from stages.machine import Machine
 from stages.models.format import choose_dtype
 from stages.models.skeleton import skeleton
@@ -278,7 +279,13 @@ class StageTask:
         for name, weights in self.weights.items():
             shares.update(places[name].placement.share(weights))
         devices = sorted({*shares, *estimate.peak}, key=device_order)
-        return {name: Need(shares[name], estimate.peak.get(name, 0)) for name in devices}
+        merging = Counter[str]()
+        for component in self.stage.components:
+            if component.loras:
+                held = places[component.name].placement.share(self.weights[component.name])
+                merging |= Counter(dict.fromkeys(held, bytes_to_merge(component)))
+        # Nothing computes while weights are loaded.
+        return {name: Need(shares[name], max(estimate.peak.get(name, 0), merging[name])) for name in devices}
 
 
 def concurrency(places: Mapping[str, Place]) -> int:

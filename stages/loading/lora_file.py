@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from stages.errors import ModelError
 from stages.loading.lora_config import TrainerConfig, read_configs
@@ -130,8 +130,12 @@ def read_lora_file(lora: Lora) -> LoraFile:
     for name, entry in read_header(lora.path).items():
         if entry.dtype not in _READ:
             raise ModelError(f"{lora.source} has {name[:100]!r} in {entry.dtype} -> use a LoRA in floating point")
-    with safe_open(lora.path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    try:
+        with safe_open(lora.path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    except SafetensorError as error:
+        raise ModelError(f"{lora.source} cannot be read ({' '.join(str(error).split()):.200}) -> fetch it again, or "
+                         f"use another LoRA") from error
     groups = _grouped(lora, tensors)
     causes: dict[str, list[str]] = {}
     for group in groups:

@@ -5,6 +5,7 @@ model alone, on cards that have no room for a second set of layers. LoKr and LoH
 differences of weights and biases are added as they are. docs/loras.md says whose files are taken.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -29,13 +30,13 @@ class LoraMerger:
     """The updates of all LoRAs of a component, by weight."""
 
     def __init__(self, component: Component) -> None:
-        self._updates: dict[str, list[Update]] = {}
+        self.updates: dict[str, list[Update]] = {}
         for lora in component.loras:
             for name, update in read_updates(lora, component).items():
-                self._updates.setdefault(name, []).append(update)
+                self.updates.setdefault(name, []).append(update)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._updates
+        return name in self.updates
 
     def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight of this name with what is added to it: on a card in its place, on the host in a copy.
@@ -45,7 +46,7 @@ class LoraMerger:
         if name not in self:
             return weight
         weight = weight.clone() if weight.device.type == "cpu" else weight
-        add_updates(weight, self._updates[name])
+        add_updates(weight, self.updates[name])
         return weight
 
 
@@ -60,6 +61,19 @@ def add_updates(weight: torch.Tensor, updates: Sequence[Update]) -> None:
         for update in here:
             total = total + update.rows(rows)
         weight[rows] = total
+
+
+@lru_cache(maxsize=32)
+def bytes_to_merge(component: Component) -> int:
+    """The most bytes that merging takes on a weight's device besides it: its updates and some rows, in float32."""
+    most = 0
+    for updates in LoraMerger(component).updates.values():
+        first, *others = updates[0].shape
+        columns = math.prod(others)
+        rows = min(first, max(1, ELEMENTS_AT_ONCE // columns))
+        buffers = 1 + max(update.copies for update in updates)
+        most = max(most, 4 * buffers * rows * columns + sum(update.bytes_in_float32 for update in updates))
+    return most
 
 
 @lru_cache(maxsize=32)

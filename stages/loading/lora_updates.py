@@ -21,6 +21,14 @@ class Update(Protocol):
     def finite(self) -> bool:
         """Whether all that it is made of is finite."""
 
+    @property
+    def bytes_in_float32(self) -> int:
+        """What all that it is made of takes where it is added."""
+
+    @property
+    def copies(self) -> int:
+        """How many times its rows are in memory while they are made."""
+
     def to(self, device: torch.device) -> "Update":
         """The same in float32 on a device."""
 
@@ -44,6 +52,13 @@ class _Made:
         """The same in float32 on a device."""
         return self._each(lambda tensor: tensor.to(device, torch.float32 if tensor.is_floating_point() else None))
 
+    @property
+    def bytes_in_float32(self) -> int:
+        """Four for each element of its tensors; rows that are meant have eight."""
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return sum((4 if tensor.is_floating_point() else 8) * tensor.numel() for tensor in tensors
+                   if isinstance(tensor, torch.Tensor))
+
     def finite(self) -> bool:
         """Whether all that it is made of is finite."""
         tensors = [getattr(self, field.name) for field in fields(self)]
@@ -60,6 +75,11 @@ class LowRankUpdate(_Made):
     """The second matrix, [out, rank]."""
     scale: float
     """What their product is multiplied by."""
+
+    @property
+    def copies(self) -> int:
+        """The product, and the product times the scale."""
+        return 2
 
     @property
     def shape(self) -> list[int]:
@@ -91,6 +111,11 @@ class HadamardUpdate(_Made):
     """What all of it is multiplied by."""
 
     @property
+    def copies(self) -> int:
+        """Both products, and the product of them."""
+        return 3
+
+    @property
     def shape(self) -> list[int]:
         """As both products have it."""
         return [self.first_up.shape[0], self.first_down.shape[1]]
@@ -119,6 +144,11 @@ class KroneckerUpdate(_Made):
     """The rows that are meant, in their order; None for all."""
 
     @property
+    def copies(self) -> int:
+        """The rows of both matrices, their product, and that times the scale."""
+        return 3
+
+    @property
     def shape(self) -> list[int]:
         """The product of both shapes, but for rows that are not meant."""
         rows = self.left.shape[0] * self.right.shape[0] if self.chosen is None else len(self.chosen)
@@ -145,6 +175,11 @@ class Difference(_Made):
     """What is added."""
     scale: float
     """What they are multiplied by."""
+
+    @property
+    def copies(self) -> int:
+        """As they are, and times the scale."""
+        return 2
 
     @property
     def shape(self) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from tests.fuzz import store_targets
 from tests.fuzz.mutations import change_bytes, change_document, change_safetensors
 
 
@@ -92,6 +93,7 @@ def plan_of(family: str) -> Callable[[Path], object]:
     return plan
 
 
+_STORE = frozenset({"StoreError", "Damaged", "BadResult"})
 _REFUSALS = frozenset({"ModelError", "Incomplete", "InvalidInput", "DoesNotFit", "NotPrecomputable"})
 TARGETS: Mapping[str, Target] = {
     "flux": Target(flux, damage_model, plan_of("flux"), _REFUSALS),
@@ -99,4 +101,7 @@ TARGETS: Mapping[str, Target] = {
     "qwen-image": Target(of_family("qwen_image"), damage_model, plan_of("qwen-image"), _REFUSALS),
     "flux2-klein": Target(of_family("klein"), damage_model, plan_of("flux2-klein"), _REFUSALS),
     "z-image": Target(of_family("z_image"), damage_model, plan_of("z-image"), _REFUSALS),
+    "lora": Target(store_targets.model_and_lora, store_targets.damage_lora, store_targets.plan_with_lora, _REFUSALS),
+    "record": Target(store_targets.store, store_targets.damage_record, store_targets.use_store, _STORE),
+    "store": Target(store_targets.store, store_targets.damage_store, store_targets.use_store, _STORE),
 }
