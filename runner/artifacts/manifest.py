@@ -120,4 +120,5 @@ def read_manifest(data: bytes | bytearray, key: str) -> Artifact:
 def _is_spec(spec: JSON) -> bool:
     if not isinstance(spec, dict) or spec.keys() != {"dtype", "shape"} or not isinstance(spec["shape"], list):
         return False
-    return spec["dtype"] in TORCH_NAMES and all(type(side) is int for side in spec["shape"])
+    known = isinstance(spec["dtype"], str) and spec["dtype"] in TORCH_NAMES
+    return known and all(type(side) is int for side in spec["shape"])
