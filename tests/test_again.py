@@ -13,7 +13,7 @@ import pytest
 from runner import Job, Request
 from runner.artifacts import FolderStore
 from runner.commands.cli import answer, app
-from runner.commands.refusal import again, better, quoted
+from runner.commands.refusal import again, better, quoted, reads_input
 from runner.placement_options import MemoryLimits
 from runner.planning.planner import smaller_sizes
 from runner.planning.suggestions import _amount
@@ -93,7 +93,7 @@ def test_a_prompt_from_standard_input_is_written_out(
 
 
 def test_no_command_is_suggested_that_would_be_refused_again(
-    flux_dev: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    flux_dev: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A line with a size of its own does not hear of --size; nor can standard input be read twice."""
     lines = tmp_path / "lines.jsonl"
@@ -102,8 +102,7 @@ def test_no_command_is_suggested_that_would_be_refused_again(
     assert answer([*plan, str(lines)]) == 4
     told = capsys.readouterr().err
     assert "next: " not in told and "--size" in told
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.read_bytes())))
-    assert answer([*plan, "-"]) == 4 and "next: " not in capsys.readouterr().err
+    assert reads_input([*plan, "-"]) and reads_input(["flux", "--prompt-file=-"]) and not reads_input([*plan, "x"])
 
 
 def test_lanes_beyond_the_pictures_take_nothing_and_fewer_are_suggested(

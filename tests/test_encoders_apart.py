@@ -32,8 +32,7 @@ def test_ids_go_to_each_encoder_where_the_other_waits_on_the_host(
     whole = run_all(make_plan(Job("flux", ASKED, model=model, devices=["cpu"], dtype="float32")))
     (device,) = cards(200 * 10**6)
     need = make_plan(Job("flux", ASKED, model=model, devices=[device], dtype="float32")).needs["encode"][device]
-    found = [plan for less in range(0, 200_000, 5_000)
-             if (plan := planned(model, device, need.total - less)) is not None]
-    assert found, "no limit leads to the mix that this test is about"
-    for plan in (found[0], found[-1]):
-        assert np.array_equal(run_all(plan).pictures[0].pixels, whole.pictures[0].pixels)
+    plan = next((plan for less in range(10_000, 200_000, 20_000)
+                 if (plan := planned(model, device, need.total - less)) is not None), None)
+    assert plan is not None, "no limit leads to the mix that this test is about"
+    assert np.array_equal(run_all(plan).pictures[0].pixels, whole.pictures[0].pixels)

@@ -262,12 +262,12 @@ def _token() -> str:
 
 
 def _download_advice(model: str, revision: str | None, file: str | None = None) -> str:
-    there = "where there is a network, run: hf download"
+    # Last comes the command, to be pasted as it is.
     if file is not None:
-        return f"{there} {model} --include {shlex.quote(file)}"
+        return f"where there is a network, run: hf download {model} --include {shlex.quote(file)}"
     size = f" ({DOWNLOADS[model] / 1e9:.1f} GB)" if model in DOWNLOADS else ""
     at = f" --revision {shlex.quote(revision)}" if revision else ""
-    return f"{there} {model}{at} --include model_index.json --include '*/*'{size}"
+    return f"where there is a network{size}, run: hf download {model}{at} --include model_index.json --include '*/*'"
 
 
 def no_folder_error(model: str, folder: Path) -> ModelError:
