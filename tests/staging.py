@@ -67,10 +67,16 @@ def run_whole(model: Path, inputs: Mapping[str, Value]) -> tuple[torch.Tensor, d
     pipe = blocks.init_pipeline(str(model))
     pipe.load_components(dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    return picture_of(pipe, inputs), kept
+
+
+def picture_of(pipe: ModularPipeline, inputs: Mapping[str, Value]) -> torch.Tensor:
+    """The picture that a loaded modular pipeline makes, uint8 [height, width, 3]."""
     given = dict(inputs)
     if "guider" in pipe.components:
         scale = {"guidance_scale": given.pop("guidance_scale")} if "guidance_scale" in given else {}
         pipe.update_components(guider=pipe.guider.new(enabled=bool(scale), **scale))
     generator = torch.Generator("cpu").manual_seed(given.pop("seed"))
     images = pipe(**given, output_type="pt", generator=generator, output="images")
-    return (images[0].permute(1, 2, 0) * 255).round().to(torch.uint8), kept
+    pixels: torch.Tensor = (images[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
+    return pixels

@@ -66,6 +66,15 @@ def test_where_nothing_helps_the_last_reason_is_told(flux_dev: str, capsys: pyte
     assert "it would fit with" in error
 
 
+def test_options_that_help_together_alone_are_suggested_together(
+    flux_dev: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The encoder is larger than 8 GB, and within 900 MB it does not even fit with all of it on the host."""
+    words, error = pasted(capsys, ["plan", "flux", "--model", flux_dev, "--machine", "1x8GB", "--max-memory", "900MB"])
+    assert "-> it fits with --allow-offload cpu, without --max-memory" in error
+    assert words[-2:] == ["--allow-offload", "cpu"] and "--max-memory" not in words and answer(words) == 0
+
+
 def test_a_run_ends_with_a_command_that_makes_the_picture(
     tmp_path: Path, cards: Cards, sim: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +162,8 @@ def test_options_are_replaced_and_others_kept() -> None:
              "--place=decode=1", "--max-memory", "3GiB", "--", "--size", "1x1"]
     line = again(words, {"--size": "32x32", "--max-memory": "", "--place denoise": ""}, FLAGS)
     assert line == ("python -m runner plan flux --prompt --size -q --json --place=decode=1 --size 32x32 -- --size 1x1")
+    both = again(words, {"--place decode": "", "--place denoise": ""}, FLAGS)
+    assert "--place" not in both and "3GiB" in both
 
 
 @pytest.mark.parametrize("word", ["plain", "two  words", "it's $HOME `x` \\n !", "caf\u00e9", "a\nb\tc", "\u202e'\\"])

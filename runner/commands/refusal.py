@@ -143,7 +143,9 @@ def again(words: Sequence[str], changes: Mapping[str, str], flags: Collection[st
 
     "--place denoise" stands for the values of --place for that stage.
     """
-    dropped = {name: stage for name, _, stage in (change.partition(" ") for change in changes)}
+    dropped: dict[str, set[str]] = {}
+    for name, _, stage in (change.partition(" ") for change in changes):
+        dropped.setdefault(name, set()).add(stage)
     kept = [pair for pair in _pairs(words, flags) if not _is_dropped(pair, dropped)]
     added = [word for name, value in changes.items() if value for word in (name.partition(" ")[0], value)]
     # What stands behind "--" is no option.
@@ -228,9 +230,10 @@ def _pairs(words: Sequence[str], flags: Collection[str]) -> Iterator[tuple[str, 
             yield (word,)
 
 
-def _is_dropped(pair: tuple[str, ...], dropped: Mapping[str, str]) -> bool:
+def _is_dropped(pair: tuple[str, ...], dropped: Mapping[str, Collection[str]]) -> bool:
     name, sign, value = pair[0].partition("=")
-    stage = dropped.get(name)
-    if stage is None or (len(pair) == 1 and not sign):
+    stages = dropped.get(name, ())
+    if not stages or (len(pair) == 1 and not sign):
         return False
-    return not stage or (value if sign else pair[1]).startswith((f"{stage}=", f"{stage}."))
+    return "" in stages or (value if sign else pair[1]).startswith(
+        tuple(f"{stage}{end}" for stage in stages for end in "=."))

@@ -137,6 +137,7 @@ class Placer:
         estimate = self.estimate(task, at_best)
         reserve = Counter(dict.fromkeys((device.name for device in self.machine.devices), estimate.peak[best]))
         first = pinned = frozenset(task.first_blocks())
+        over: dict[str, int] = {}
         for _ in range(TRIES):
             placements, tried = self._chosen(task, estimate, reserve, pinned)
             places = task.places({name: placement if tile is None else placement.tiled(tile)
@@ -155,10 +156,17 @@ class Placer:
                 break
             reserve.update({name: excess for name, excess in over.items() if excess > 0})
         else:
-            half = next((size for size, part in self.smaller.items() if part <= 0.5), None)
-            raise NoStrategyFits(f"{task.stage.name}: its activations outgrow every reserve -> choose a smaller "
-                                 f"`size`", tried, (Fix("size", half),) if half else ())
+            raise self._outgrown(task.stage, over, tried)
         return places, estimate, tried
+
+    def _outgrown(self, stage: Stage, over: Mapping[str, int], tried: Tried) -> NoStrategyFits:
+        """The error of a stage whose last placement is `over` the room of devices by so many bytes."""
+        most = max(over, key=lambda name: over[name], default="")
+        half = next((size for size, part in self.smaller.items() if part <= 0.5), None)
+        # What encode takes does not depend on the size.
+        fixes = () if stage.name == "encode" or half is None else (Fix("size", half),)
+        advice = "choose a smaller `size`" if fixes else f"it would fit with {gib(over.get(most, 0))} more on {most}"
+        return NoStrategyFits(f"{stage.name}: its activations outgrow every reserve -> {advice}", tried, fixes)
 
     def _with_lanes(
         self, task: "StageTask", places: dict[str, Place], estimate: Estimate, tried: Tried

@@ -9,6 +9,7 @@ from stages.errors import NotPrecomputable
 from stages.models.weights import weigh
 from stages.pipeline.stage import Inputs, Stage
 from stages.precompute.recorder import conditioning_program
+from stages.precompute.table import Layout
 from stages.state import State
 
 LEAST = 0.02
@@ -54,4 +55,4 @@ def table_saving(stage: Stage, dtype: torch.dtype, state: State, inputs: Inputs,
         return TableSaving(component.name, whole, whole,
                            refused=f"it would save {100 * (1 - left / whole):.1f} %, which is not more than "
                                    f"{100 * LEAST:.0f} %")
-    return TableSaving(component.name, whole, left, frozenset(layers), sum(layer.bytes for layer in layers.values()))
+    return TableSaving(component.name, whole, left, frozenset(layers), Layout.of(layers).size)

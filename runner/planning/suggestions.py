@@ -44,7 +44,12 @@ def with_fixes(job: Job, plan: Replan) -> Plan:
         if refused is not None and fixes:
             tried = " ".join(map(reference, fixes.values()))
             error.text = f"{error.text}\nThat is not enough, with {tried}: {refused.text}"
-        error.fixes = tuple(fixes.values()) if refused is None else ()
+        error.fixes = tuple(fixes.values())
+        if refused is not None and (together := _together(job, plan)):
+            error.text = f"{error.text}\n-> it fits {_listed(together)}"
+            error.fixes = together
+        elif refused is not None:
+            error.fixes = ()
         raise
 
 
@@ -91,6 +96,33 @@ def reference(fix: Fix) -> str:
 def fullest(plan: Plan, stage: str) -> int:
     """The bytes that a stage needs on the device that it fills most."""
     return max(need.total for need in plan.needs[stage].values())
+
+
+def _together(job: Job, plan: Replan) -> Fixes:
+    """Of all options that leave less room, those that must change together for the job to fit; none where none help.
+
+    What helps a stage by itself may be in the way of another change that would help more.
+    """
+    lifted = [*(Fix("place", None, stage) for stage in dict.fromkeys(place.stage for place in job.place)),
+              *([Fix("max_memory")] if job.max_memory.by_device else []),
+              *([Fix("lanes", 1)] if job.lanes not in (None, 1) else [])]
+    for offload in (None, *OFFLOADS[OFFLOADS.index(job.allow_offload) + 1 :]) if lifted else ():
+        fixes = [*lifted, *([Fix("allow_offload", offload)] if offload else [])]
+        if _refusal(applied(job, tuple(fixes)), plan) is None:
+            for fix in lifted:
+                fewer = [other for other in fixes if other != fix]
+                if fewer and _refusal(applied(job, tuple(fewer)), plan) is None:
+                    fixes = fewer
+            return tuple(fixes)
+    return ()
+
+
+def _listed(fixes: Fixes) -> str:
+    """Such as "with `allow_offload=cpu`, without `max_memory`"."""
+    added = " ".join(reference(fix) for fix in fixes if fix.value is not None)
+    left = " ".join(f"`place={fix.component}`" if fix.field == "place" else reference(fix)
+                    for fix in fixes if fix.value is None)
+    return ", ".join([*([f"with {added}"] if added else []), *([f"without {left}"] if left else [])])
 
 
 def _refusal(job: Job, plan: Replan) -> DoesNotFit | None:

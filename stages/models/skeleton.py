@@ -23,6 +23,7 @@ from stages.models.config_check import check_config, counted, explained, odd_fie
 from stages.models.files import read_json
 from stages.models.format import loaded_dtype
 from stages.models.hub import download_line
+from stages.models.own_caches import keep_by_itself
 from stages.models.safetensors_header import read_header
 
 _LIBRARIES: Mapping[str, Any] = {"diffusers": diffusers, "transformers": transformers}
@@ -103,6 +104,7 @@ def copy_skeleton(model: nn.Module, device: Callable[[], str]) -> Any:
     copies[id(model)] = object.__new__(_placed(type(model), device))
     for module in modules:
         copies[id(module)].__dict__.update({name: _copied(value, copies) for name, value in vars(module).items()})
+    keep_by_itself(copies[id(model)])
     return copies[id(model)]
 
 

@@ -16,6 +16,7 @@ from stages.events import Emit, silent
 from stages.loading.disk_weights import from_disk
 from stages.loading.load import load
 from stages.models.checkpoint import Checkpoint, Component
+from stages.models.own_caches import keep_by_itself
 from stages.pipeline.build import build_pipeline
 from stages.pipeline.step_hook import StepCheckpoint
 from stages.placement.placement import DISK, Places, from_host
@@ -146,6 +147,7 @@ class Loading:
         self._emit("load", {"stage": self._stage.name, "component": component.name, "device": place.placement.entry,
                             "bytes": sum(file.stat().st_size for file in component.files)})
         model = load(component, place)
+        keep_by_itself(model)
         on_disk = DISK in place.placement.storage_devices.values()
         place.placement.attach(model, self._home, fetch=from_disk(component, model) if on_disk else from_host)
         return model
