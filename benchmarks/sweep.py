@@ -7,6 +7,7 @@ again. The exit code is 1 where there is a fault.
 """
 
 import argparse
+import gc
 import os
 import shlex
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 # Before torch is imported: one thread, products that do not depend on where in memory an operand lies, no chatter.
 SETTINGS = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "AVX2,STRICT", "TRANSFORMERS_VERBOSITY": "error",
             "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+
+COLLECTED = 20
 
 
 def main() -> None:
@@ -41,12 +44,16 @@ def sweep(seeds: range, folder: Path, options: argparse.Namespace) -> int:
     from tests.sweep.models import Models
 
     models, ends, faults, begin = Models(folder), Counter[str](), 0, time.monotonic()
-    for seed in seeds:
+    for done, seed in enumerate(seeds, 1):
         if options.seconds is not None and time.monotonic() - begin > options.seconds:
             break
         case = case_of(seed, models)
         ended = verdict(case, models)
         ends[ended.kind] += 1
+        if done % COLLECTED == 0:
+            # A run takes what is there out of the collector's sight, as its process is to end.
+            gc.unfreeze()
+            gc.collect()
         faults += bool(ended.fault)
         if ended.fault or options.verbose:
             told = [f"{seed}{' FAULT' if ended.fault else ''} {ended.kind}: {case}",

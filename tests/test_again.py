@@ -69,8 +69,8 @@ def test_where_nothing_helps_the_last_reason_is_told(flux_dev: str, capsys: pyte
 def test_options_that_help_together_alone_are_suggested_together(
     flux_dev: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The encoder is larger than 8 GB, and within 900 MB it does not even fit with all of it on the host."""
-    words, error = pasted(capsys, ["plan", "flux", "--model", flux_dev, "--machine", "1x8GB", "--max-memory", "900MB"])
+    """The encoder is larger than 8 GB, and no block of it fits into 300 MB."""
+    words, error = pasted(capsys, ["plan", "flux", "--model", flux_dev, "--machine", "1x8GB", "--max-memory", "300MB"])
     assert "-> it fits with --allow-offload cpu, without --max-memory" in error
     assert words[-2:] == ["--allow-offload", "cpu"] and "--max-memory" not in words and answer(words) == 0
 
