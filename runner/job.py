@@ -145,6 +145,11 @@ class Job:
     """Whether blocks that fit no card may wait in host memory, and on the disk where they must."""
     lanes: int | None = None
     """Requests that are denoised at a time; None: as many as keep the cards busy."""
+    tile: int | None = None
+    """Pixels along a side of the tiles that pictures are decoded in; 0: whole. None: only those that do not fit whole,
+    in the largest tiles that fit."""
+    whole: int = 0
+    """Pixels up to which pictures are decoded whole although `tile` says tiles; in the record of a run, as planned."""
     modulation_table: bool = True
     """Whether layers that see only conditioning are computed ahead and left out."""
     peer_copies: bool = True
@@ -182,6 +187,8 @@ class Job:
             place: Iterable[PlaceRequest | str] | PlaceRequest | str = (),
             allow_offload: Literal["cpu", "disk"] | None = None,
             lanes: int | None = None,
+            tile: int | str | None = None,
+            whole: int = 0,
             modulation_table: bool = True,
             peer_copies: bool = True,
             store: str | os.PathLike[str] = "",
@@ -224,6 +231,8 @@ class Job:
             "place": fields_of.places(given.place, STAGES),
             "allow_offload": fields_of.one_of("allow_offload", given.allow_offload, (None, "cpu", "disk")),
             "lanes": fields_of.lanes(given.lanes),
+            "tile": fields_of.tile(given.tile),
+            "whole": fields_of.pixels("whole", given.whole),
             "modulation_table": fields_of.flag("modulation_table", given.modulation_table),
             "peer_copies": fields_of.flag("peer_copies", given.peer_copies),
             "store": fields_of.path("store", given.store),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from runner.inputs import check_whole, read_whole
+from runner.inputs import PIXELS, SIDE, check_whole, read_whole
 from runner.placement_options import MemoryLimits, PlaceRequest
 from runner.request import Request
 from runner.text import shown
@@ -17,6 +17,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 LANES = 16
 LONGEST = 24 * 3600.0
 AUTO = "auto"
+# Overlaps of tiles are whole latents of every VAE then.
+MULTIPLE = 64
 _RUN = re.compile("[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 Kind = TypeVar("Kind")
@@ -153,6 +155,26 @@ def lanes(value: Any) -> int | None:
     if isinstance(value, str):
         return read_whole("lanes", value, 1, LANES)
     check_whole("lanes", value, 1, LANES)
+    return int(value)
+
+
+def tile(value: Any) -> int | None:
+    """The side of tiles in pixels, 0 for none; None where the plan decides, which is also called auto."""
+    if value is None or value == AUTO:
+        return None
+    if isinstance(value, str):
+        value = read_whole("tile", value, 0, SIDE)
+    check_whole("tile", value, 0, SIDE)
+    if value % MULTIPLE:
+        near = max(MULTIPLE, value // MULTIPLE * MULTIPLE)
+        raise InvalidInput(f"`tile` must be a multiple of {MULTIPLE} pixels, 0 for whole pictures or auto, got "
+                           f"{value} -> `tile={near}`")
+    return int(value)
+
+
+def pixels(name: str, value: Any) -> int:
+    """A number of pixels, from 0 on."""
+    check_whole(name, value, 0, PIXELS)
     return int(value)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_NUMBERS = frozenset(("count", "guidance", "lanes", "preview", "ranks", "seed", "step_every", "steps"))
+_NUMBERS = frozenset(("count", "guidance", "lanes", "preview", "ranks", "seed", "step_every", "steps", "tile"))
 _REFERENCE = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 
 

@@ -22,6 +22,7 @@ from runner.reports.notebook import HTML, StageMemory, stage_memory
 from runner.reports.templates import call, thumbnail
 from runner.text import visible
 from stages.placement.placement import Resident
+from stages.placement.tiling import Tiling
 from stages.placement.streaming import Streamed
 from stages.placement.tensor_parallel import TensorParallel
 from stages.state import State
@@ -188,7 +189,7 @@ def test_a_placement_shows_who_holds_what() -> None:
     dealt = Streamed("cuda:0", {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}, cpu_blocks=frozenset(["a.2"]))
     assert repr(dealt) == "Streamed(cuda:0:1,cuda:1:1,cuda:0:1 (1 of them streamed))"
     assert checked(html(dealt)).text.endswith("cuda:01 blockscuda:11 blockscpu1 blocks")
-    assert repr(Resident("cuda:0", 512)) == "Resident(cuda:0 in tiles of 512 pixels)"
+    assert repr(Resident("cuda:0", Tiling(512))) == "Resident(cuda:0 in tiles of 512 pixels)"
     assert checked(html(Resident("<b>"))).text == "<b>"
 
 

@@ -13,6 +13,7 @@ from stages.placement.placement import DISK, Place, Placement, Resident, through
 from stages.placement.sharded import Sharded, remainder
 from stages.placement.streaming import Streamed
 from stages.placement.tensor_parallel import TensorParallel
+from stages.placement.tiling import Tiling
 from stages.placement.transfers import direct, via_host
 
 BLOCKS = {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}
@@ -20,6 +21,7 @@ WEIGHTS = Weights("transformer", dict.fromkeys(BLOCKS, 100), {"b": 10})
 SHARDED = Sharded("cuda:0", BLOCKS, ("b",))
 STREAMED = Streamed("cuda:0", BLOCKS, ("b",), cpu_blocks=frozenset({"a.1"}), disk_blocks=frozenset({"a.2"}))
 PARALLEL = TensorParallel(("cuda:0", "cuda:1"), 155)
+TILING = Tiling(512, whole=640 * 480)
 ALL = [Resident("cuda:0"), SHARDED, STREAMED, PARALLEL]
 
 
@@ -47,9 +49,17 @@ def test_a_process_that_sees_other_names(placement: Placement) -> None:
 
 
 def test_only_a_vae_on_one_device_has_tiles() -> None:
-    assert [placement.tiled(512).tile for placement in ALL] == [512, None, None, None]
-    assert Resident("cpu", 512).tiled(None) == Resident("cpu")
-    assert all(placement.tiled(512) is placement for placement in ALL[1:])
+    assert [placement.tiled(TILING).tiling for placement in ALL] == [TILING, None, None, None]
+    assert Resident("cpu", TILING).tiled(None) == Resident("cpu")
+    assert all(placement.tiled(TILING) is placement for placement in ALL[1:])
+
+
+def test_a_picture_is_tiled_that_is_longer_than_a_tile_and_has_more_pixels_than_fit_whole() -> None:
+    sizes = [(512, 512), (640, 480), (480, 640), (1024, 256), (640, 512), (2048, 256)]
+    assert [TILING.tile(*size) for size in sizes] == [None, None, None, None, 512, 512]
+    assert Tiling(512).tile(513, 16) == 512
+    assert (str(TILING), str(Tiling(512))) == ("in tiles of 512 pixels where a picture has more than 307,200",
+                                               "in tiles of 512 pixels")
 
 
 def test_only_a_cut_component_differs_by_rank() -> None:

@@ -259,13 +259,22 @@ def test_a_rank_is_what_a_launcher_says() -> None:
 
 
 def test_ranks_whose_cards_differ_are_named() -> None:
-    def one(rank: int, dtype: str) -> RankResult:
-        return RankResult(rank, (rank,), facts={"dtype": {"transformer": dtype}})
+    sizes = ((512, 512), (512, 512), (1024, 512))
+    job = Job("flux", [Request("x", *size, steps=1, guidance=None, seed=1, text_tokens=8) for size in sizes])
+
+    def one(rank: int, dtype: str, tile: int = 0) -> RankResult:
+        return RankResult(rank, (rank,), (rank,), {"dtype": {"transformer": dtype}}, {rank: tile} if tile else {})
 
     idle = RankResult(1, ())
-    assert differing([one(0, "bfloat16"), idle, one(2, "bfloat16")]) is None
-    told = differing([one(0, "bfloat16"), idle, one(2, "float16")])
+    assert differing(job, [one(0, "bfloat16"), idle, one(2, "bfloat16")]) is None
+    told = differing(job, [one(0, "bfloat16"), idle, one(2, "float16")])
     assert told is not None and "rank 2 with {'transformer': 'float16'}" in told
+    # A picture of another size says nothing of what this one would have been.
+    assert differing(job, [one(0, "bfloat16"), one(2, "bfloat16", 256)]) is None
+    assert differing(job, [one(0, "bfloat16"), one(1, "bfloat16", 256)]) == (
+        "rank 0 decoded pictures of 512x512 whole, rank 1 in tiles of 256 pixels: one process would have made other "
+        "pictures of these (`tile=256` makes ranks alike)")
+    assert RankResult.from_json(one(1, "bfloat16", 256).to_json()) == one(1, "bfloat16", 256)
 
 
 def test_one_rank_is_enough(tmp_path: Path) -> None:

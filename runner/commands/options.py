@@ -24,6 +24,10 @@ class RunOptions:
         typer.Option(metavar="STAGE=WHERE",
                      help="denoise=sharded, encode.text_encoder_2=1, denoise=0:9,1:28,0:20 (blocks), decode=auto."),
     ] = None
+    tile: Annotated[
+        str | None,
+        typer.Option(metavar="auto|0|N", help="Decode in tiles of N pixels; 0: whole; auto: what does not fit whole."),
+    ] = None
     allow_offload: Annotated[
         Literal["cpu", "disk", "none"] | None,
         typer.Option(help="Let blocks that fit no card wait in host memory; disk: and on the disk, if they must."),

@@ -13,7 +13,7 @@ from runner.inputs import INPUTS, SEED, STEPS, read_size, read_whole
 from runner.job import STAGES, Job, Label, Origin, Output, RefusedLine, RunPolicy
 from runner.job_defaults import default_store as user_store
 from runner.job_defaults import new_run
-from runner.job_fields import DTYPES, LANES, LONGEST
+from runner.job_fields import DTYPES, LANES, LONGEST, tile
 from runner.media.image import PictureCard, read_card
 from runner.media.paths import Naming, Unnamed
 from runner.placement_options import MemoryLimits, PlaceRequest
@@ -47,6 +47,7 @@ def job_of(family: str, options: FamilyOptions, *, named: bool = True) -> Job:
         revision=card.revision if card is not None and options.revision is options.model is None else options.revision,
         loras=_loras(options.lora or (), () if card is None else card.loras),
         dtype=_dtypes(options.dtype or ()) or ({} if card is None else dict(card.dtype)),
+        tile=None if card is None else _tile_of(card, [item.request for item in items]),
         store=options.artifacts or str(user_store()),
         run=run,
         policy=RunPolicy(stop_after=options.stop_after, from_stage=options.from_stage, degrade=not options.no_degrade),
@@ -87,6 +88,8 @@ def placed(job: Job, options: RunOptions) -> Job:
         max_memory=_limits(options.max_memory, job.max_memory),
         allow_offload=None if options.allow_offload == "none" else options.allow_offload or job.allow_offload,
         lanes=job.lanes if options.lanes is None else read_whole("lanes", options.lanes, 1, LANES),
+        tile=job.tile if options.tile is None else tile(options.tile),
+        whole=job.whole if options.tile is None else 0,
         modulation_table=job.modulation_table and not options.no_modulation_table,
         peer_copies=job.peer_copies and not options.no_p2p,
     )
@@ -160,6 +163,12 @@ def read_seeds(texts: Sequence[str]) -> tuple[int, ...]:
 def _model_of(card: PictureCard) -> str:
     """The model of a picture, as --model takes it: the demo checkpoint lies elsewhere on another machine."""
     return "demo" if card.family == "demo" else card.model
+
+
+def _tile_of(card: PictureCard, requests: Sequence[Request]) -> int | None:
+    """The tiles of a picture that is made once more; pictures of another size have none to keep to."""
+    sizes = {(request.width, request.height) for request in requests}
+    return card.tile if sizes == {(card.request.width, card.request.height)} else None
 
 
 def _dtypes(texts: Sequence[str]) -> dict[str, str]:

@@ -121,7 +121,7 @@ class RankWorker:
         for result in results[1:]:
             for data in result.written:
                 self.emit("picture", data)
-        if (text := differing(results)) is not None:
+        if (text := differing(job, results)) is not None:
             self.emit("warning", {"text": text})
         return results
 
@@ -144,10 +144,12 @@ class RankWorker:
             lost = tuple(Failure(position, self.heartbeat.stage, error.text) for position in at)
             return RankResult(self.rank.rank, at, failures=lost, recorded=_recorded(store, at))
         failures += report.failures
+        made = {at[own.job.positions[picture.index]]: picture.facts for picture in report.pictures}
         return RankResult(
             self.rank.rank, at,
-            made=tuple(at[own.job.positions[picture.index]] for picture in report.pictures),
-            facts=dict(report.pictures[0].facts) if report.pictures else {},
+            made=tuple(made),
+            facts={name: value for facts in [*made.values()][:1] for name, value in facts.items() if name != "tile"},
+            tiles={position: facts["tile"] for position, facts in made.items() if "tile" in facts},
             failures=tuple(replace(failure, index=at[failure.index]) for failure in failures),
             changes=report.changes, device_map=report.device_map, stages=report.stages, keys=report.keys,
             written=tuple(heard.written), recorded=_recorded(store, at),

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 
+_OTHERS = "one process would have made other pictures of these"
+
+
 @dataclass(frozen=True)
 class RankResult:
     """What a rank did; positions are those of requests in the whole job."""
@@ -26,7 +29,9 @@ class RankResult:
     made: tuple[int, ...] = ()
     """Those of them that are pictures now."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the metadata of its pictures say besides the request."""
+    """What the metadata of its pictures say besides the request, and the tile."""
+    tiles: Mapping[int, int] = field(default_factory=dict)
+    """For each picture that was decoded in tiles, the pixels along a side of them."""
     failures: tuple[Failure, ...] = ()
     """Those of them that came to nothing."""
     changes: tuple[str, ...] = ()
@@ -75,7 +80,9 @@ def joined(job: Job, results: Sequence[RankResult], store: Store) -> Report:
                 row[position] = key
         for position in result.made:
             request = requests[position]
-            pictures[position] = Picture(request.index, request, keys["decode"][position], store, result.facts)
+            tile = {"tile": result.tiles[position]} if position in result.tiles else {}
+            pictures[position] = Picture(request.index, request, keys["decode"][position], store,
+                                         {**result.facts, **tile} if tile else result.facts)
     failures = tuple(failure for result in results for failure in result.failures)
     if len({failure.index for failure in failures}) == len(requests):
         raise BadResult(f"every picture failed; the first: {failures[0].text}")
@@ -89,15 +96,22 @@ def joined(job: Job, results: Sequence[RankResult], store: Store) -> Report:
     )
 
 
-def differing(results: Sequence[RankResult]) -> str | None:
+def differing(job: Job, results: Sequence[RankResult]) -> str | None:
     """What the ranks did not do alike, because their cards differ: then pictures depend on which rank made them."""
     worked = [result for result in results if result.facts]
-    for name in ("dtype", "tile"):
-        for result in worked[1:]:
-            ours, theirs = worked[0].facts.get(name), result.facts.get(name)
-            if ours != theirs:
-                return (f"rank {worked[0].rank} worked with {name} {ours}, rank {result.rank} with {theirs}: one "
-                        f"process would have made other pictures of these (`dtype` makes ranks alike)")
+    first: dict[tuple[int, int], tuple[int, int]] = {}
+    for result in worked:
+        ours, theirs = worked[0].facts.get("dtype"), result.facts.get("dtype")
+        if ours != theirs:
+            return (f"rank {worked[0].rank} worked with dtype {ours}, rank {result.rank} with {theirs}: {_OTHERS} "
+                    f"(`dtype` makes ranks alike)")
+        for position in result.made:
+            request, tile = job.requests[position], result.tiles.get(position, 0)
+            rank, other = first.setdefault((request.width, request.height), (result.rank, tile))
+            if tile != other:
+                how, instead = (f"in tiles of {side} pixels" if side else "whole" for side in (other, tile))
+                return (f"rank {rank} decoded pictures of {request.width}x{request.height} {how}, rank {result.rank} "
+                        f"{instead}: {_OTHERS} (`tile={tile or other}` makes ranks alike)")
     return None
 
 

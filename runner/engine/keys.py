@@ -8,8 +8,10 @@ import transformers
 from runner.artifacts import Store, key_of
 from runner.job import STAGES
 from runner.planning.plan import Plan
+from runner.request import Request
 from stages.errors import InvalidInput
 from stages.pipeline.stage import Stage, guides
+from stages.placement.tiling import Tiling
 
 
 def artifact_keys(plan: Plan) -> dict[str, tuple[str, ...]]:
@@ -19,8 +21,7 @@ def artifact_keys(plan: Plan) -> dict[str, tuple[str, ...]]:
     before: Sequence[str] = [checkpoint.unscheduled or checkpoint.identity] * len(plan.requests)
     for stage in plan.stages:
         types = {name: str(place.dtype) for name, place in plan.places_of(stage.name).items()}
-        # A picture decoded in tiles is another picture.
-        tile = {"tile": plan.tile} if stage.name == "decode" and plan.tile is not None else {}
+        tiling = plan.tiling if stage.name == "decode" else None
         loras = [[lora.digest, lora.scale] for c in stage.components for lora in c.loras]
         added: dict[str, object] = {"loras": loras} if loras else {}
         if stage.schedules:
@@ -31,12 +32,19 @@ def artifact_keys(plan: Plan) -> dict[str, tuple[str, ...]]:
         guiding = stage.guided and not stage.schedules and "guidance_scale" not in stage.blocks.input_names
         versions = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
         before = keys[stage.name] = tuple(
-            key_of({"before": key, "stage": stage.name, "versions": versions, "dtype": types, **tile, **added,
+            key_of({"before": key, "stage": stage.name, "versions": versions, "dtype": types, **added,
+                    **_tile(tiling, request),
                     "inputs": {name: guides(request.inputs) if guiding and name == "guidance_scale" else value
                                for name, value in request.inputs.items() if name in names}})
             for key, request in zip(before, plan.requests, strict=True)
         )
     return keys
+
+
+def _tile(tiling: Tiling | None, request: Request) -> dict[str, int]:
+    """What the key of a picture has that is decoded in tiles: it is another one than the whole."""
+    tile = None if tiling is None else tiling.tile(request.width, request.height)
+    return {} if tile is None else {"tile": tile}
 
 
 def checkpoint_key(key: str) -> str:

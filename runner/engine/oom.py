@@ -1,15 +1,17 @@
 """After a stage ran out of memory: what is said of it, and the one thing that is changed before it is tried again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from runner.planning.ladder import NoStrategyFits
-from runner.planning.placer import TILES
-from runner.planning.plan import Plan
+from runner.planning.plan import Plan, sizes_of
+from runner.planning.tiles import smaller_tiles
+from runner.request import Request
 from runner.text import gib
 from stages.machine import Device, memory_users, probe
+from stages.placement.tiling import Tiling
 
 # Of each card, the part that is kept in reserve besides when a stage is placed anew: one of so many.
 MORE = 10
@@ -40,40 +42,40 @@ def describe_oom(plan: Plan, stage: str, doing: str, peak: Mapping[str, int], er
             f"The artifacts of earlier stages are kept.")
 
 
-def degrade(plan: Plan, stage: str) -> tuple[Plan, str] | None:
+def degrade(plan: Plan, stage: str, left: Sequence[Request]) -> tuple[Plan, str] | None:
     """The plan with exactly one thing changed that makes `stage` take less, and what it is; None for no way left.
 
-    Fewer lanes first, then smaller tiles for the decoder, then a tenth of every card more in reserve. Where others
-    took that much of a card since the plan was made, the reserve comes first: it is of what is free now.
+    `left` are the requests that it did not do. Fewer lanes first, then smaller tiles for the decoder where the job says
+    nothing of tiles, then a tenth of every card more in reserve. Where others took that much of a card since the plan
+    was made, the reserve comes first: it is of what is free now.
     """
     now = {device.name: device.free for device in probe(plan.devices).devices}
-    left = {card.name: min(card.free, now[card.name]) for card in plan.machine.cards}
-    crowded = any(card.free - left[card.name] > card.total // MORE for card in plan.machine.cards)
-    if crowded and (moved := _placed_anew(plan, stage, left)) is not None:
+    free = {card.name: min(card.free, now[card.name]) for card in plan.machine.cards}
+    crowded = any(card.free - free[card.name] > card.total // MORE for card in plan.machine.cards)
+    if crowded and (moved := _placed_anew(plan, stage, free)) is not None:
         return moved
     if stage == "denoise" and plan.lanes > 1:
         return replace(plan, lanes=1), f"one request at a time instead of {plan.lanes}"
-    if stage == "decode":
-        return _tiled(plan)
-    return None if crowded else _placed_anew(plan, stage, left)
+    if stage == "decode" and plan.job.tile is None:
+        return _tiled(plan, left)
+    return None if crowded else _placed_anew(plan, stage, free)
 
 
-def _tiled(plan: Plan) -> tuple[Plan, str] | None:
-    """The decoder in tiles, or in smaller ones; it is a picture that differs in its last bits."""
-    side = plan.tile or max(max(request.width, request.height) for request in plan.requests)
-    tile = next((tile for tile in TILES if tile < side), None)
+def _tiled(plan: Plan, left: Sequence[Request]) -> tuple[Plan, str] | None:
+    """The decoder in tiles, or in smaller ones; the pictures that are left differ in their last bits."""
+    tile = next(iter(smaller_tiles(plan.tile or 0, sizes_of(left))), None)
     vae = plan.stage("decode").components[0].name
     place = plan.places["decode", vae]
-    if tile is None or place.placement.tiled(tile) == place.placement:
+    tiled = place.placement if tile is None else place.placement.tiled(Tiling(tile))
+    if tiled == place.placement:
         return None
-    place = replace(place, placement=place.placement.tiled(tile))
-    return plan.moved("decode", {vae: place}), f"decoding in tiles of {tile} pixels"
+    return plan.moved("decode", {vae: replace(place, placement=tiled)}), f"decoding in tiles of {tile} pixels"
 
 
-def _placed_anew(plan: Plan, stage: str, left: Mapping[str, int]) -> tuple[Plan, str] | None:
-    """The stage placed anew, in no more than what is `left` of each card less a tenth of it."""
+def _placed_anew(plan: Plan, stage: str, free: Mapping[str, int]) -> tuple[Plan, str] | None:
+    """The stage placed anew, in no more than what is `free` of each card less a tenth of it."""
     tight = replace(plan.machine, devices=tuple(
-        replace(device, free=left.get(device.name, device.free) - device.total // MORE,
+        replace(device, free=free.get(device.name, device.free) - device.total // MORE,
                 limit=None if device.limit is None else device.limit - device.total // MORE)
         for device in plan.machine.devices
     ))

@@ -123,12 +123,17 @@ class Run:
         self.collectives, self.name = collectives, plan.job.run or new_run()
         self.changes: list[str] = []
         self.failures: list[Failure] = []
+        self._kept: dict[int, Picture] = {}
         self._announced: set[int] = set()
         self._follow(plan)
 
     def _follow(self, plan: Plan) -> None:
         """Go by this plan from now on."""
-        self.plan, self.keys, self._facts = plan, artifact_keys(plan), facts_of(plan, self.changes)
+        self.plan, self.keys = plan, artifact_keys(plan)
+        self._facts = {tile: facts_of(plan, self.changes, tile) for tile in (None, plan.tile)}
+        # A picture that is made stays as it was, whatever the others need.
+        self.keys["decode"] = tuple(self._kept[position].key if position in self._kept else key
+                                    for position, key in enumerate(self.keys["decode"]))
         self._planned = record_of(plan, self.name, self.keys)
         self._sharing: dict[str, list[int]] = {}
         for position, key in enumerate(self.keys["decode"]):
@@ -160,7 +165,12 @@ class Run:
         try:
             return attempt()
         except StageOutOfMemory as error:
-            changed = degrade(self.plan, stage.name) if self.plan.job.policy.degrade else None
+            if stage.name == "decode":
+                keys = self.keys[stage.name]
+                self._kept = {position: self._picture(position) for position, key in enumerate(keys)
+                              if position not in todo or key in made}
+            left = [request for position, request in enumerate(self.plan.requests) if position not in self._kept]
+            changed = degrade(self.plan, stage.name, left) if self.plan.job.policy.degrade else None
             if changed is None:
                 raise advised(error, self.plan) from None
             plan, text = changed
@@ -214,8 +224,11 @@ class Run:
         return (self._picture(position) for position in range(len(self.plan.requests)) if position not in lost)
 
     def _picture(self, position: int) -> Picture:
+        if position in self._kept:
+            return self._kept[position]
         request = self.plan.requests[position]
-        return Picture(request.index, request, self.keys["decode"][position], self.store, self._facts)
+        facts = self._facts[self.plan.tile_of(request)]
+        return Picture(request.index, request, self.keys["decode"][position], self.store, facts)
 
     def _record(self) -> dict[str, Any]:
         """What the run's record says by now."""
@@ -296,7 +309,10 @@ def record_of(plan: Plan, name: str, keys: Mapping[str, Sequence[str]]) -> dict[
     origin = Origin(f"run {name}", plan.checkpoint.identity, "bring that model back, or give the job anew")
     policy = replace(plan.job.policy, from_stage=None)
     revision = commit(plan.checkpoint.identity, plan.job.model or plan.family.repo)
-    job = replace(plan.job, run=name, dtype=dtype, origin=origin, policy=policy, revision=revision)
+    tiling = plan.tiling
+    tile, whole = (0, 0) if tiling is None else (tiling.side, tiling.whole)
+    job = replace(plan.job, run=name, dtype=dtype, origin=origin, policy=policy, revision=revision, tile=tile,
+                  whole=whole)
     last = STAGES.index(plan.job.policy.stop_after or STAGES[-1])
     return {
         "model": plan.checkpoint.identity, "requests": [asdict(request) for request in plan.requests],
@@ -305,13 +321,13 @@ def record_of(plan: Plan, name: str, keys: Mapping[str, Sequence[str]]) -> dict[
     }
 
 
-def facts_of(plan: Plan, changes: Sequence[str]) -> dict[str, Any]:
-    """What a picture's metadata says of how it was made."""
+def facts_of(plan: Plan, changes: Sequence[str], tile: int | None) -> dict[str, Any]:
+    """What the metadata of a picture that is decoded in tiles of so many pixels, or whole, say of how it was made."""
     return {
         "model": plan.checkpoint.source, "identity": plan.checkpoint.identity, "family": plan.family.name,
         "dtype": {plan.label(part): describe.dtype_name(place.dtype) for part, place in plan.places.items()},
         "devices": list(plan.devices),
         **({"loras": describe.loras(plan)} if plan.checkpoint.loras else {}),
-        **({} if plan.tile is None else {"tile": plan.tile}),
+        **({} if tile is None else {"tile": tile}),
         **({} if not changes else {"changes": list(changes)}),
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.inputs import INPUTS, PIXELS
+from runner.job_fields import tile
 from runner.request import Request
 from runner.text import shown
 from stages.errors import InvalidInput
@@ -43,6 +44,8 @@ class PictureCard:
     """The type of each component."""
     loras: tuple[LoraRequest, ...] = ()
     """The LoRAs that were merged into it."""
+    tile: int = 0
+    """Pixels along a side of the tiles that it was decoded in; 0 where that was done whole."""
 
     @property
     def revision(self) -> str | None:
@@ -149,7 +152,7 @@ def read_card(path: str | Path) -> PictureCard:
         family, model, identity = (_text(card, name) for name in ("family", "model", "identity"))
         if family not in FAMILIES:
             raise InvalidInput(f"family {shown(family)} is unknown here")
-        return PictureCard(request, family, model, identity, _dtype(card), _loras(card))
+        return PictureCard(request, family, model, identity, _dtype(card), _loras(card), _tile(card))
     except KeyError as error:
         raise InvalidInput(f"{path}: its metadata lack {error}") from None
     except OSError as error:
@@ -208,6 +211,13 @@ def _dtype(card: Mapping[str, Any]) -> dict[str, str]:
     value = card["dtype"]
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
         raise InvalidInput("dtype in its metadata is not a name per component")
+    return value
+
+
+def _tile(card: Mapping[str, Any]) -> int:
+    value = card.get("tile", 0)
+    if type(value) is not int or tile(value) is None:
+        raise InvalidInput(f"tile in its metadata is {shown(repr(value))}")
     return value
 
 

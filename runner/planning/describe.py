@@ -1,6 +1,6 @@
 """The plan as people and programs read it, and as the record of a run keeps it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from stages.loading.load import host_bytes_while_loading
 Layout = dict[str, dict[str, dict[str, dict[str, int]]]]
 # What is in no block, in a layout.
 REST = "outside blocks"
+# More of them are not listed.
+SIZES = 6
 
 
 def lines(plan: Plan) -> list[str]:
@@ -54,6 +56,7 @@ def document(plan: Plan) -> dict[str, Any]:
                                     "layers": sorted(saving.layers), "refused": saving.refused}
                              for name, saving in plan.savings.items()},
         "tile": plan.tile,
+        "tiles": plan.tiles,
         "lanes": plan.lanes,
     }
 
@@ -84,9 +87,22 @@ def choices(plan: Plan) -> Iterator[str]:
         yield f"LoRA {lora.source} x {lora.scale:g}: merged into {' and '.join(names)} where weights are read"
     yield from map(str, plan.savings.values())
     if plan.tile is not None:
-        yield f"decoded in tiles of {plan.tile} pixels, because the whole picture does not fit"
+        yield tiled(plan)
     if len(plan.requests) > 1:
         yield pace(plan)
+
+
+def tiled(plan: Plan) -> str:
+    """Which sizes are decoded in tiles, and why so."""
+    why = "as was asked" if plan.job.tile is not None else "because the whole picture does not fit"
+    some, whole = ([size for size, tile in plan.tiles.items() if bool(tile) is so] for so in (True, False))
+    text = f"decoded in tiles of {plan.tile} pixels, {why}"
+    return f"{text}: {_listed(some)}; whole: {_listed(whole)}" if whole else text
+
+
+def _listed(sizes: Sequence[str]) -> str:
+    """Sizes, or the first and the last of many."""
+    return ", ".join(sizes) if len(sizes) <= SIZES else f"{sizes[0]} to {sizes[-1]} ({len(sizes):,} sizes)"
 
 
 def pace(plan: Plan) -> str:

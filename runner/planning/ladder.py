@@ -60,6 +60,8 @@ class PlacementProblem:
     """Blocks that stay with what is outside of the blocks."""
     smaller: Mapping[str, float] = field(default_factory=dict)
     """Smaller pictures (WxH) with their part of the pixels."""
+    tile: int = 0
+    """Pixels along a side of the tiles with which a decoder fits; 0 where none are known to help."""
 
     @property
     def open(self) -> list[Weights]:

@@ -80,3 +80,19 @@ def _device(name: str, names: Sequence[str], component: str) -> str:
         raise InvalidInput(f"`place`: {component} cannot go to {name!r}: write a device of {', '.join(names)}, runs "
                            f"such as 0:9,1:28,0:20, or for a whole stage {', '.join(LADDER)}")
     return full
+
+
+def process_devices(machine: Machine, count: int) -> tuple[str, ...]:
+    """The devices of `count` processes: the first cards, or all for 0; on a host without cards, that several times.
+
+    Raises InvalidInput where it is fewer than two, or than there are cards.
+    """
+    cards = tuple(card.name for card in machine.cards)
+    if not cards and count > 1:
+        return (machine.devices[0].name,) * count
+    found = cards[:count] if count else cards
+    if len(found) < max(2, count):
+        there = f"{len(cards)} cards ({', '.join(cards)})" if len(cards) > 1 else cards[0] if cards else "no card"
+        raise InvalidInput(f"denoise=tensor_parallel needs {max(2, count)} cards, and there is {there} -> leave it "
+                           f"out; on a CPU, `ranks=2` says how many processes")
+    return found

@@ -1,7 +1,9 @@
 """Placing the stages of a run one after the other: estimate, choose from the ladder, estimate what it gave."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -9,28 +11,30 @@ import torch
 
 from runner.planning.cache import PlanCache, recalled
 from runner.planning.ladder import NoStrategyFits, PlacementProblem, Strategy, choose
-from runner.planning.place_option import StagePlaces, resolve
-from runner.planning.placed import Need, Placed, Tried
+from runner.planning.place_option import StagePlaces, process_devices, resolve
+from runner.planning.placed import Placed, Tried
 from runner.planning.precompute import table_saving
+from runner.planning.stage_task import StageTask, branches
+from runner.planning.tiles import Size, by_pixels, heaviest, smaller_tiles, tiled, tilings
 from runner.text import gib
 from stages.errors import DoesNotFit, Fix, InvalidInput
 from stages.estimate.dry_run import Estimate, dry_run, one_thread
 from stages.estimate.memory_tracker import MixedDevices
 from stages.estimate.rehearsal import rehearse
 from stages.loading.disk_weights import bytes_read_per_pass
-from stages.loading.lora_merge import bytes_to_merge
 from stages.machine import Machine
 from stages.models.format import choose_dtype
 from stages.models.skeleton import skeleton
-from stages.models.weights import Weights, weigh
+from stages.models.weights import weigh
 from stages.pipeline.stage import Inputs, Stage
-from stages.placement.placement import DISK, Place, Placement, Resident
+from stages.placement.placement import Place, Placement, Resident
 from stages.placement.sharded import remainder
 from stages.placement.tensor_parallel import TensorParallel, bytes_per_device
+from stages.placement.tiling import Tiling
 from stages.state import State
 
-TILES = (1024, 512, 256)
 TRIES = 4
+Fitted = tuple[dict[str, Place], Estimate, Tried]
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,24 @@ class Placer:
     """How many there are."""
     counts: frozenset[int] = frozenset()
     """How many steps they take."""
+    sizes: tuple[Size, ...] = ()
+    """The sizes of all pictures, in pixels."""
+    tile: int | None = None
+    """Pixels along a side of the tiles to decode in, 0 for none; None: only pictures that do not fit whole."""
+    whole: int = 0
+    """Pixels up to which a picture is decoded whole although `tile` says tiles."""
 
     def place(self, stages: Sequence[Stage], known: PlanCache | None = None) -> Placed:
         """All stages placed; NoStrategyFits for the first that does not fit."""
-        done, state, known = Placed(), State(), known or PlanCache()
+        done, state, known, tasks = Placed(), State(), known or PlanCache(), list[StageTask]()
         with one_thread():
             for stage in stages:
-                state = self._place(stage, state, done, known)
+                state = self._place(stage, state, done, known, tasks)
         return done
 
-    def _place(self, stage: Stage, state: State, done: Placed, known: PlanCache) -> State:
+    def _place(
+        self, stage: Stage, state: State, done: Placed, known: PlanCache, tasks: list[StageTask]
+    ) -> State:
         types = dict(self._types(stage, done))
         if stage.name == "denoise":
             self._rehearse(stage, state, types, known)
@@ -75,25 +87,19 @@ class Placer:
                    for component in stage.components}
         row = sum(done.savings[name].row for name in precomputed)
         task = StageTask(stage, state, types, weights, precomputed, row, known)
-        refused: list[Strategy] = []
-        for tile in (None, *self._tiles()) if stage.name == "decode" else (None,):
-            try:
-                places, estimate, tried = self._fitted(task, tile)
-                if stage.name == "denoise" and self._processes(stage) is None:
-                    done.lanes, places, estimate, tried = self._with_lanes(task, places, estimate, tried)
-                break
-            except NoStrategyFits as error:
-                refused += error.tried if tile is None else ()
-                last = error
+        if stage.name == "decode":
+            places, estimate, tried = self._decoder(task, tasks)
         else:
-            raise last
-        tiles = tried if tile is None else (Strategy(f"tiles of {tile} pixels"),)
+            places, estimate, tried = self._fitted(task)
+        if stage.name == "denoise" and self._processes(stage) is None:
+            done.lanes, places, estimate, tried = self._with_lanes(task, places, estimate, tried)
+        tasks.append(task)
         done.places |= {(stage.name, name): place for name, place in places.items()}
         done.weights |= {(stage.name, name): weight for name, weight in weights.items()}
         done.reads[stage.name] = sum(
             bytes_read_per_pass(component, places[component.name]) for component in stage.components)
         done.needs[stage.name] = task.needs(places, estimate)
-        done.strategies[stage.name] = (*refused, *tiles)
+        done.strategies[stage.name] = tried
         return estimate.state
 
     def _rehearse(self, stage: Stage, state: State, types: Mapping[str, torch.dtype], known: PlanCache) -> None:
@@ -113,10 +119,6 @@ class Placer:
         done.savings[saving.component] = saving
         return {saving.component: saving.layers}
 
-    def _tiles(self) -> Iterator[int]:
-        sides = [side for side in (self.inputs["width"], self.inputs["height"]) if isinstance(side, int)]
-        return (tile for tile in TILES if tile < max(sides))
-
     def _types(self, stage: Stage, done: Placed) -> Iterator[tuple[str, torch.dtype]]:
         for component in stage.components:
             asked = self.dtypes.get(component.name) or self.dtypes.get("")
@@ -127,21 +129,105 @@ class Placer:
     def _processes(self, stage: Stage) -> int | None:
         return self.asked.get(stage.name, StagePlaces()).processes
 
-    def _fitted(self, task: "StageTask", tile: int | None) -> tuple[dict[str, Place], Estimate, Tried]:
+    def _decoder(self, task: StageTask, before: Sequence[StageTask]) -> Fitted:
+        """The decoder for whole pictures; or where the largest does not fit, in the largest tiles that do.
+
+        `before` are the stages that make what it starts from.
+        """
+        errors: list[NoStrategyFits] = []
+        for tiling in tilings(self.tile, self.whole, self.sizes):
+            try:
+                places, estimate, tried = self._tiled(task, before, tiling)
+            except NoStrategyFits as error:
+                errors.append(error)
+                continue
+            if tiling is None:
+                return places, estimate, tried
+            if self.tile is None:
+                places, estimate = self._fewest_tiled(task, before, places, estimate, tiling)
+            refused = errors[0].tried if errors else ()
+            return places, estimate, (*refused, Strategy(f"tiles of {tiling.side} pixels"))
+        if self.tile is not None:
+            self._suggest_tiles(errors[-1], task, before, self.tile)
+        raise errors[-1]
+
+    def _tiled(self, task: StageTask, before: Sequence[StageTask], tiling: Tiling | None) -> Fitted:
+        """The decoder with these tiles, and what it takes at most for any of the sizes."""
+        places, estimate, tried = self._fitted(task, tiling)
+        peak = Counter(estimate.peak)
+        for size in heaviest(self.sizes, tiling) - {(self.inputs["width"], self.inputs["height"])}:
+            other = self._of_size(size, task, before, places)
+            over = self._over(task, places, other)
+            if max(over.values()) > 0:
+                raise self._outgrown(task.stage, over, tried)
+            peak |= Counter(other.peak)
+        return places, replace(estimate, peak=peak), tried
+
+    def _fewest_tiled(
+        self, task: StageTask, before: Sequence[StageTask], places: dict[str, Place], estimate: Estimate,
+        tiling: Tiling,
+    ) -> tuple[dict[str, Place], Estimate]:
+        """The places with as many of the pictures decoded whole as fit, in order of their pixels."""
+        peak = Counter(estimate.peak)
+        counts = by_pixels(size for size in self.sizes if tiling.tile(*size))
+
+        def fits(pixels: int) -> bool:
+            whole = tiled(places, replace(tiling, whole=pixels))
+            found = [self._of_size(size, task, before, whole) for size in counts[pixels]]
+            if max(max(self._over(task, whole, each).values()) for each in found) > 0:
+                return False
+            for each in found:
+                peak.update(Counter(each.peak) - peak)
+            return True
+
+        count = bisect_left(list(counts), True, key=lambda pixels: not fits(pixels))
+        if not count:
+            return places, estimate
+        return tiled(places, replace(tiling, whole=list(counts)[count - 1])), replace(estimate, peak=peak)
+
+    def _suggest_tiles(
+        self, error: NoStrategyFits, task: StageTask, before: Sequence[StageTask], tile: int
+    ) -> None:
+        """Have the error of a decoder that does not fit as asked say the tiles with which it does."""
+        for side in smaller_tiles(tile, self.sizes):
+            with suppress(NoStrategyFits):
+                self._tiled(task, before, Tiling(side))
+                if error.problem is None:
+                    error.fixes = (Fix("tile", side),)
+                else:
+                    error.problem = replace(error.problem, tile=side)
+                return
+
+    def _of_size(
+        self, size: Size, task: StageTask, before: Sequence[StageTask], places: Mapping[str, Place]
+    ) -> Estimate:
+        """What decode takes at these places for a picture of another size."""
+        sized = replace(self, inputs={**self.inputs, "width": size[0], "height": size[1]})
+        state = State()
+        for earlier in before:
+            there = earlier.places(dict.fromkeys(earlier.types, Resident(self.machine.devices[0].name)))
+            state = sized.estimate(replace(earlier, state=state), there).state
+        return sized.estimate(replace(task, state=state), places)
+
+    def _over(self, task: StageTask, places: Mapping[str, Place], estimate: Estimate) -> dict[str, int]:
+        """The bytes by which a stage exceeds the room of each device that has a limit; negative where it does not."""
+        return {name: need.total - room for name, need in task.needs(places, estimate).items()
+                if (room := self.machine.room(name)) is not None}
+
+    def _fitted(self, task: StageTask, tiling: Tiling | None = None) -> Fitted:
         """Places that fit with what the estimate at those places took."""
         processes = self._processes(task.stage)
         if processes is not None:
             return self._tensor_parallel(task, processes)
         best = max(self.machine.cards or self.machine.devices, key=lambda device: device.room).name
-        at_best = task.places({name: Resident(best, tile) for name in task.types})
+        at_best = task.places({name: Resident(best, tiling) for name in task.types})
         estimate = self.estimate(task, at_best)
         reserve = Counter(dict.fromkeys((device.name for device in self.machine.devices), estimate.peak[best]))
         first = pinned = frozenset(task.first_blocks())
         over: dict[str, int] = {}
         for _ in range(TRIES):
             placements, tried = self._chosen(task, estimate, reserve, pinned)
-            places = task.places({name: placement if tile is None else placement.tiled(tile)
-                                  for name, placement in placements.items()})
+            places = tiled(task.places(placements), tiling)
             try:
                 estimate = estimate if places == at_best else self.estimate(task, places)
             except MixedDevices:
@@ -150,8 +236,7 @@ class Placer:
                     raise
                 pinned = first.union(name for weights in task.weights.values() for name in branches(weights))
                 continue
-            over = {name: need.total - room for name, need in task.needs(places, estimate).items()
-                    if (room := self.machine.room(name)) is not None}
+            over = self._over(task, places, estimate)
             if max(over.values()) <= 0:
                 break
             reserve.update({name: excess for name, excess in over.items() if excess > 0})
@@ -169,14 +254,14 @@ class Placer:
         return NoStrategyFits(f"{stage.name}: its activations outgrow every reserve -> {advice}", tried, fixes)
 
     def _with_lanes(
-        self, task: "StageTask", places: dict[str, Place], estimate: Estimate, tried: Tried
+        self, task: StageTask, places: dict[str, Place], estimate: Estimate, tried: Tried
     ) -> tuple[int, dict[str, Place], Estimate, Tried]:
         """As many lanes as asked for; or as fit without streaming, up to one for each card that the denoiser is on."""
         if self.lanes is not None:
             return self._lanes(task.stage), places, estimate, tried
         for count in range(min(concurrency(places), self.requests), 1, -1):
             try:
-                more = replace(self, lanes=count)._fitted(task, None)
+                more = replace(self, lanes=count)._fitted(task)
             except NoStrategyFits:
                 continue
             if concurrency(more[0]) > 1:
@@ -184,7 +269,7 @@ class Placer:
         return 1, places, estimate, tried
 
     def _chosen(
-        self, task: "StageTask", estimate: Estimate, reserve: Mapping[str, int], pinned: frozenset[str]
+        self, task: StageTask, estimate: Estimate, reserve: Mapping[str, int], pinned: frozenset[str]
     ) -> tuple[dict[str, Placement], Tried]:
         stage, weights = task.stage, task.weights
         asked = self.asked.get(stage.name, StagePlaces())
@@ -204,7 +289,7 @@ class Placer:
         )
         return choose(problem, self.machine, asked.strategy)
 
-    def _tensor_parallel(self, task: "StageTask", count: int) -> tuple[dict[str, Place], Estimate, Tried]:
+    def _tensor_parallel(self, task: StageTask, count: int) -> Fitted:
         """The denoiser cut over the first `count` cards, or over all for 0, one process each.
 
         What an estimate on one card takes is the most that a process takes. Raises NoStrategyFits where that does not
@@ -235,7 +320,7 @@ class Placer:
                                      f"cards, or choose a smaller `size`")
         return places, estimate, (Strategy("tensor_parallel"),)
 
-    def estimate(self, task: "StageTask", places: Mapping[str, Place]) -> Estimate:
+    def estimate(self, task: StageTask, places: Mapping[str, Place]) -> Estimate:
         """What the stage takes at these places."""
         scratch = {device.name: device.scratch for device in self.machine.devices}
         found = recalled(
@@ -251,82 +336,7 @@ class Placer:
         return min(self.lanes or 1, self.requests) if stage.name == "denoise" else 1
 
 
-@dataclass(frozen=True)
-class StageTask:
-    """A stage to be placed."""
-
-    stage: Stage
-    """The stage."""
-    state: State
-    """What it starts from: shapes, and numbers that mean nothing."""
-    types: Mapping[str, torch.dtype]
-    """The types of its components."""
-    weights: Mapping[str, Weights]
-    """What its components weigh."""
-    precomputed: Mapping[str, frozenset[str]]
-    """By component, the layers that the modulation table stands in for."""
-    row: int
-    """Bytes of the table that a call of the denoiser reads."""
-    known: PlanCache
-    """What other plans found out."""
-
-    def first_blocks(self) -> Iterator[str]:
-        """The blocks with the first weight of a component: where that is, a pipeline puts what it gives the model."""
-        for component in self.stage.components:
-            first = next(name for name, _ in skeleton(component, self.types[component.name]).named_parameters())
-            yield from (block for block in self.weights[component.name].blocks if first.startswith(f"{block}."))
-
-    def places(self, placements: Mapping[str, Placement]) -> dict[str, Place]:
-        """The components at these placements."""
-        return {name: Place(placements[name], dtype, self.precomputed.get(name, frozenset()))
-                for name, dtype in self.types.items()}
-
-    def needs(self, places: Mapping[str, Place], estimate: Estimate) -> dict[str, Need]:
-        """Bytes on each device at these places."""
-        shares = Counter[str]()
-        for name, weights in self.weights.items():
-            shares.update(places[name].placement.share(weights))
-        devices = sorted({*shares, *estimate.peak}, key=device_order)
-        merging = Counter[str]()
-        for component in self.stage.components:
-            if component.loras:
-                held = places[component.name].placement.share(self.weights[component.name])
-                merging |= Counter(dict.fromkeys(held, bytes_to_merge(component)))
-        # Nothing computes while weights are loaded.
-        return {name: Need(shares[name], max(estimate.peak.get(name, 0), merging[name])) for name in devices}
-
-
 def concurrency(places: Mapping[str, Place]) -> int:
     """How many requests in flight keep the devices of a stage busy."""
     (placement, *others) = (place.placement for place in places.values())
     return 1 if others else placement.concurrency
-
-
-def process_devices(machine: Machine, count: int) -> tuple[str, ...]:
-    """The devices of `count` processes: the first cards, or all for 0; on a host without cards, that several times.
-
-    Raises InvalidInput where it is fewer than two, or than there are cards.
-    """
-    cards = tuple(card.name for card in machine.cards)
-    if not cards and count > 1:
-        return (machine.devices[0].name,) * count
-    found = cards[:count] if count else cards
-    if len(found) < max(2, count):
-        there = f"{len(cards)} cards ({', '.join(cards)})" if len(cards) > 1 else cards[0] if cards else "no card"
-        raise InvalidInput(f"denoise=tensor_parallel needs {max(2, count)} cards, and there is {there} -> leave it "
-                           f"out; on a CPU, `ranks=2` says how many processes")
-    return found
-
-
-def device_order(device: str) -> tuple[bool, int, str]:
-    """Where a device stands in tables: cards by their numbers, then what is not a card."""
-    return device in ("cpu", DISK), len(device), device
-
-
-def branches(weights: Weights) -> list[str]:
-    """The blocks outside the row, such as `layers`, that has most bytes."""
-    rows = Counter[str]()
-    for name, size in weights.blocks.items():
-        rows[name.rpartition(".")[0]] += size
-    heaviest = rows.most_common(1)[0][0]
-    return [name for name in weights.blocks if name.rpartition(".")[0] != heaviest]

@@ -16,6 +16,7 @@ from stages.models.checkpoint import Checkpoint
 from stages.models.weights import Weights
 from stages.pipeline.stage import Stage
 from stages.placement.placement import Place
+from stages.placement.tiling import Tiling
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,26 @@ class Plan:
         return max((place.placement.processes for place in self.places.values()), default=1)
 
     @property
+    def tiling(self) -> Tiling | None:
+        """Which pictures are decoded in tiles; None where all are decoded whole."""
+        found = (place.placement.tiling for (stage, _), place in self.places.items() if stage == "decode")
+        return next(filter(None, found), None)
+
+    def tile_of(self, request: Request) -> int | None:
+        """The pixels along a side of the tiles that a picture is decoded in; None where it is decoded whole."""
+        return None if self.tiling is None else self.tiling.tile(request.width, request.height)
+
+    @property
+    def tiles(self) -> dict[str, int | None]:
+        """The same by size (WxH) of the pictures, the smallest first."""
+        sizes = sorted(sizes_of(self.requests), key=lambda size: (size[0] * size[1], size))
+        tiling = self.tiling
+        return {f"{width}x{height}": None if tiling is None else tiling.tile(width, height) for width, height in sizes}
+
+    @property
     def tile(self) -> int | None:
-        """The pixels along a side of the tiles that pictures are decoded in; None where they are decoded whole."""
-        return next((place.placement.tile for place in self.places.values() if place.placement.tile is not None), None)
+        """The pixels along a side of the tiles that some pictures are decoded in; None where all are decoded whole."""
+        return next(filter(None, self.tiles.values()), None)
 
     def label(self, part: Part) -> str:
         """The name of a component, with its stage where there is another of this name."""
@@ -111,6 +129,11 @@ class Plan:
     def only(self, positions: Sequence[int]) -> "Plan":
         """The plan for the requests at these positions alone."""
         return replace(self, job=self.job.only(positions))
+
+
+def sizes_of(requests: Iterable[Request]) -> tuple[tuple[int, int], ...]:
+    """The sizes of pictures, as (width, height), each once."""
+    return tuple(dict.fromkeys((request.width, request.height) for request in requests))
 
 
 def most_bytes(prompts: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from runner.planning.memory_limits import chosen, limited, read_machine
 from runner.planning.place_option import places_asked_for
 from runner.planning.placed import Placed
 from runner.planning.placer import Placer
-from runner.planning.plan import Plan, largest
+from runner.planning.plan import Plan, largest, sizes_of
 from runner.planning.suggestions import with_fixes
 from runner.request import Request, nearest_sizes
 from runner.text import shown
@@ -88,7 +88,7 @@ def _placed(
     dtypes: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in job.dtype.items()}
     placer = Placer(there, most.inputs, dtypes, places_asked_for(job.place, stages), job.allow_offload,
                     job.lanes, smaller_sizes(most, multiple), job.modulation_table, len(job.requests),
-                    frozenset(request.steps for request in job.requests))
+                    frozenset(request.steps for request in job.requests), sizes_of(job.requests), job.tile, job.whole)
     try:
         return job, placer, placer.place(stages, cache)
     except UnusableSteps as error:

@@ -10,7 +10,8 @@ import torch
 from runner.inputs import read_size
 from runner.job import Job
 from runner.planning.ladder import NoStrategyFits, PlacementProblem, Placements, attempt, usable
-from runner.planning.plan import Plan
+from runner.planning.plan import Plan, sizes_of
+from runner.planning.tiles import smaller_tiles
 from runner.text import gib
 from stages.errors import DoesNotFit, Fix, Fixes
 from stages.machine import Machine
@@ -78,6 +79,8 @@ def applied(job: Job, fixes: Fixes) -> Job:
             width, height = read_size(str(fix.value))
             requests = tuple(replace(request, width=width, height=height) for request in job.requests)
             job = replace(job, requests=requests)
+        elif fix.field == "tile":
+            job = replace(job, tile=int(str(fix.value)), whole=0)
         elif fix.field == "place":
             job = replace(job, place=tuple(place for place in job.place if place.stage != fix.component))
         else:
@@ -157,6 +160,9 @@ def least_change(problem: PlacementProblem, machine: Machine, only: str | None =
         streamed = attempt(replace(problem, offload=offload), machine)[0]
         if streamed is not None:
             return f"`allow_offload={offload}`: {_waiting(problem, streamed)}", (Fix("allow_offload", offload),)
+    if problem.tile:
+        return (f"`tile={problem.tile}`: what is decoded in tiles needs less, and is another picture in its last bits",
+                (Fix("tile", problem.tile),))
     for size, part in problem.smaller.items():
         # What does not shrink with the picture, such as the prompt, is a small part.
         reserve = {name: int(held * min(1, part + 0.1)) for name, held in problem.reserve.items()}
@@ -208,6 +214,8 @@ def _candidates(plan: Plan, stage: str) -> Iterator[Fixes]:
         yield tight
         if job.allow_offload is None:
             yield *tight, Fix("allow_offload", "cpu")
+    if stage == "decode" and (job.tile is not None or not job.policy.degrade):
+        yield from ((Fix("tile", side),) for side in smaller_tiles(plan.tile or 0, sizes_of(plan.requests)))
     if not job.dtype and any(place.dtype == torch.float32 for place in plan.places_of(stage).values()):
         yield *alone, Fix("dtype", "bfloat16")
     if stage != "encode" and plan.placer is not None:

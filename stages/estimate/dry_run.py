@@ -66,7 +66,7 @@ def dry_run(
         tracker.hold(received, home, received.untyped_storage().nbytes())
         return received
 
-    loaded = Loaded(stage, stage.pipeline(models, FakeTokenizer), receive)
+    loaded = Loaded(stage, stage.pipeline(models, FakeTokenizer), receive, places)
     with suspected(stage), tracker, FusedAttention(tracker), torch.no_grad(), stage.shortened(_STEPS):
         after = loaded.run(state, inputs)
         return Estimate(dict(tracker.peak), work, after)

@@ -130,7 +130,8 @@ class Loading:
             for component in self._stage.components:
                 models[component.name] = self._load(component)
             dtype = self._places[self._stage.components[0].name].dtype
-            self._loaded = Loaded(self._stage, self._stage.pipeline(models), moved_to(self._home, dtype))
+            receive = moved_to(self._home, dtype)
+            self._loaded = Loaded(self._stage, self._stage.pipeline(models), receive, self._places)
         except BaseException as error:
             models.clear()
             forget_frames(error)
@@ -157,10 +158,14 @@ class Loaded:
     """A stage with a pipeline that runs requests, one at a time in each thread."""
 
     def __init__(
-        self, stage: Stage, pipe: ModularPipeline, receive: Callable[[torch.Tensor], torch.Tensor]
+        self, stage: Stage, pipe: ModularPipeline, receive: Callable[[torch.Tensor], torch.Tensor],
+        places: Places | None = None,
     ) -> None:
-        """`receive` gives a tensor as the stage takes it: pipeline blocks neither move nor cast what comes in."""
-        self.stage, self.pipe, self._receive = stage, pipe, receive
+        """`receive` gives a tensor as the stage takes it: pipeline blocks neither move nor cast what comes in.
+
+        `places` are those of the components that something must be done with before each request, if there are any.
+        """
+        self.stage, self.pipe, self._receive, self._places = stage, pipe, receive, places or {}
         models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
         self._models, self._lanes = [weakref.ref(model) for model in models], list[Loaded]()
 
@@ -186,7 +191,7 @@ class Loaded:
         # Schedulers and guiders count steps; everything else is only read.
         parts = {name: part if isinstance(part, nn.Module) or name.startswith("tokenizer") else copy.deepcopy(part)
                  for name, part in self.pipe.components.items()}
-        self._lanes.append(Loaded(self.stage, self.stage.pipeline(parts), self._receive))
+        self._lanes.append(Loaded(self.stage, self.stage.pipeline(parts), self._receive, self._places))
         return self._lanes[-1]
 
     def run(
@@ -196,6 +201,10 @@ class Loaded:
 
         Raises BadResult naming the stage and the value when a result is not finite.
         """
+        width, height = inputs["width"], inputs["height"]
+        assert isinstance(width, int) and isinstance(height, int)
+        for name, place in self._places.items():
+            place.placement.prepare(self.pipe.components[name], width, height)
         arguments = self.stage.arguments(self.pipe, inputs)
         if self.stage.guided:
             # A guider decides in encode whether there are negative embeddings, and in denoise what they do; families

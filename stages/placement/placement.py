@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.errors import DoesNotFit
 from stages.events import Emit
 from stages.models.weights import Weights
+from stages.placement.tiling import Tiling, set_tile
 from stages.placement.transfers import Crossing, Transfer, corrupted_pairs, direct, via_host
 
 DISK = "disk"
@@ -92,13 +92,16 @@ class Placement(ABC):
         return replace(self, via_host=True)
 
     @property
-    def tile(self) -> int | None:
-        """The pixels along a side of the tiles that a VAE works in; None where it takes pictures whole."""
+    def tiling(self) -> Tiling | None:
+        """Which pictures a VAE decodes in tiles; None where it takes all of them whole."""
         return None
 
-    def tiled(self, side: int | None) -> "Placement":
-        """The same placement of a VAE that works in tiles of `side` pixels, if it can."""
+    def tiled(self, tiling: Tiling | None) -> "Placement":
+        """The same placement of a VAE that decodes some pictures in tiles, if it can."""
         return self
+
+    def prepare(self, model: Any, width: int, height: int) -> None:  # noqa: B027  # most have nothing to do
+        """Make the loaded model ready for a picture of this size."""
 
     @property
     def concurrency(self) -> int:
@@ -121,11 +124,11 @@ class Resident(Placement):
 
     device: str
     """The device."""
-    tile: int | None = None
-    """The pixels along a side of the tiles that a VAE works in; None where it takes pictures whole."""
+    tiling: Tiling | None = None
+    """Which pictures a VAE decodes in tiles; None where it takes all of them whole."""
 
     def __str__(self) -> str:
-        return self.device if self.tile is None else f"{self.device} in tiles of {self.tile} pixels"
+        return self.device if self.tiling is None else f"{self.device} {self.tiling}"
 
     @property
     def entry(self) -> str:
@@ -139,28 +142,18 @@ class Resident(Placement):
         return {self.device: weights.total}
 
     def attach(self, model: nn.Module, home: str, transfer: Transfer | None = None, fetch: Fetch = from_host) -> None:
-        if self.tile is not None:
-            _set_tiles(model, self.tile)
         if torch.device(home) != torch.device(self.device):
             Crossing(model, {"": self.device}, home, transfer or self.transfer)
 
     def renamed(self, names: Mapping[str, str]) -> "Resident":
         return replace(self, device=names.get(self.device, self.device))
 
-    def tiled(self, side: int | None) -> "Resident":
-        return replace(self, tile=side)
+    def tiled(self, tiling: Tiling | None) -> "Resident":
+        return replace(self, tiling=tiling)
 
-
-def _set_tiles(vae: Any, side: int) -> None:
-    """Make a VAE work in tiles of `side` pixels; DoesNotFit for one whose tiles have no size to set."""
-    if hasattr(vae, "tile_sample_min_height"):
-        vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
-    elif hasattr(vae, "tile_latent_min_size"):
-        scale = vae.tile_sample_min_size // vae.tile_latent_min_size
-        vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // scale
-        vae.enable_tiling()
-    else:
-        raise DoesNotFit(f"{type(vae).__name__} cannot decode in tiles: choose a smaller `size`")
+    def prepare(self, model: Any, width: int, height: int) -> None:
+        if self.tiling is not None:
+            set_tile(model, self.tiling.tile(width, height))
 
 
 @dataclass(frozen=True)

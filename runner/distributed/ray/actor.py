@@ -108,7 +108,8 @@ class StageActor:
         try:
             self._made(group, todo)
         except StageOutOfMemory as error:
-            changed = degrade(self._plan, self.name) if self._plan.job.policy.degrade else None
+            left = [self._plan.requests[position] for position in todo]
+            changed = degrade(self._plan, self.name, left) if self._plan.job.policy.degrade else None
             if changed is None:
                 raise advised(error, self._plan) from None
             plan, text = changed
@@ -126,10 +127,13 @@ class StageActor:
             "changes": list(self._changes), "recorded": self._recorder.document(),
             "previews": self._recorder.strips.keep(self._store, self._plan.job.run, self._plan.requests),
         }
-        if self._changes:
-            # Other tiles are another picture, under another key.
-            group["keys"] = {str(position): self._keys[self.name][position] for position in group["positions"]}
-            group["facts"] = facts_of(self._plan, self._changes)
+        for position in todo if self._changes else ():
+            before = group["facts"].get(str(position), {}).get("changes", ())
+            tile = self._plan.tile_of(self._plan.requests[position])
+            group["facts"][str(position)] = facts_of(self._plan, (*before, *self._changes), tile)
+            if self.name == STAGES[-1]:
+                # Other tiles are another picture, under another key.
+                group["keys"][str(position)] = self._keys[self.name][position]
 
     def _made(self, group: dict[str, Any], todo: Sequence[int]) -> None:
         at = STAGES.index(self.name)

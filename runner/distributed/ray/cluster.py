@@ -225,7 +225,7 @@ class ClusterRun:
         self._plan, self._stages, self._todo, self._store, self._done = plan, stages, todo, store, done
         self._keys = {stage: list(keys[stage]) for stage in STAGES}
         self._facts: dict[int, Mapping[str, Any]] = {}
-        self._usual = facts_of(plan, ())
+        self._usual = {tile: facts_of(plan, (), tile) for tile in (None, plan.tile)}
         self._did: list[tuple[str, Mapping[str, Any]]] = []
         self._begun = time.time()
         self.failures: list[Failure] = []
@@ -249,7 +249,7 @@ class ClusterRun:
                 emit("warning", {"text": text})
         for position, key in group["keys"].items():
             self._keys["decode"][int(position)] = key
-            self._facts[int(position)] = group["facts"]
+        self._facts |= {int(position): facts for position, facts in group["facts"].items()}
         lost = {failure.index for failure in failures}
         self.finish([at for at in group["positions"] if at not in lost])
 
@@ -300,8 +300,8 @@ class ClusterRun:
 
     def _picture(self, at: int) -> Picture:
         request = self._plan.requests[at]
-        return Picture(request.index, request, self._keys["decode"][at], self._store,
-                       self._facts.get(at, self._usual))
+        facts = self._facts.get(at) or self._usual[self._plan.tile_of(request)]
+        return Picture(request.index, request, self._keys["decode"][at], self._store, facts)
 
     def _stage(self, name: str) -> StageReport:
         mine = [did for stage, did in self._did if stage == name]
