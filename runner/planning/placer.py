@@ -147,9 +147,7 @@ class Placer:
                 places, estimate = self._fewest_tiled(task, before, places, estimate, tiling)
             refused = errors[0].tried if errors else ()
             return places, estimate, (*refused, Strategy(f"tiles of {tiling.side} pixels"))
-        if self.tile is not None:
-            self._suggest_tiles(errors[-1], task, before, self.tile)
-        raise errors[-1]
+        raise errors[-1] if self.tile is None else self._with_tiles(errors[-1], task, before, self.tile)
 
     def _tiled(self, task: StageTask, before: Sequence[StageTask], tiling: Tiling | None) -> Fitted:
         """The decoder with these tiles, and what it takes at most for any of the sizes."""
@@ -185,18 +183,19 @@ class Placer:
             return places, estimate
         return tiled(places, replace(tiling, whole=list(counts)[count - 1])), replace(estimate, peak=peak)
 
-    def _suggest_tiles(
+    def _with_tiles(
         self, error: NoStrategyFits, task: StageTask, before: Sequence[StageTask], tile: int
-    ) -> None:
-        """Have the error of a decoder that does not fit as asked say the tiles with which it does."""
-        for side in smaller_tiles(tile, self.sizes):
+    ) -> NoStrategyFits:
+        """The error of a decoder that does not fit as asked, with the tiles with which it does."""
+        for side in (*([tile] if self.whole else []), *smaller_tiles(tile, self.sizes)):
             with suppress(NoStrategyFits):
                 self._tiled(task, before, Tiling(side))
-                if error.problem is None:
-                    error.fixes = (Fix("tile", side),)
-                else:
+                if error.problem is not None:
                     error.problem = replace(error.problem, tile=side)
-                return
+                    return error
+                text = f"decode does not fit with pictures of up to {self.whole:,} pixels whole -> `tile={side}`"
+                return NoStrategyFits(text, error.tried, (Fix("tile", side),))
+        return error
 
     def _of_size(
         self, size: Size, task: StageTask, before: Sequence[StageTask], places: Mapping[str, Place]
