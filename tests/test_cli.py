@@ -280,6 +280,18 @@ def test_the_token_is_written_nowhere(
         assert secret.encode() not in data and b"SENTINEL" not in data
 
 
+@pytest.mark.parametrize(("words", "says"), [
+    ([b"caf\xc3\xa9", "--steps", "0"], b"error: steps must be a whole number from 1 to 1000, got 0"),
+    ([b"caf\xe9"], b"error: the prompt is not valid UTF-8 at byte 3 -> write it again in UTF-8"),
+])
+def test_letters_are_read_where_the_locale_knows_none(words: list[Any], says: bytes) -> None:
+    """Only what is no UTF-8 is at fault."""
+    words = [sys.executable, "-m", "runner", "flux", "--prompt", *words]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(words, env={**os.environ, **ascii_only}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()) == (2, [says])
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_its_exit_code_and_no_torn_file(flux: Path, number: int, code: int) -> None:
     words = base(flux, "--prompt", "x", "--out", "x.png", "--steps", "1000", "--artifacts", "store", "--log", "log")

@@ -85,6 +85,7 @@ app.add_typer(runs_options.app, name="runs")
 
 def main() -> int:
     """Answer the command line of this process; the exit code."""
+    speak_utf8()
     open_streams()
     # Imports make 700,000 objects that stay: looking through them again and again takes a second or two. A run, which
     # lasts, turns this on again after its imports.
@@ -105,6 +106,16 @@ def main() -> int:
     if words[:1] == ["plan"]:
         leave(code)
     return code
+
+
+def speak_utf8() -> None:
+    """Begin this process anew in Python's UTF-8 mode where it knows of no letters but ASCII, whose prompts, paths and
+    models have others all the same: of LC_ALL=C with Python's own way around it switched off, as some services do.
+    """
+    if sys.getfilesystemencoding() == "ascii":
+        # Not by the environment alone, which `python -I` does not heed; ranks are started with it.
+        words = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        os.execve(sys.executable, words, {**os.environ, "PYTHONUTF8": "1"})
 
 
 def open_streams() -> None:

@@ -33,7 +33,7 @@ from stages.placement.tensor_parallel import TensorParallel, bytes_per_device
 from stages.placement.tiling import Tiling
 from stages.state import State
 
-TRIES = 4
+TRIES = 8
 Fitted = tuple[dict[str, Place], Estimate, Tried]
 
 
@@ -219,16 +219,29 @@ class Placer:
         if processes is not None:
             return self._tensor_parallel(task, processes)
         best = max(self.machine.cards or self.machine.devices, key=lambda device: device.room).name
-        at_best = task.places({name: Resident(best, tiling) for name in task.types})
-        estimate = self.estimate(task, at_best)
-        reserve = Counter(dict.fromkeys((device.name for device in self.machine.devices), estimate.peak[best]))
+        alone = self.estimate(task, task.places({name: Resident(best, tiling) for name in task.types}))
+        try:
+            return self._settled(task, tiling, alone, dict.fromkeys((device.name for device in self.machine.devices), alone.peak[best]))
+        except NoStrategyFits as error:
+            if task.stage.name == "decode":
+                raise
+            # A card with a part of the blocks may compute with less than one that has all of them.
+            with suppress(NoStrategyFits):
+                return self._settled(task, tiling, alone, {})
+            raise error from None
+
+    def _settled(
+        self, task: StageTask, tiling: Tiling | None, estimate: Estimate, reserve: Mapping[str, int]
+    ) -> Fitted:
+        """As `_fitted`, from an estimate and a reserve that grows by what the placements take beyond it."""
+        reserve = Counter(reserve)
         first = pinned = frozenset(task.first_blocks())
         over: dict[str, int] = {}
         for _ in range(TRIES):
             placements, tried = self._chosen(task, estimate, reserve, pinned)
             places = tiled(task.places(placements), tiling)
             try:
-                estimate = estimate if places == at_best else self.estimate(task, places)
+                estimate = self.estimate(task, places)
             except MixedDevices:
                 # Branches that meet again must do so on one card: only the longest row of blocks is dealt.
                 if pinned != first:
@@ -237,11 +250,9 @@ class Placer:
                 continue
             over = self._over(task, places, estimate)
             if max(over.values()) <= 0:
-                break
+                return places, estimate, tried
             reserve.update({name: excess for name, excess in over.items() if excess > 0})
-        else:
-            raise self._outgrown(task.stage, over, tried)
-        return places, estimate, tried
+        raise self._outgrown(task.stage, over, tried)
 
     def _outgrown(self, stage: Stage, over: Mapping[str, int], tried: Tried) -> NoStrategyFits:
         """The error of a stage whose last placement is `over` the room of devices by so many bytes."""
