@@ -19,7 +19,7 @@ LONGEST = 24 * 3600.0
 AUTO = "auto"
 # Overlaps of tiles are whole latents of every VAE then.
 MULTIPLE = 64
-_RUN = re.compile("[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+RUN = re.compile("[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 Kind = TypeVar("Kind")
 
@@ -180,7 +180,7 @@ def pixels(name: str, value: Any) -> int:
 
 def run(name: Any) -> str:
     """The name of a run that a shell can say, or none."""
-    if text("run", name) and (not _RUN.fullmatch(name) or name == "last"):
+    if text("run", name) and (not RUN.fullmatch(name) or name == "last"):
         raise InvalidInput(f"`run` {shown(name)} is no name of a run: 1 to 64 of A-Z a-z 0-9 . _ - with no dot or "
                            f"dash in front, and not last")
     return str(name)

@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _NUMBERS = frozenset(("count", "guidance", "lanes", "preview", "ranks", "seed", "step_every", "steps", "tile"))
-_REFERENCE = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
+# Not part of a path or of what stands in quotes: that is a user's own.
+_REFERENCE = re.compile(r"(?<![\w'\"/.])`([a-z_]+)(?:=([^`]*))?`(?![\w'\"/]|\.\w)")
+_OWN = "`\u2060"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,18 @@ def worded(text: str, word: Callable[[str, str | None], str | None]) -> str:
     Where it gives None the reference stays as it is.
     """
     return _REFERENCE.sub(lambda found: word(found[1], found[2]) or found[0], text)
+
+
+def as_own(text: str, words: Sequence[str]) -> str:
+    """A message in which no name of the job is seen in what quotes these words of a user.
+
+    What is put there for it is not printable, which `StagerunError.message` leaves out.
+    """
+    for word in words:
+        for own in {word, word.partition("=")[2]}:
+            if "`" in own:
+                text = text.replace(own, own.replace("`", _OWN))
+    return text
 
 
 def as_keyword(name: str, value: str | None) -> str:

@@ -60,6 +60,21 @@ def test_python_is_told_keywords_and_a_shell_options() -> None:
     assert as_option("devices", "cpu") == "--device cpu"
 
 
+def test_names_in_backquotes_that_are_a_user_s_own_stay(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for own in ("no model at /x/`size`/y", "'`size`'", "`size`.txt is empty", '"`lanes=2`"'):
+        assert worded(own, as_option) == own and str(InvalidInput(own)) == own
+    for words, quoted in ((["--like", "`size`"], "`size`"), (["--like=`size`"], "`size`"),
+                          (["--prompt-file", "`lanes=2`"], "`lanes=2`"), (["--lanes", "`size`"], "`size`")):
+        assert answer(["demo", *words, "--prompt", "x", "--artifacts", "memory"]) == 2
+        told = capsys.readouterr().err
+        assert quoted in told and "--size" not in told and "--lanes 2" not in told and told.isascii()
+    assert answer(["demo", "--prompt-file", "`size`", "--prompt", "x"]) == 2
+    assert "--prompt and --prompt-file" in capsys.readouterr().err
+
+
 def test_whoever_asks_for_value_errors_still_hears_of_bad_input() -> None:
     assert issubclass(InvalidInput, ValueError) and issubclass(RankLost, RuntimeError)
     assert all(issubclass(kind, StagerunError) for kind in KINDS.values())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
 from runner.artifacts.signed_json import JSON, Damaged, canonical, read_document, write_document
+from runner.job_fields import RUN
 from runner.text import clean, gib
 
 MAX_OBJECT_BYTES = 8 * 2**30
@@ -32,7 +33,6 @@ TORCH_NAMES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 _KEY = re.compile(r"[0-9a-f]{64}")
-_RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
 class TensorSpec(TypedDict):
@@ -87,13 +87,13 @@ def is_key(text: str) -> bool:
 def checked_run(run: str) -> str:
     """`run`, or ValueError where it could not be the name of a folder."""
     if not is_run(run):
-        raise ValueError(f"a run's name is 1 to 64 of A-Z a-z 0-9 . _ - with no dot in front, got {run[:80]!r}")
+        raise ValueError(f"a run's name is 1 to 64 of A-Z a-z 0-9 . _ - with no dot or dash in front, got {run[:80]!r}")
     return run
 
 
 def is_run(text: str) -> bool:
     """Whether `text` may name a run."""
-    return _RUN.fullmatch(text) is not None
+    return RUN.fullmatch(text) is not None
 
 
 def write_manifest(artifact: Artifact) -> bytes:

@@ -243,12 +243,8 @@ def _named(
 
 def _check_together(options: FamilyOptions) -> None:
     check_display(options)
-    last = options.stop_after or STAGES[-1]
     if options.stop_after and options.out is not None:
-        raise InvalidInput(f"--stop-after {last} makes no picture -> leave --out out")
-    if options.from_stage and STAGES.index(options.from_stage) > STAGES.index(last):
-        raise InvalidInput(f"--from-stage {options.from_stage} comes after --stop-after {last} -> leave one of them "
-                           f"out")
+        raise InvalidInput(f"--stop-after {options.stop_after} makes no picture -> leave --out out")
     if options.from_stage in STAGES[1:] and options.artifacts == "memory":
         raise InvalidInput(f"--from-stage {options.from_stage} needs artifacts of a run before -> --artifacts DIR")
 

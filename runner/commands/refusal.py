@@ -26,6 +26,7 @@ from stages.errors import (
     StageOutOfMemory,
     StagerunError,
     StoreError,
+    as_own,
     worded,
 )
 
@@ -62,7 +63,11 @@ def failed(
         TolerantStream(sys.stderr).write("".join(traceback.format_exception(error)))
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
     if code != 1:
-        text = error.message(as_option) if isinstance(error, StagerunError) else str(error) or "out of host memory"
+        if isinstance(error, StagerunError):
+            error.text = as_own(error.text, words)
+            text = error.message(as_option)
+        else:
+            text = str(error) or "out of host memory"
         # What a plan was refused for has a line for each strategy.
         head, *lines = text.splitlines() if isinstance(error, DoesNotFit) else [text]
         said = [] if reads_input(words) else [line for line in better(app, error, words) if plans(line_words(line))]
