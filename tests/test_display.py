@@ -22,9 +22,9 @@ from runner.reports.notebook import HTML, StageMemory, stage_memory
 from runner.reports.templates import call, thumbnail
 from runner.text import visible
 from stages.placement.placement import Resident
-from stages.placement.tiling import Tiling
 from stages.placement.streaming import Streamed
 from stages.placement.tensor_parallel import TensorParallel
+from stages.placement.tiling import Tiling
 from stages.state import State
 from tests.records import HOSTILE, record
 

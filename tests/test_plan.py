@@ -1,8 +1,8 @@
 """Plans: for models of real shapes whose data are holes, by hand arithmetic; and for small ones, which then run."""
 
-import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,12 +17,13 @@ from runner.media.image import card_of
 from runner.planning.cache import PlanCache
 from runner.planning.ladder import NoStrategyFits
 from runner.planning.plan import largest
-from stages.errors import Fix, ModelError
+from stages.errors import DoesNotFit, Fix, ModelError
 from stages.families import FAMILIES
 from stages.machine import MIB, Machine
 from stages.machine import hypothetical as imagined_machine
 from stages.placement.placement import Resident
 from stages.placement.sharded import Sharded
+from stages.placement.transfers import PATTERN_BYTES, corrupted_pairs
 from tests import sparse, tiny
 from tests import tiny_families as families
 
@@ -214,7 +215,7 @@ def test_flux_at_2048_decodes_in_tiles_only_where_it_must(flux_dev: Path) -> Non
 
 def test_types_follow_the_cards(flux_dev: Path) -> None:
     """Without bfloat16 T5 has 19 GB in float32, and is dealt over both cards; only the denoiser is in float16."""
-    cards = [dataclasses.replace(card, bfloat16=False) for card in imagined_machine([16 * GB] * 2).devices]
+    cards = [replace(card, bfloat16=False) for card in imagined_machine([16 * GB] * 2).devices]
     old = Machine(tuple(cards), 64 * GB, 64 * GB, here=False)
     job = make_plan(Job("flux", [asked()], model=flux_dev, modulation_table=False), machine=old)
     assert {name: place.dtype for (_, name), place in job.places.items()} == {
@@ -249,7 +250,7 @@ def test_places_that_are_asked_for(flux_dev: Path) -> None:
 
 def test_the_plan_is_for_the_largest_request_of_all() -> None:
     wide, long = asked(size=(1024, 512), text_tokens=64), asked(size=(256, 256), steps=1)
-    most = largest([wide, dataclasses.replace(long, prompt="a red circle on a blue background")])
+    most = largest([wide, replace(long, prompt="a red circle on a blue background")])
     assert (most.width, most.height, most.text_tokens, most.steps) == (1024, 512, 512, 28)
     assert most.prompt == "a red circle on a blue background"
 
@@ -356,6 +357,41 @@ def test_with_the_modulation_table_plans_hold_too(
     peaks, picture = measured(job)
     agree(job, peaks)
     assert np.array_equal(picture, expected)
+
+
+def test_cards_that_compute_with_less_than_one_alone_are_used(tmp_path: Path, cards: Cards, sim: ModuleType) -> None:
+    """With all activations of denoise in reserve the first card has no room for a block, though it takes fewer."""
+    model = tiny.flux(tmp_path / "model", guidance=False, doubles=4, singles=8, heads=8)
+    cards(64 * MIB, 64 * MIB)
+    request = replace(asked("flux-schnell"), width=64, height=64, steps=1, text_tokens=8)
+    job = Job("flux-schnell", [request], model=model, dtype="float32", allow_offload="cpu", lanes=2)
+    ample = make_plan(job)
+    expected = run_all(ample).pictures[0].pixels
+    block = max(ample.weights["denoise", "transformer"].blocks.values())
+    limit = block + ample.needs["denoise"]["sim:0"].activations * 3 // 4
+    tight = make_plan(replace(job, max_memory=f"0={limit}B,1={block * 18 // 5}B"))
+    assert strategy(tight, "denoise") == "streamed"
+    peaks, picture = measured(tight)
+    assert np.array_equal(picture, expected)
+    for stage, needs in tight.needs.items():
+        for device, need in needs.items():
+            assert peaks[stage].get(device, 0) <= need.total <= (tight.machine.room(device) or 2**62)
+
+
+def test_what_trying_copies_between_cards_takes_is_planned(flux: Path, cards: Cards, sim: ModuleType) -> None:
+    devices = cards(64 * MIB, 64 * MIB)
+    assert corrupted_pairs(devices) == []
+    assert [torch.accelerator.max_memory_allocated(device) for device in devices] == [PATTERN_BYTES] * 2
+    two = {"place": ["denoise=0:3,1:3"], "devices": devices}
+    needs = small(flux, **two).needs["denoise"]
+    assert min(need.weights for need in needs.values()) < PATTERN_BYTES
+    assert min(need.total for need in needs.values()) == PATTERN_BYTES
+    small(flux, **two, max_memory=f"{PATTERN_BYTES}B")
+    with pytest.raises(DoesNotFit, match="denoise"):
+        small(flux, **two, max_memory=f"{PATTERN_BYTES - 1}B")
+    # One card copies nothing.
+    one = small(flux, [devices[0]])
+    assert max(need["sim:0"].total for need in one.needs.values()) < PATTERN_BYTES
 
 
 def test_a_card_too_small_for_a_whole_picture_decodes_it_in_tiles(

@@ -1,4 +1,4 @@
-"""Pictures decoded in tiles: those alone that do not fit whole, the same ones when they are made again, never in silence."""
+"""Pictures decoded in tiles: those alone that do not fit whole, and the same ones when they are made again."""
 
 import json
 import shlex
@@ -114,7 +114,8 @@ def test_a_repeated_picture_is_decoded_as_it_was(
     capsys.readouterr()
     for more in (["--like", "whole.png"], ["--like", "tiled.png", "--tile", "0"]):
         assert answer([*words, *more, limit, "--out", "out.png"]) == 4
-        assert "decode does not fit" in (told := capsys.readouterr().err)
+        told = capsys.readouterr().err
+        assert "decode does not fit" in told
         line = next(line for line in told.splitlines() if line.startswith("next: "))
         assert line.endswith("--out out.png") and "--max-memory" not in line
         assert np.array_equal(run(*shlex.split(line)[4:]), whole)

@@ -87,7 +87,8 @@ def is_key(text: str) -> bool:
 def checked_run(run: str) -> str:
     """`run`, or ValueError where it could not be the name of a folder."""
     if not is_run(run):
-        raise ValueError(f"a run's name is 1 to 64 of A-Z a-z 0-9 . _ - with no dot or dash in front, got {run[:80]!r}")
+        raise ValueError(f"a run's name is 1 to 64 of A-Z a-z 0-9 . _ - with no dot or dash in front, got "
+                         f"{run[:80]!r}")
     return run
 
 

@@ -53,7 +53,8 @@ class RunOptions:
     ] = "local"
     ranks: Annotated[str | None, typer.Option(metavar="N", help="Processes that share the pictures and cards.")] = None
     rank_timeout: Annotated[
-        str | None, typer.Option(metavar="SECONDS", help="How long a rank may do nothing; 120 unless said.")
+        str | None,
+        typer.Option(metavar="SECONDS", help="How long a rank may do nothing; 120 unless said. The end takes up to 30."),
     ] = None
     artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL|memory", help="Where stages keep results.")] = None
     strict: Annotated[bool, typer.Option("--strict", help="Refuse damaged artifacts instead of redoing them.")] = False

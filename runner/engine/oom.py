@@ -45,9 +45,9 @@ def describe_oom(plan: Plan, stage: str, doing: str, peak: Mapping[str, int], er
 def degrade(plan: Plan, stage: str, left: Sequence[Request]) -> tuple[Plan, str] | None:
     """The plan with exactly one thing changed that makes `stage` take less, and what it is; None for no way left.
 
-    `left` are the requests that it did not do. Fewer lanes first, then smaller tiles for the decoder where the job says
-    nothing of tiles, then a tenth of every card more in reserve. Where others took that much of a card since the plan
-    was made, the reserve comes first: it is of what is free now.
+    `left` are the requests that it did not do. Fewer lanes first, then smaller tiles for the decoder where the job
+    says nothing of tiles, then a tenth of every card more in reserve. Where others took that much of a card since the
+    plan was made, the reserve comes first: it is of what is free now.
     """
     now = {device.name: device.free for device in probe(plan.devices).devices}
     free = {card.name: min(card.free, now[card.name]) for card in plan.machine.cards}

@@ -220,8 +220,9 @@ class Placer:
             return self._tensor_parallel(task, processes)
         best = max(self.machine.cards or self.machine.devices, key=lambda device: device.room).name
         alone = self.estimate(task, task.places({name: Resident(best, tiling) for name in task.types}))
+        whole = {device.name: alone.peak[best] for device in self.machine.devices}
         try:
-            return self._settled(task, tiling, alone, dict.fromkeys((device.name for device in self.machine.devices), alone.peak[best]))
+            return self._settled(task, tiling, alone, whole)
         except NoStrategyFits as error:
             if task.stage.name == "decode":
                 raise

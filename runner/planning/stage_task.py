@@ -14,6 +14,7 @@ from stages.models.skeleton import skeleton
 from stages.models.weights import Weights
 from stages.pipeline.stage import Stage
 from stages.placement.placement import DISK, Place, Placement
+from stages.placement.transfers import PATTERN_BYTES
 from stages.state import State
 
 
@@ -58,8 +59,12 @@ class StageTask:
             if component.loras:
                 held = places[component.name].placement.share(self.weights[component.name])
                 merging |= Counter(dict.fromkeys(held, bytes_to_merge(component)))
+        # Before there are any weights, copies between the cards are tried.
+        cards = {card for place in places.values() for card in place.placement.compute_devices.values()} - {"cpu"}
+        tried = {card: PATTERN_BYTES - shares[card] for card in cards} if len(cards) > 1 else {}
         # Nothing computes while weights are loaded.
-        return {name: Need(shares[name], max(estimate.peak.get(name, 0), merging[name])) for name in devices}
+        return {name: Need(shares[name], max(estimate.peak.get(name, 0), merging[name], tried.get(name, 0)))
+                for name in devices}
 
 
 def device_order(device: str) -> tuple[bool, int, str]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -12,9 +12,11 @@ from tests.sweep.models import KINDS, SCALE, Facts, Kind, Models
 
 PROMPTS = ("a red circle", "two small green squares on a blue background", "fox \u732b",
            "a photo of a dog with a cat-like look, " * 2)
-SIZES = ("64x48", "48x64", "64x64", "32x32", "16x96")
-# A pattern of a mebibyte shows whether copies from card to card arrive; less is a matter of --max-memory.
-LEAST = 2**20
+SIZES = ("64x48", "48x64", "64x64", "32x32", "16x96", "128x64")
+TILES = ("64", "64", "128", "0", "auto")
+GUIDANCE = (0.0, 1.0, 1.5, 4.0, 30.0)
+NEGATIVE = ("blurry", "a blue square, " * 3)
+LEAST = 2**18
 STRATEGIES = ("resident", "spread", "sharded", "streamed", "auto")
 
 
@@ -133,10 +135,18 @@ def asked(draft: Draft, kind: Kind, file: str) -> tuple[list[Request], frozenset
     if draft.sometimes(0.35):
         count = random.randint(1, 3)
         draft.words += ["--count", str(count)]
+    guided: dict[str, Any] = {"guidance": family.guidance, "negative_prompt": None}
+    if family.guidance is not None and draft.sometimes(0.4):
+        guided["guidance"] = random.choice(GUIDANCE)
+        draft.words += ["--guidance", str(guided["guidance"])]
+    if family.negative and guided["guidance"] > 1 and draft.sometimes(0.4):
+        guided["negative_prompt"] = random.choice(NEGATIVE)
+        draft.words += ["--negative-prompt", guided["negative_prompt"]]
     if draft.sometimes(0.7):
         prompt = random.choice(PROMPTS)
         draft.words += ["--prompt", prompt]
-        return requests_for(prompt, family, size=pair(size), steps=steps, seed=seed, count=count), frozenset(), []
+        made = requests_for(prompt, family, size=pair(size), steps=steps, seed=seed, count=count)
+        return [replace(request, **guided) for request in made], frozenset(), []
     draft.words += ["--prompt-file", file]
     requests: list[Request] = []
     lines, own = list[dict[str, Any]](), set[int]()
@@ -151,7 +161,7 @@ def asked(draft: Draft, kind: Kind, file: str) -> tuple[list[Request], frozenset
         made = requests_for(line["prompt"], family, size=pair(line.get("size", size)), steps=line.get("steps", steps),
                             seed=line.get("seed", seed + at), count=line.get("count", count), index=at)
         own |= {request.index for request in made if "size" in line}
-        requests += made
+        requests += [replace(request, **guided) for request in made]
     return requests, frozenset(own), lines
 
 
@@ -231,6 +241,8 @@ def switches(draft: Draft) -> str:
         draft.words.append("--no-modulation-table")
     if draft.sometimes(0.2):
         draft.words.append("--no-p2p")
+    if draft.sometimes(0.25):
+        draft.words += ["--tile", random.choice(TILES)]
     if "--count" in draft.words and draft.sometimes(0.04):
         draft.words += ["--seed", "3"]
         return "--count beside several seeds"

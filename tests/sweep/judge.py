@@ -181,7 +181,8 @@ def wrongs(case: Case, words: Sequence[str], done: Answer, models: Models) -> It
         picture = found[index]
         if "changes" in picture:
             yield f"the run changed: {picture['changes']}"
-        told = {name: picture.get(name) for name in ("prompt", "width", "height", "steps", "seed", "guidance")}
+        told = {name: picture.get(name) for name in ("prompt", "negative_prompt", "width", "height", "steps", "seed",
+                                                      "guidance")}
         wanted = {name: getattr(request, name) for name in told}
         if told != wanted:
             yield f"picture {index} is of {told}, not {wanted}"
@@ -189,8 +190,11 @@ def wrongs(case: Case, words: Sequence[str], done: Answer, models: Models) -> It
         pixels = np.asarray(Image.open(Path(picture["path"])))
         if pixels.shape != (request.height, request.width, 3):
             yield f"picture {index} has the shape {pixels.shape}"
-        elif plan["tile"] is None:
-            truth = models.truth(case.model, request, case.dtype, case.lora)
+        else:
+            tile = plan["tiles"][f"{request.width}x{request.height}"]
+            if picture.get("tile") != tile:
+                yield f"picture {index} says that its tiles are {picture.get('tile')}, {tile} planned"
+            truth = models.truth(case.model, request, case.dtype, case.lora, tile)
             if not np.array_equal(pixels, truth):
                 yield f"picture {index} differs by up to {int(np.abs(pixels.astype(int) - truth).max())}"
 

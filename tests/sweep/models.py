@@ -1,7 +1,7 @@
 """The models of the sweep: what they need, and the pictures of their unsplit pipelines, each made once."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from diffusers import FluxPipeline, ModularPipeline
 from runner import Job, Request, make_plan, run_all
 from runner.request import requests_for
 from stages.families import FAMILIES
+from stages.pipeline.stage import guides
+from stages.placement.tiling import set_tile
 from tests import tiny, tiny_families
 from tests.staging import picture_of
 
@@ -106,27 +108,32 @@ class Models:
                                         blocks)
         return self.facts_of[name]
 
-    def truth(self, name: str, request: Request, dtype: str, lora: bool) -> Pixels:
+    def truth(self, name: str, request: Request, dtype: str, lora: bool, tile: int | None) -> Pixels:
         """The picture of the unsplit pipeline; in another type than float32, that of a run on the CPU."""
-        key = (name, request.prompt, request.width, request.height, request.steps, request.guidance, request.seed,
-               dtype, lora)
+        key = (name, replace(request, index=0), dtype, lora, tile)
         if key not in self.pictures:
             make = self._whole if dtype == "float32" else self._staged
-            self.pictures[key] = make(name, request, dtype, lora)
+            self.pictures[key] = make(name, request, dtype, lora, tile)
         return self.pictures[key]
 
-    def _whole(self, name: str, request: Request, dtype: str, lora: bool) -> Pixels:
+    def _whole(self, name: str, request: Request, dtype: str, lora: bool, tile: int | None) -> Pixels:
         if (name, lora) not in self.pipes:
             self.pipes[name, lora] = self._fused(name) if lora else self._unsplit(name)
         pipe = self.pipes[name, lora]
+        set_tile(pipe.vae, tile)
         if lora:
-            images = pipe(request.prompt, width=request.width, height=request.height, guidance_scale=3.5,
+            # A FLUX without embeddings of guidance takes any.
+            images = pipe(request.prompt, width=request.width, height=request.height,
+                          guidance_scale=1.0 if request.guidance is None else request.guidance,
                           num_inference_steps=request.steps, max_sequence_length=request.text_tokens,
                           generator=torch.Generator("cpu").manual_seed(request.seed)).images
             return np.asarray(images[0])
         # Without a negative prompt SD3 guides by nothing: see test_upstream.
-        negative = {"negative_prompt": ""} if KINDS[name].family == "sd3" else {}
-        return picture_of(pipe, {**request.inputs, **negative}).numpy()
+        negative = {"negative_prompt": ""} if KINDS[name].family == "sd3" and not request.negative_prompt else {}
+        # Guidance of 1 or less is none.
+        inputs = {key: value for key, value in request.inputs.items()
+                  if key != "guidance_scale" or guides(request.inputs) or "guider" not in pipe.components}
+        return picture_of(pipe, {**inputs, **negative}).numpy()
 
     def _unsplit(self, name: str) -> ModularPipeline:
         pipe = ModularPipeline.from_pretrained(str(self.path(name)))
@@ -143,7 +150,8 @@ class Models:
         pipe.fuse_lora(components=["transformer"])
         return pipe
 
-    def _staged(self, name: str, request: Request, dtype: str, lora: bool) -> Pixels:
+    def _staged(self, name: str, request: Request, dtype: str, lora: bool, tile: int | None) -> Pixels:
         loras = [f"{self.lora(name)}={SCALE}"] if lora else []
-        job = Job(KINDS[name].family, [request], model=self.path(name), dtype=dtype, devices=["cpu"], loras=loras)
+        job = Job(KINDS[name].family, [request], model=self.path(name), dtype=dtype, devices=["cpu"], loras=loras,
+                  tile=tile or 0)
         return run_all(make_plan(job)).pictures[0].pixels
