@@ -54,7 +54,7 @@ class RunOptions:
     ranks: Annotated[str | None, typer.Option(metavar="N", help="Processes that share the pictures and cards.")] = None
     rank_timeout: Annotated[
         str | None,
-        typer.Option(metavar="SECONDS", help="How long a rank may do nothing; 120 unless said. The end takes up to 30."),
+        typer.Option(metavar="SECONDS", help="How long a rank may do nothing; 120 unless said; 30 more to end."),
     ] = None
     artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL|memory", help="Where stages keep results.")] = None
     strict: Annotated[bool, typer.Option("--strict", help="Refuse damaged artifacts instead of redoing them.")] = False
