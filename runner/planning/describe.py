@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from runner.planning import disk
-from runner.planning.placer import concurrency
+from runner.planning.placed import concurrency
 from runner.planning.plan import Plan
 from runner.text import gib, table
 from stages.loading.load import host_bytes_while_loading

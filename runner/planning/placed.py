@@ -1,5 +1,6 @@
 """What came of placing the stages of a run: where each component is, and what that takes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from runner.planning.ladder import Strategy
@@ -47,3 +48,9 @@ class Placed:
     """Requests that are denoised at a time."""
     reads: dict[str, int] = field(default_factory=dict)
     """Bytes that a pass reads from the disk, by stage."""
+
+
+def concurrency(places: Mapping[str, Place]) -> int:
+    """How many requests in flight keep the devices of a stage busy."""
+    (placement, *others) = (place.placement for place in places.values())
+    return 1 if others else placement.concurrency

@@ -12,7 +12,7 @@ import torch
 from runner.planning.cache import PlanCache, recalled
 from runner.planning.ladder import NoStrategyFits, PlacementProblem, Strategy, choose
 from runner.planning.place_option import StagePlaces, process_devices, resolve
-from runner.planning.placed import Placed, Tried
+from runner.planning.placed import Placed, Tried, concurrency
 from runner.planning.precompute import table_saving
 from runner.planning.stage_task import StageTask, branches
 from runner.planning.tiles import Size, by_pixels, heaviest, smaller_tiles, tiled, tilings
@@ -345,9 +345,3 @@ class Placer:
     def _lanes(self, stage: Stage) -> int:
         """How many requests are in a stage at a time: no more lanes than requests have activations."""
         return min(self.lanes or 1, self.requests) if stage.name == "denoise" else 1
-
-
-def concurrency(places: Mapping[str, Place]) -> int:
-    """How many requests in flight keep the devices of a stage busy."""
-    (placement, *others) = (place.placement for place in places.values())
-    return 1 if others else placement.concurrency
