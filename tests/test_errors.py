@@ -67,12 +67,11 @@ def test_names_in_backquotes_that_are_a_user_s_own_stay(
     for own in ("no model at /x/`size`/y", "'`size`'", "`size`.txt is empty", '"`lanes=2`"'):
         assert worded(own, as_option) == own and str(InvalidInput(own)) == own
     for words, quoted in ((["--like", "`size`"], "`size`"), (["--like=`size`"], "`size`"),
-                          (["--prompt-file", "`lanes=2`"], "`lanes=2`"), (["--lanes", "`size`"], "`size`")):
-        assert answer(["demo", *words, "--prompt", "x", "--artifacts", "memory"]) == 2
+                          (["--prompt-file", "`lanes=2`"], "`lanes=2`"),
+                          (["--prompt", "x", "--lanes", "`size`"], "`size`")):
+        assert answer(["demo", *words, "--artifacts", "memory"]) == 2
         told = capsys.readouterr().err
         assert quoted in told and "--size" not in told and "--lanes 2" not in told and told.isascii()
-    assert answer(["demo", "--prompt-file", "`size`", "--prompt", "x"]) == 2
-    assert "--prompt and --prompt-file" in capsys.readouterr().err
 
 
 def test_whoever_asks_for_value_errors_still_hears_of_bad_input() -> None:
