@@ -17,7 +17,7 @@ from runner.job_fields import DTYPES, LANES, LONGEST
 from runner.media.image import PictureCard, read_card
 from runner.media.paths import Naming, Unnamed
 from runner.placement_options import MemoryLimits, PlaceRequest
-from runner.request import COUNT, Request
+from runner.request import COUNT, FilledRequest
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
@@ -196,7 +196,7 @@ def _entries(options: FamilyOptions, card: PictureCard | None) -> list[Entry]:
     return [Entry(0, {"prompt": prompt})]
 
 
-def _defaults(options: FamilyOptions, before: Request | None) -> Defaults:
+def _defaults(options: FamilyOptions, before: FilledRequest | None) -> Defaults:
     inputs: dict[str, Any] = {}
     if before is not None:
         inputs = {name: getattr(before, name) for name in ("steps", "guidance", "text_tokens", "negative_prompt")}

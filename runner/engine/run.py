@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
-from runner.artifacts import MemoryStore, Store, key_of, open_store
+from runner.artifacts import MemoryStore, Store, Where, key_of, open_store
 from runner.engine.keys import artifact_keys, checkpoint_key, computed_anew, missing
 from runner.engine.oom import degrade
 from runner.engine.recorder import Recorder
@@ -37,7 +38,7 @@ def run_all(
     plan: Plan,
     policy: RunPolicy | None = None,
     *,
-    store: Store | None = None,
+    store: Where | None = None,
     emit: Emit = silent,
     done: Done | None = None,
     stop: Callable[[], bool] | None = None,
@@ -45,10 +46,10 @@ def run_all(
 ) -> Report:
     """Make every picture of the plan as `policy` says, or its job's, re-using what the store has.
 
-    `store` is by default the job's, or one in memory where the job names none. `done` is told of each picture as soon
-    as it is there; by default it goes to the file that the job's output names, if it names any. A signal, or `stop`
-    once it is true, ends the run after the current step: Interrupted. A denoise that several processes do together
-    needs their `collectives`.
+    `store` is one, or a folder or URL; by default the job's, or one in memory where the job names none. `done` is told
+    of each picture as soon as it is there; by default it goes to the file that the job's output names, if it names
+    any. A signal, or `stop` once it is true, ends the run after the current step: Interrupted. A denoise that several
+    processes do together needs their `collectives`.
 
     Raises BadResult, ModelError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
@@ -58,9 +59,7 @@ def run_all(
     policy = plan.job.policy
     recorder = Recorder(emit, plan.devices, often=policy.sample_memory)
     emit = one_at_a_time(recorder)
-    if store is None:
-        store = open_store(plan.job.store or "memory", warn=lambda text: emit("warning", {"text": text}),
-                           strict=policy.strict)
+    store = _opened(plan, store, emit)
     if policy.preview:
         emit = one_at_a_time(Previewer(recorder, policy.preview, plan.requests, colors_of(plan.checkpoint, store)))
     failed: list[Failure] = []
@@ -72,16 +71,19 @@ def run_all(
 
 
 def run_stage(
-    plan: Plan, stage: str, *, store: Store, emit: Emit = silent, states: Sequence[State] | None = None
+    plan: Plan, stage: str, *, store: Where | None = None, emit: Emit = silent, states: Sequence[State] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[State]:
     """One stage alone, for every request: the states after it. The stages before it must be in the store.
 
-    With `states`, one for each request, it works on these instead, and what it makes is returned and not kept.
+    `store` and `stop` are as in `run_all`. With `states`, one for each request, the stage works on these instead, and
+    what it makes is returned and not kept.
     """
     if stage not in STAGES:
-        raise InvalidInput(f"there is no stage {shown(str(stage))} -> choose from {', '.join(STAGES)}")
-    if stage == "denoise":
-        check_runnable(plan, None)
+        close = get_close_matches(str(stage), STAGES, 1)
+        raise InvalidInput(f"there is no stage {shown(str(stage))} -> choose from {', '.join(close or STAGES)}")
+    check_runnable(plan, None, stage)
+    store = _opened(plan, store, emit)
     keys = artifact_keys(plan)
     index = STAGES.index(stage)
     sources: Sequence[str] | None = keys[STAGES[index - 1]] if index else None
@@ -91,18 +93,26 @@ def run_stage(
     elif sources is not None and any(store.get(key) is None for key in sources):
         raise InvalidInput(f"{stage} needs the artifacts of {STAGES[index - 1]}: run that stage first")
     todo = [position for position, key in enumerate(made) if store.get(key) is None]
-    stop = StopRequest()
-    with stop.listening():
+    stopping = StopRequest(stop)
+    with stopping.listening():
         emit("stage", {"stage": stage, "requests": len(made), "reused": len(made) - len(todo)})
-        StageRunner(plan, plan.stage(stage), store, one_at_a_time(emit), stop=stop).run(
+        StageRunner(plan, plan.stage(stage), store, one_at_a_time(emit), stop=stopping).run(
             work_items(made, sources, todo))
     return [state for key in made if (state := store.get(key)) is not None]
+
+
+def _opened(plan: Plan, store: Where | None, emit: Emit) -> Store:
+    """The store that is meant, opened."""
+    where = (plan.job.store or "memory") if store is None else store
+    return open_store(where, warn=lambda text: emit("warning", {"text": text}), strict=plan.job.policy.strict)
 
 
 def _lent(plan: Plan, stage: str, states: Sequence[State]) -> tuple[Store, list[str], list[str]]:
     """A store of its own with `states`, their keys in it, and the keys for what the stage makes of them."""
     if stage == STAGES[0]:
         raise InvalidInput(f"{stage} is the first stage: it works on requests -> leave `states` out")
+    if not all(isinstance(state, State) for state in states):
+        raise InvalidInput("`states` must be a list of states -> as run_stage gives them")
     if len(states) != len(plan.requests):
         raise InvalidInput(f"{len(states)} `states` for {len(plan.requests)} requests -> one for each")
     store = MemoryStore()
@@ -234,8 +244,8 @@ def advised(error: StageOutOfMemory, plan: Plan) -> StageOutOfMemory:
     return error
 
 
-def check_runnable(plan: Plan, collectives: Collectives | None) -> None:
-    """Raise InvalidInput for a plan that this process cannot run alone, or not here."""
+def check_runnable(plan: Plan, collectives: Collectives | None, stage: str = "denoise") -> None:
+    """Raise InvalidInput for a plan of which this process cannot run the stage alone, or not here."""
     if not isinstance(plan, Plan):
         raise InvalidInput(f"a {type(plan).__name__} is no plan -> make_plan(job) makes one of a Job")
     if not plan.machine.here:
@@ -243,7 +253,7 @@ def check_runnable(plan: Plan, collectives: Collectives | None) -> None:
     if plan.checkpoint.bytes_to_download:
         raise InvalidInput(f"{plan.checkpoint.bytes_to_download} bytes of weights are not here: plan with "
                            f"`download=True` to run")
-    if plan.processes > 1 and collectives is None:
+    if stage == "denoise" and plan.processes > 1 and collectives is None:
         raise InvalidInput("denoise=tensor_parallel takes a process for each card -> runner.spawn(job, ranks=2), or "
                            "the command line")
 

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.inputs import INPUTS, PIXELS
-from runner.request import Request
+from runner.request import FilledRequest
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 from stages.models.lora import LoraRequest
+
+if TYPE_CHECKING:
+    from PIL.PngImagePlugin import PngInfo
 
 SCHEMA = 1
 PACKAGES = ("stagerun", "diffusers", "torch", "transformers")
@@ -31,7 +34,7 @@ PREVIEW = "runner-preview"
 class PictureCard:
     """What a picture says of how it was made."""
 
-    request: Request
+    request: FilledRequest
     """What was asked for."""
     family: str
     """The model family."""
@@ -56,15 +59,24 @@ def commit(identity: str, model: str) -> str | None:
     return found if re.fullmatch("[0-9a-f]{40}", found) else None
 
 
-def png(pixels: Any, card: Mapping[str, Any] | None) -> bytes:
-    """The PNG file of uint8 pixels [height, width, 3], with `card` in its `runner` and `parameters` texts."""
+def png(pixels: Any, card: Mapping[str, Any] | None, *, compress: int = 6) -> bytes:
+    """The PNG file of uint8 pixels [height, width, 3], with `card` in its `runner` and `parameters` texts.
+
+    `compress` is from 0, as large as the pixels, to 9.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    return _png(pixels, PngInfo() if card is None else texts(card), compress)
+
+
+def texts(card: Mapping[str, Any]) -> "PngInfo":
+    """The texts of a PNG file that has this card."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    if card is not None:
-        info.add_text("parameters", parameters(card))
-        info.add_itxt("runner", json.dumps(card, ensure_ascii=False, allow_nan=False, sort_keys=True))
-    return _png(pixels, info)
+    info.add_text("parameters", parameters(card))
+    info.add_itxt("runner", json.dumps(card, ensure_ascii=False, allow_nan=False, sort_keys=True))
+    return info
 
 
 def preview_png(pixels: Any) -> bytes:
@@ -89,7 +101,7 @@ def is_preview(path: Path) -> bool:
         return False
 
 
-def card_of(request: Request, facts: Mapping[str, Any]) -> dict[str, Any]:
+def card_of(request: FilledRequest, facts: Mapping[str, Any]) -> dict[str, Any]:
     """All that is needed to make the picture again, as JSON; `facts` are the run's."""
     every = {name: getattr(request, name) for name in (*INPUTS, "index")}
     inputs = {name: value for name, value in every.items()
@@ -145,7 +157,9 @@ def read_card(path: str | Path) -> PictureCard:
         card = _read(Path(path))
         inputs: dict[str, Any] = {
             name: card.get(name) if each.optional else card[name] for name, each in INPUTS.items()}
-        request = Request(**inputs)
+        for each in INPUTS.values():
+            each.check(inputs[each.name])
+        request = FilledRequest(**inputs)
         family, model, identity = (_text(card, name) for name in ("family", "model", "identity"))
         if family not in FAMILIES:
             raise InvalidInput(f"family {shown(family)} is unknown here")
@@ -158,11 +172,11 @@ def read_card(path: str | Path) -> PictureCard:
         raise InvalidInput(f"{path}: {error}") from None
 
 
-def _png(pixels: Any, info: Any) -> bytes:
+def _png(pixels: Any, info: Any, compress: int = 6) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", pnginfo=info)
+    Image.fromarray(pixels).save(file, "PNG", pnginfo=info, compress_level=compress)
     return file.getvalue()
 
 

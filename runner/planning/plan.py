@@ -8,7 +8,7 @@ from runner.planning.ladder import Strategy
 from runner.planning.placed import Need, Part
 from runner.planning.placer import Placer
 from runner.planning.precompute import TableSaving
-from runner.request import Request
+from runner.request import FilledRequest
 from runner.text import clean, pictures
 from stages.families import Family
 from stages.machine import Machine
@@ -49,6 +49,8 @@ class Plan:
     """By component, what the modulation table saves."""
     reads: Mapping[str, int] = field(default_factory=dict)
     """By stage, the bytes that every pass reads from the disk."""
+    describe: Callable[["Plan"], Sequence[str]] = field(default=lambda plan: [repr(plan)], repr=False, compare=False)
+    """Gives its lines as people read them: what `print` shows of it."""
     placer: Placer | None = field(default=None, repr=False, compare=False)
     """What placed the components, to place them anew."""
 
@@ -58,13 +60,16 @@ class Plan:
         what = (self.family.name, clean(self.checkpoint.source), pictures(len(self.requests)))
         return f"Plan({', '.join((*what, *stages))})"
 
+    def __str__(self) -> str:
+        return "\n".join(self.describe(self))
+
     @property
     def family(self) -> Family:
         """The model family, with the defaults of its checkpoint."""
         return self.job.defaults
 
     @property
-    def requests(self) -> tuple[Request, ...]:
+    def requests(self) -> tuple[FilledRequest, ...]:
         """The pictures."""
         return self.job.requests
 
@@ -118,7 +123,9 @@ def most_bytes(prompts: Iterable[str]) -> str:
     return max(prompts, key=lambda prompt: len(prompt.encode()))
 
 
-def largest(requests: Sequence[Request], longest_of: Callable[[Iterable[str]], str] = most_bytes) -> Request:
+def largest(
+    requests: Sequence[FilledRequest], longest_of: Callable[[Iterable[str]], str] = most_bytes
+) -> FilledRequest:
     """A request that takes at least as much memory as any of these: the most pixels, tokens, words and guidance.
 
     `longest_of` says which of several prompts takes most.

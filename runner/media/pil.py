@@ -1,0 +1,48 @@
+"""Pictures as PIL has them, which still say how they were made when they are saved."""
+
+import io
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+
+from runner.media.image import png, texts
+from runner.media.paths import check_format, write
+
+
+class PictureImage(PngImageFile):
+    """A picture with how it was made in its `info`: saved as a PNG it says so, as one of the command line does.
+
+    What is made of it, such as a smaller one, is a plain image of PIL and says nothing: it could not be repeated.
+    """
+
+    def save(self, fp: str | bytes | PathLike[str] | PathLike[bytes] | IO[bytes], format: str | None = None,
+             **params: Any) -> None:
+        """Write the picture; see PIL for the rest."""
+        name = fp if isinstance(fp, str | PathLike) else getattr(fp, "name", "")
+        kind = format or Image.registered_extensions().get(Path(str(name)).suffix.lower(), "")
+        if kind.upper() == "PNG" and "runner" in self.info:
+            params.setdefault("pnginfo", texts(json.loads(self.info["runner"])))
+        super().save(fp, format, **params)
+
+
+def image_of(pixels: Any, card: Mapping[str, Any] | None) -> Image.Image:
+    """The picture of uint8 pixels [height, width, 3]; with a card it says how it was made."""
+    if card is None:
+        return Image.fromarray(pixels)
+    return PictureImage(io.BytesIO(png(pixels, card, compress=0)))
+
+
+def save(path: str | PathLike[str], pixels: Any, card: Mapping[str, Any], *, overwrite: bool) -> Path:
+    """Write a picture, as the command line does, to a path with nothing there unless it is to be overwritten.
+
+    Raises InvalidInput where something is there, or for a format that is not written; StoreError where it cannot be.
+    """
+    target = Path(path)
+    check_format(str(target))
+    write(target, png(pixels, card), overwrite=overwrite)
+    return target
