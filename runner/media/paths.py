@@ -95,7 +95,7 @@ def slug(text: str) -> str:
 def check_format(name: str) -> None:
     """Raise InvalidInput for the name of a file that no picture is written as."""
     if not name.lower().endswith(SUFFIX):
-        raise InvalidInput(f"a picture cannot be written as {shown(name)} -> a name that ends in {SUFFIX}")
+        raise InvalidInput(f"a picture cannot be written as {shown(Path(name).name)} -> a name that ends in {SUFFIX}")
 
 
 def check_recorded(names: Sequence[str], folder: str) -> None:

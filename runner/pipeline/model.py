@@ -34,9 +34,11 @@ def is_model_folder(name: str) -> bool:
 
 def unknown(model: str) -> InvalidInput:
     """The error for a name that is no family, no hub id and no folder."""
-    by_name = {name.lower(): name for family in FAMILIES.values() for name in (family.name, family.repo)}
-    by_name |= {family.repo.rpartition("/")[2].lower(): family.repo for family in FAMILIES.values()}
-    near = list(dict.fromkeys(by_name[name] for name in get_close_matches(model.lower(), by_name, 3)))
+    by_name = {family.repo.rpartition("/")[2].lower(): family.repo for family in FAMILIES.values()}
+    by_name |= {name.lower(): name for family in FAMILIES.values() for name in (family.repo, family.name)}
+    # What is no more than the beginning of a name is not close to it.
+    begun = [name for name in by_name if model and name.startswith(model.lower())]
+    near = list(dict.fromkeys(by_name[name] for name in get_close_matches(model.lower(), by_name, 3) or begun[:3]))
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(FAMILIES)}, or give a hub id"
     return InvalidInput(f"there is no family and no model folder {shown(model)} -> {hint}")
 

@@ -1,7 +1,8 @@
 """A pipeline as users of diffusers expect it: made of a model, called with a prompt."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -12,7 +13,7 @@ from PIL.Image import Image
 from runner.artifacts import Store, Where, open_store
 from runner.engine.keys import artifact_keys
 from runner.engine.run import facts_of, run_all, run_stage
-from runner.events import Emit, silent
+from runner.events import Emit, silent, tee
 from runner.job import STAGES, Job, RunPolicy
 from runner.media.image import card_of
 from runner.media.pil import image_of
@@ -21,6 +22,7 @@ from runner.pipeline.asked import Asked, requests_of, spend
 from runner.pipeline.devices import devices_of, places_of
 from runner.pipeline.model import family_of, is_model_folder
 from runner.pipeline.result import Result
+from runner.pipeline.shown import shown
 from runner.pipeline.states import States, same
 from runner.pipeline.steps import OnStep, StepListener
 from runner.placement_options import MemoryLimits, PlaceRequest
@@ -56,6 +58,7 @@ class Pipeline:
         lanes          pictures that are denoised at a time
         store          where results of stages are kept: "memory", a folder, a URL, or a store
         policy         a RunPolicy, or in its place its own keywords, such as step_every=60 or strict=True
+        progress       True shows how a call goes on, False does not; by default a notebook and a terminal do
         modulation_table, peer_copies
                        False switches them off
 
@@ -82,6 +85,7 @@ class Pipeline:
         lanes: int | None = None,
         store: Where = "memory",
         policy: RunPolicy | None = None,
+        progress: bool | None = None,
         modulation_table: bool = True,
         peer_copies: bool = True,
         **more: Any,
@@ -106,6 +110,7 @@ class Pipeline:
             policy=policy, modulation_table=modulation_table, peer_copies=peer_copies,
             store=store if isinstance(store, str | os.PathLike) else "",
         )
+        self._progress = progress
         self.store: Store = open_store(store, strict=policy.strict)
 
     @classmethod
@@ -174,8 +179,8 @@ class Pipeline:
             "max_sequence_length": max_sequence_length,
         }
         job = self.job_for(prompt, **asked, **unknown)
-        listener = StepListener(on_step, job.requests, emit)
-        report = run_all(make_plan(job), store=self.store, emit=listener, stop=lambda: listener.stopping)
+        with self._heard(job, on_step, emit) as listener:
+            report = run_all(make_plan(job), store=self.store, emit=listener, stop=lambda: listener.stopping)
         if report.failures:
             first, seeds = report.failures[0], [request.seed for request in job.requests]
             raise BadResult(f"picture {first.index} of {len(seeds)} came to nothing: {first.text}; the others are "
@@ -187,7 +192,8 @@ class Pipeline:
                **asked: Unpack[Asked]) -> States:
         """The first stage of a call with these arguments: the embeddings, on the host. Nothing stays loaded."""
         plan = make_plan(self.job_for(prompt, **asked))
-        states = run_stage(plan, "encode", store=self.store, emit=StepListener(None, plan.requests, emit))
+        with self._heard(plan.job, None, emit) as listener:
+            states = run_stage(plan, "encode", store=self.store, emit=listener)
         spend(asked.get("generator"))
         return States(plan, "encode", states, (False,) * len(states))
 
@@ -203,6 +209,12 @@ class Pipeline:
         made = self._next("decode", states, None, emit)
         return Result(made.plan.requests, partial(_images, made))
 
+    @contextmanager
+    def _heard(self, job: Job, on_step: OnStep | None, emit: Emit) -> Iterator[StepListener]:
+        """What hears of a run inside of the block."""
+        with shown(self._progress) as told:
+            yield StepListener(on_step, job.requests, tee(told, emit), warns=told is silent)
+
     def _next(self, stage: str, states: Any, on_step: OnStep | None, emit: Emit) -> States:
         before = STAGES[STAGES.index(stage) - 1]
         if not isinstance(states, States) or states.stage != before:
@@ -211,9 +223,9 @@ class Pipeline:
         plan, keys = states.plan, artifact_keys(states.plan)[before]
         edited = tuple(was or (kept := self.store.get(key)) is None or not same(dict(state.values), dict(kept.values))
                        for was, key, state in zip(states.edited, keys, states, strict=True))
-        listener = StepListener(on_step, plan.requests, emit)
-        made = run_stage(plan, stage, store=self.store, emit=listener, states=[*states] if any(edited) else None,
-                         stop=lambda: listener.stopping)
+        with self._heard(plan.job, on_step, emit) as listener:
+            made = run_stage(plan, stage, store=self.store, emit=listener, states=[*states] if any(edited) else None,
+                             stop=lambda: listener.stopping)
         return States(plan, stage, made, edited)
 
 

@@ -15,19 +15,20 @@ OnStep = Callable[[int, int, float | None, dict[str, Any]], Any]
 class StepListener:
     """An emit that calls `on_step` after every step, and hands every event on to `emit`.
 
-    `stopping` is whether `on_step` gave False: the run is to end.
+    `stopping` is whether `on_step` gave False: the run is to end. With `warns`, a warning becomes one of Python's.
     """
 
-    def __init__(self, on_step: OnStep | None, requests: Sequence[FilledRequest], emit: Emit) -> None:
+    def __init__(self, on_step: OnStep | None, requests: Sequence[FilledRequest], emit: Emit, *,
+                 warns: bool = True) -> None:
         if on_step is not None and not callable(on_step):
             raise InvalidInput(f"on_step is a {type(on_step).__name__} -> a function of (index, step, timestep, "
                                f"values)")
-        self._on_step, self._requests, self._emit = on_step, requests, emit
+        self._on_step, self._requests, self._emit, self._warns = on_step, requests, emit, warns
         self.stopping = False
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         self._emit(kind, data)
-        if kind == "warning":
+        if kind == "warning" and self._warns:
             warnings.warn(str(data["text"]), stacklevel=2)
         elif kind == "step" and self._on_step is not None and not self.stopping:
             self._tell(self._on_step, data)
