@@ -62,6 +62,12 @@ def several(name: str, values: Any, alone: Any = ()) -> tuple[Any, ...]:
     return tuple(values)
 
 
+def function(name: str, value: Any, of: str) -> None:
+    """InvalidInput for what cannot be called with these arguments."""
+    if not callable(value):
+        raise InvalidInput(f"`{name}` is a {type(value).__name__} -> a function of ({of}), or leave it out")
+
+
 def all_of(name: str, values: Any, kind: type[Kind]) -> tuple[Kind, ...]:
     """The values of a field that are all of this type."""
     return tuple(of_type(name, value, kind) for value in several(name, values))
@@ -190,6 +196,8 @@ def made(kind: Callable[..., Kind], options: Mapping[str, Any], **more: Any) -> 
         if name not in names:
             close = get_close_matches(name, names, 1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+            if name in signature(Request).parameters:
+                hint = f'a request says it: Request("a red circle", {name}=...)'
             raise InvalidInput(f"there is no option {shown(name)} -> {hint}")
     return kind(**more, **options)
 

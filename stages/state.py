@@ -38,6 +38,9 @@ class State:
             raise InvalidInput(f"the state has no {name!a} -> {hint}")
         return self.values[name]
 
+    def __setitem__(self, name: str, value: Value) -> None:
+        raise InvalidInput(f"a state stays as it is -> states[0] = states[0].changed({name}=...)")
+
     def __contains__(self, name: object) -> bool:
         return name in self.values
 

@@ -1,12 +1,13 @@
 """A run: stage by stage, every request through each, so that each weight is loaded once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+from runner import job_fields
 from runner.artifacts import MemoryStore, Store, Where, key_of, open_store
 from runner.engine.keys import artifact_keys, checkpoint_key, computed_anew, missing
 from runner.engine.oom import degrade
@@ -54,6 +55,7 @@ def run_all(
     Raises BadResult, ModelError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
     check_runnable(plan, collectives)
+    check_listeners(emit, done)
     if policy is not None:
         plan = replace(plan, job=replace(plan.job, policy=policy))
     policy = plan.job.policy
@@ -83,6 +85,7 @@ def run_stage(
         close = get_close_matches(str(stage), STAGES, 1)
         raise InvalidInput(f"there is no stage {shown(str(stage))} -> choose from {', '.join(close or STAGES)}")
     check_runnable(plan, None, stage)
+    check_listeners(emit)
     store = _opened(plan, store, emit)
     keys = artifact_keys(plan)
     index = STAGES.index(stage)
@@ -111,7 +114,7 @@ def _lent(plan: Plan, stage: str, states: Sequence[State]) -> tuple[Store, list[
     """A store of its own with `states`, their keys in it, and the keys for what the stage makes of them."""
     if stage == STAGES[0]:
         raise InvalidInput(f"{stage} is the first stage: it works on requests -> leave `states` out")
-    if not all(isinstance(state, State) for state in states):
+    if not isinstance(states, Iterable) or not all(isinstance(state, State) for state in states):
         raise InvalidInput("`states` must be a list of states -> as run_stage gives them")
     if len(states) != len(plan.requests):
         raise InvalidInput(f"{len(states)} `states` for {len(plan.requests)} requests -> one for each")
@@ -256,6 +259,13 @@ def check_runnable(plan: Plan, collectives: Collectives | None, stage: str = "de
     if stage == "denoise" and plan.processes > 1 and collectives is None:
         raise InvalidInput("denoise=tensor_parallel takes a process for each card -> runner.spawn(job, ranks=2), or "
                            "the command line")
+
+
+def check_listeners(emit: Emit, done: Done | None = None) -> None:
+    """Raise InvalidInput for listeners that cannot be called."""
+    job_fields.function("emit", emit, "kind, data")
+    if done is not None:
+        job_fields.function("done", done, "picture")
 
 
 def begin(plan: Plan, name: str, emit: Emit) -> None:

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from runner.media.image import png, texts
 from runner.media.paths import check_format, write
+from stages.errors import InvalidInput
 
 
 class PictureImage(PngImageFile):
@@ -42,6 +43,8 @@ def save(path: str | PathLike[str], pixels: Any, card: Mapping[str, Any], *, ove
 
     Raises InvalidInput where something is there, or for a format that is not written; StoreError where it cannot be.
     """
+    if not isinstance(path, str | PathLike):
+        raise InvalidInput(f"a {type(path).__name__} is no path of a picture -> such as \"fox.png\"")
     target = Path(path)
     check_format(str(target))
     write(target, png(pixels, card), overwrite=overwrite)

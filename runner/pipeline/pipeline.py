@@ -20,6 +20,7 @@ from runner.media.pil import image_of
 from runner.pipeline import keywords
 from runner.pipeline.asked import Asked, requests_of, spend
 from runner.pipeline.devices import devices_of, places_of
+from runner.pipeline.habits import Habits
 from runner.pipeline.model import family_of, is_model_folder
 from runner.pipeline.result import Result
 from runner.pipeline.shown import shown
@@ -40,7 +41,7 @@ DType = Mapping[str, str | torch.dtype] | str | torch.dtype | None
 ANYTHING = "a picture"
 
 
-class Pipeline:
+class Pipeline(Habits):
     """A model and how it runs: `pipe = Pipeline("flux")`, then `pipe("a fox").images[0].save("fox.png")`.
 
     Nothing is loaded before a call, and nothing stays loaded behind it. `family_or_model` is the name of a family, a
@@ -138,7 +139,7 @@ class Pipeline:
         """Where everything goes for a picture with the family's defaults: `print(pipe.plan)`. Nothing is loaded."""
         return self.plan_for(ANYTHING)
 
-    def plan_for(self, prompt: str | Sequence[str], *, machine: str | Machine | None = None,
+    def plan_for(self, prompt: str | Sequence[str] = ANYTHING, *, machine: str | Machine | None = None,
                  **asked: Unpack[Asked]) -> Plan:
         """Where everything would go for a call with these arguments, here or on a machine such as "2x16GB"."""
         return make_plan(self.job_for(prompt, **asked), machine=machine, download=False)

@@ -77,6 +77,8 @@ def fetched(plan: Plan) -> Plan:
 
 
 def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Plan:
+    if not isinstance(machine, str | Machine | None):
+        raise InvalidInput(f"a {type(machine).__name__} is no machine -> such as machine=\"2x16GB\"")
     if isinstance(machine, str):
         there = chosen(read_machine(machine), job.devices)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from runner.artifacts import Artifact, Where, open_store
 from runner.media.previews import enlarged
 from runner.reports import templates
-from runner.reports.history import readable
+from runner.reports.history import find_run, readable
 from runner.reports.progress import Status, Summary
 from runner.reports.report import stages_table
 from runner.reports.templates import Thumbnail, thumbnail
@@ -97,7 +97,9 @@ class Memory:
     HEAD = ("stage", "device", "before", "plan", "peak", "peak less before", "after")
 
     def __init__(self, store: Where, run: str) -> None:
-        self.run, record = run, open_store(store, readonly=True).load_run(run)
+        opened = open_store(store, readonly=True)
+        self.run = run = find_run(opened, run)
+        record = opened.load_run(run)
         with readable(run):
             self.rows = stage_memory(record)
 
@@ -119,8 +121,9 @@ class Charts:
         from runner.reports.charts.gantt import gantt
         from runner.reports.charts.timeline import memory
 
-        self.run = run
-        record = open_store(store, readonly=True).load_run(run)
+        opened = open_store(store, readonly=True)
+        self.run = run = find_run(opened, run)
+        record = opened.load_run(run)
         with readable(run):
             drawings = [draw(record, WIDTH) for draw in (blocks, memory, gantt)]
         self._drawings = [drawing for drawing in drawings if drawing is not None]
