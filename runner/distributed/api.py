@@ -77,8 +77,8 @@ def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbo
 def check_job(job: Any) -> None:
     """Raise InvalidInput for anything else than a job."""
     if not isinstance(job, Job):
-        raise InvalidInput(f"a {type(job).__name__} is no job -> Job(\"flux\", ...), a plan's plan.job, or a pipeline's "
-                           f"pipe.job_for(...)")
+        raise InvalidInput(f"a {type(job).__name__} is no job -> Job(\"flux\", ...), a plan's plan.job, or a "
+                           f"pipeline's pipe.job_for(...)")
 
 
 def process_count(job: Job, ranks: int | None) -> int:

@@ -110,17 +110,19 @@ def _opened(plan: Plan, store: Where | None, emit: Emit) -> Store:
     return open_store(where, warn=lambda text: emit("warning", {"text": text}), strict=plan.job.policy.strict)
 
 
-def _lent(plan: Plan, stage: str, states: Sequence[State]) -> tuple[Store, list[str], list[str]]:
+def _lent(plan: Plan, stage: str, states: Any) -> tuple[Store, list[str], list[str]]:
     """A store of its own with `states`, their keys in it, and the keys for what the stage makes of them."""
     if stage == STAGES[0]:
         raise InvalidInput(f"{stage} is the first stage: it works on requests -> leave `states` out")
-    if not isinstance(states, Iterable) or not all(isinstance(state, State) for state in states):
+    listed = isinstance(states, Iterable) and not isinstance(states, State)
+    given = list(states) if listed else [states]
+    if not listed or not all(isinstance(state, State) for state in given):
         raise InvalidInput("`states` must be a list of states -> as run_stage gives them")
-    if len(states) != len(plan.requests):
-        raise InvalidInput(f"{len(states)} `states` for {len(plan.requests)} requests -> one for each")
+    if len(given) != len(plan.requests):
+        raise InvalidInput(f"{len(given)} `states` for {len(plan.requests)} requests -> one for each")
     store = MemoryStore()
-    sources = [key_of({"lent": number}) for number in range(len(states))]
-    for key, state in zip(sources, states, strict=True):
+    sources = [key_of({"lent": number}) for number in range(len(given))]
+    for key, state in zip(sources, given, strict=True):
         store.put(key, STAGES[STAGES.index(stage) - 1], state, {})
     return store, sources, [key_of({"made of": key}) for key in sources]
 
