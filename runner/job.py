@@ -14,6 +14,7 @@ from runner.request import FilledRequest, Request
 from stages.errors import InvalidInput
 from stages.families import FAMILIES, Family
 from stages.models.lora import LoraRequest, read_loras
+from stages.models.scheduler import SchedulerRequest
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +133,8 @@ class Job:
     """A commit, tag or branch of a model of the hub."""
     loras: tuple[LoraRequest, ...] = ()
     """LoRAs that are merged into the weights."""
+    scheduler: SchedulerRequest | None = None
+    """What takes the place of the model's scheduler."""
     dtype: Mapping[str, str] = field(default_factory=dict, hash=False)
     """The name of a type by component; "" stands for all others."""
     devices: tuple[str, ...] = ()
@@ -175,6 +178,7 @@ class Job:
             model: str | os.PathLike[str] | None = None,
             revision: str | None = None,
             loras: Iterable[LoraRequest | str | os.PathLike[str]] = (),
+            scheduler: SchedulerRequest | Mapping[str, Any] | str | object | None = None,
             dtype: Mapping[str, str | torch.dtype] | str | torch.dtype | None = None,
             devices: Iterable[str] | str = (),
             max_memory: MemoryLimits | Mapping[str | int, str | int] | str | int | None = None,
@@ -212,6 +216,7 @@ class Job:
             "model": fields_of.path("model", given.model, optional=True),
             "revision": None if given.revision is None else fields_of.text("revision", given.revision),
             "loras": read_loras(fields_of.several("loras", given.loras, str | os.PathLike | LoraRequest)),
+            "scheduler": None if given.scheduler is None else SchedulerRequest.read(given.scheduler),
             "dtype": fields_of.types(given.dtype),
             "devices": fields_of.devices(given.devices),
             "max_memory": fields_of.limits(given.max_memory),

@@ -38,6 +38,7 @@ def jobs(draw: st.DrawFn) -> Job:
         family, [replace(one, text_tokens=8) for one in requests],
         model=draw(st.none() | TEXT), revision=draw(st.none() | TEXT),
         loras=draw(st.lists(st.sampled_from([LoraRequest("a.safetensors", 0.5), LoraRequest("u/r", 1.0, 64 * "a")]))),
+        scheduler=draw(st.sampled_from([None, "UniPCMultistepScheduler,use_flow_sigmas=true", "shift=3,name=x"])),
         dtype=draw(st.dictionaries(st.sampled_from(["", "vae", "transformer"]), st.sampled_from(DTYPES))),
         devices=draw(st.lists(st.sampled_from(["cpu", "cuda:0", "1"]))),
         max_memory=draw(st.sampled_from(["", "14GiB", "80%", "-2GiB", "0=14GiB,cpu=24GiB"])),

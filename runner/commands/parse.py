@@ -22,6 +22,7 @@ from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 from stages.models.lora import NONE, LoraRequest, read_loras
+from stages.models.scheduler import SchedulerRequest
 
 
 def job_of(family: str, options: FamilyOptions, *, named: bool = True) -> Job:
@@ -46,6 +47,7 @@ def job_of(family: str, options: FamilyOptions, *, named: bool = True) -> Job:
         model=model,
         revision=card.revision if card is not None and options.revision is options.model is None else options.revision,
         loras=_loras(options.lora or (), () if card is None else card.loras),
+        scheduler=_scheduler(options.scheduler, None if card is None else card.scheduler),
         dtype=_dtypes(options.dtype or ()) or ({} if card is None else dict(card.dtype)),
         store=options.artifacts or str(user_store()),
         run=run,
@@ -182,6 +184,11 @@ def _loras(texts: Sequence[str], before: tuple[LoraRequest, ...]) -> tuple[LoraR
             raise InvalidInput(f"--lora {NONE} and other LoRAs contradict each other -> leave one of them out")
         return ()
     return read_loras(texts) or before
+
+
+def _scheduler(text: str | None, before: SchedulerRequest | None) -> SchedulerRequest | None:
+    """The scheduler that --scheduler spells; without it that of a picture `before`, and the model's own for `none`."""
+    return before if text is None else None if text == NONE else SchedulerRequest.read(text)
 
 
 def _entries(options: FamilyOptions, card: PictureCard | None) -> list[Entry]:

@@ -25,6 +25,8 @@ def artifact_keys(plan: Plan) -> dict[str, tuple[str, ...]]:
         added: dict[str, object] = {"loras": loras} if loras else {}
         if stage.schedules:
             added["model"] = checkpoint.identity
+            if checkpoint.scheduler is not None:
+                added["scheduler"] = checkpoint.scheduler.to_json()
         # Of ten thousand requests all ask for the same names, and the pipeline blocks answer slowly.
         names = stage.inputs
         # Before the denoise, a guider only says whether there are negative embeddings.

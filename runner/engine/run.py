@@ -7,11 +7,11 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
-from runner import job_fields
 from runner.artifacts import MemoryStore, Store, Where, key_of, open_store
 from runner.engine.keys import artifact_keys, checkpoint_key, computed_anew, missing
 from runner.engine.oom import degrade
 from runner.engine.recorder import Recorder
+from runner.engine.refusals import check_listeners, check_runnable
 from runner.engine.report import Failure, Picture, Report, StageReport
 from runner.engine.signals import Interrupted, StopRequest
 from runner.engine.stage_runner import Collectives, StageRunner, work_items
@@ -249,27 +249,6 @@ def advised(error: StageOutOfMemory, plan: Plan) -> StageOutOfMemory:
     return error
 
 
-def check_runnable(plan: Plan, collectives: Collectives | None, stage: str = "denoise") -> None:
-    """Raise InvalidInput for a plan of which this process cannot run the stage alone, or not here."""
-    if not isinstance(plan, Plan):
-        raise InvalidInput(f"a {type(plan).__name__} is no plan -> make_plan(job) makes one of a Job")
-    if not plan.machine.here:
-        raise InvalidInput("this is a plan for cards that are not here: plan without `machine` to run")
-    if plan.checkpoint.bytes_to_download:
-        raise InvalidInput(f"{plan.checkpoint.bytes_to_download} bytes of weights are not here: plan with "
-                           f"`download=True` to run")
-    if stage == "denoise" and plan.processes > 1 and collectives is None:
-        raise InvalidInput("denoise=tensor_parallel takes a process for each card -> runner.spawn(job, ranks=2), or "
-                           "the command line")
-
-
-def check_listeners(emit: Emit, done: Done | None = None) -> None:
-    """Raise InvalidInput for listeners that cannot be called."""
-    job_fields.function("emit", emit, "kind, data")
-    if done is not None:
-        job_fields.function("done", done, "picture")
-
-
 def begin(plan: Plan, name: str, emit: Emit) -> None:
     """Tell of a run that begins, and of tensors that only the files have: they may be of another model."""
     emit("run", {"run": name, "requests": len(plan.requests), "model": plan.checkpoint.source,
@@ -334,6 +313,7 @@ def facts_of(plan: Plan, changes: Sequence[str]) -> dict[str, Any]:
         "dtype": {plan.label(part): describe.dtype_name(place.dtype) for part, place in plan.places.items()},
         "devices": list(plan.devices),
         **({"loras": describe.loras(plan)} if plan.checkpoint.loras else {}),
+        **({} if plan.checkpoint.scheduler is None else {"scheduler": plan.checkpoint.scheduler.to_json()}),
         **({} if plan.tile is None else {"tile": plan.tile}),
         **({} if not changes else {"changes": list(changes)}),
     }

@@ -19,6 +19,7 @@ from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 from stages.models.lora import LoraRequest
+from stages.models.scheduler import SchedulerRequest
 
 if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
@@ -46,6 +47,8 @@ class PictureCard:
     """The type of each component."""
     loras: tuple[LoraRequest, ...] = ()
     """The LoRAs that were merged into it."""
+    scheduler: SchedulerRequest | None = None
+    """What took the place of the model's scheduler."""
 
     @property
     def revision(self) -> str | None:
@@ -113,7 +116,7 @@ def parameters(card: Mapping[str, Any]) -> str:
     """The text that other programs read: the prompt, the negative one, and a last line of `Name: value` fields."""
     fields = {
         "Steps": card["steps"],
-        "Sampler": card.get("sampler"),
+        "Sampler": card.get("scheduler", {}).get("name") or None,
         "CFG scale": card["guidance"],
         "Seed": card["seed"],
         "Size": f"{card['width']}x{card['height']}",
@@ -163,7 +166,8 @@ def read_card(path: str | Path) -> PictureCard:
         family, model, identity = (_text(card, name) for name in ("family", "model", "identity"))
         if family not in FAMILIES:
             raise InvalidInput(f"family {shown(family)} is unknown here")
-        return PictureCard(request, family, model, identity, _dtype(card), _loras(card))
+        return PictureCard(request, family, model, identity, _dtype(card), _loras(card),
+                           _scheduler(card))
     except KeyError as error:
         raise InvalidInput(f"{path}: its metadata lack {error}") from None
     except OSError as error:
@@ -230,6 +234,15 @@ def _loras(card: Mapping[str, Any]) -> tuple[LoraRequest, ...]:
     if not isinstance(value, list):
         raise InvalidInput("loras in its metadata are no list")
     return tuple(_lora(each) for each in value)
+
+
+def _scheduler(card: Mapping[str, Any]) -> SchedulerRequest | None:
+    match card.get("scheduler"):
+        case None:
+            return None
+        case {"name": str(name), "config": dict(config)}:
+            return SchedulerRequest(name, config)
+    raise InvalidInput("scheduler in its metadata is not a name and a config")
 
 
 def _lora(value: Any) -> LoraRequest:

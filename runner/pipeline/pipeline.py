@@ -33,6 +33,7 @@ from stages.errors import BadResult, InvalidInput
 from stages.families import FAMILIES, Family
 from stages.machine import Machine
 from stages.models.lora import LoraRequest
+from stages.models.scheduler import SchedulerRequest
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -50,6 +51,7 @@ class Pipeline(Habits):
         model          another model of the family: a hub id, a folder or "demo"
         revision       a commit, tag or branch of a model of the hub
         loras          LoRAs to merge in, such as ["style.safetensors=0.8"]
+        scheduler      in the place of the model's: a name such as "UniPCMultistepScheduler", a config, or a scheduler
         dtype          a type for all components, or {component: type}; `torch_dtype` is the same
         devices, gpus  the devices to use, such as "cpu", ["cuda:0"] or "0,1"; by default all cards
         max_memory     the most to use: "14GiB" of each card, {0: "14GiB", "cpu": "24GiB"}, or bytes
@@ -75,6 +77,7 @@ class Pipeline(Habits):
         model: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         loras: Iterable[LoraRequest | str | os.PathLike[str]] | str = (),
+        scheduler: SchedulerRequest | Mapping[str, Any] | str | object | None = None,
         dtype: DType = None,
         torch_dtype: DType = None,
         devices: Iterable[str | int] | str | int | torch.device = (),
@@ -106,6 +109,7 @@ class Pipeline(Habits):
         # Checks all of it now, and not with the first call.
         self._job = Job(
             name, ANYTHING, model=found if model is None else model, revision=revision, loras=loras,
+            scheduler=scheduler,
             dtype=torch_dtype if dtype is None else dtype, devices=devices_of(devices, gpus, device_map),
             max_memory=max_memory, place=places_of(place, device_map), allow_offload=allow_offload, lanes=lanes,
             policy=policy, modulation_table=modulation_table, peer_copies=peer_copies,

@@ -70,7 +70,8 @@ def fetched(plan: Plan) -> Plan:
     if not plan.checkpoint.bytes_to_download:
         return plan
     # Of the commit that was planned for, whatever has become of its branch.
-    checkpoint = find(plan.checkpoint.source, revision=plan.checkpoint.path.name)
+    checkpoint = replace(find(plan.checkpoint.source, revision=plan.checkpoint.path.name),
+                         scheduler=plan.checkpoint.scheduler)
     if plan.checkpoint.loras:
         checkpoint = checkpoint.with_loras(plan.checkpoint.loras)
     return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, largest(plan.requests).inputs))
@@ -125,7 +126,7 @@ def _checkpoint(job: Job) -> Checkpoint:
     source: str | Path = CHECKPOINT if is_demo else job.model or family.repo
     named = find(source, revision=job.revision, components=())
     check_family(replace(named, source="demo") if is_demo else named, family=FAMILIES[job.family])
-    checkpoint = find(source, revision=job.revision, weights=False)
+    checkpoint = replace(find(source, revision=job.revision, weights=False), scheduler=job.scheduler)
     if job.origin is not None and job.origin.identity != checkpoint.identity:
         raise ModelError(f"{job.origin.what} was made by {job.origin.identity}, but {job.model or family.repo} is now "
                          f"{checkpoint.identity} -> {job.origin.advice}")
