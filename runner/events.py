@@ -27,6 +27,7 @@ EVENTS: Mapping[str, Mapping[str, str]] = {
     "resumed": {"stage": "its name", "request": "that goes on", "step": "after which it goes on"},
     "step": {"stage": "its name", "step": "that is done, from 1", "steps": "of the loop", "index": "of the artifact",
              "of": "how many artifacts", "request": "the first that it is for",
+             "timestep": "a function that gives that of the scheduler, where there is one",
              "latents": "a function that gives them on the host",
              "clean": "a function that gives what they would be if the last direction led to the end",
              "generator": "a function that gives the state of what the next steps draw noise from, if they draw any"},

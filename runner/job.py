@@ -4,18 +4,17 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from runner import job_fields as fields_of
 from runner.inputs import STEPS, check_whole
 from runner.placement_options import MemoryLimits, PlaceRequest, tensor_parallel_processes
-from runner.request import Request, check_tokens
-from runner.text import shown
+from runner.request import FilledRequest, Request
 from stages.errors import InvalidInput
 from stages.families import FAMILIES, Family
 from stages.models.lora import LoraRequest, read_loras
+from stages.models.scheduler import SchedulerRequest
 
 if TYPE_CHECKING:
     import torch
@@ -119,20 +118,23 @@ class Job:
     """What a run is asked for.
 
     From Python each field may also be given as the text that the command line takes for it, lists for tuples, `dtype`
-    as one type for all components, and `max_memory` as bytes, or as {device: bytes or text}. Requests that have no
-    numbers of their own are numbered. Raises InvalidInput for what cannot be.
+    as one type for all components, `place` as {stage: where}, and `max_memory` as bytes, or as {device: bytes or
+    text}. A request may be its prompt alone, or a mapping of what it says; the family fills in the rest, and requests
+    that have no numbers of their own are numbered. Raises InvalidInput for what cannot be.
     """
 
     family: str
     """The model family, such as "flux"."""
-    requests: tuple[Request, ...]
-    """The pictures."""
+    requests: tuple[FilledRequest, ...] = ()
+    """The pictures, at least one."""
     model: str | None = None
     """A checkpoint other than the family's: a hub id, a folder, or "demo"."""
     revision: str | None = None
     """A commit, tag or branch of a model of the hub."""
     loras: tuple[LoraRequest, ...] = ()
     """LoRAs that are merged into the weights."""
+    scheduler: SchedulerRequest | None = None
+    """What takes the place of the model's scheduler."""
     dtype: Mapping[str, str] = field(default_factory=dict, hash=False)
     """The name of a type by component; "" stands for all others."""
     devices: tuple[str, ...] = ()
@@ -177,14 +179,15 @@ class Job:
         def __init__(
             self,
             family: str,
-            requests: Iterable[Request],
+            requests: Iterable[Request | str | Mapping[str, Any]] | Request | str | Mapping[str, Any] = (),
             model: str | os.PathLike[str] | None = None,
             revision: str | None = None,
             loras: Iterable[LoraRequest | str | os.PathLike[str]] = (),
+            scheduler: SchedulerRequest | Mapping[str, Any] | str | object | None = None,
             dtype: Mapping[str, str | torch.dtype] | str | torch.dtype | None = None,
             devices: Iterable[str] | str = (),
-            max_memory: MemoryLimits | Mapping[str | int, str | int] | str | None = None,
-            place: Iterable[PlaceRequest | str] | PlaceRequest | str = (),
+            max_memory: MemoryLimits | Mapping[str | int, str | int] | str | int | None = None,
+            place: Iterable[PlaceRequest | str] | PlaceRequest | Mapping[str, str | int] | str = (),
             allow_offload: Literal["cpu", "disk"] | None = None,
             lanes: int | None = None,
             tile: int | str | None = None,
@@ -204,14 +207,9 @@ class Job:
     def __post_init__(self) -> None:
         for name, value in self._kept().items():
             object.__setattr__(self, name, value)
-        if self.family not in FAMILIES:
-            close = get_close_matches(str(self.family), FAMILIES, 1)
-            raise InvalidInput(f"there is no family {shown(str(self.family))} -> choose from "
-                               f"{', '.join(close or FAMILIES)}")
         if not self.requests:
-            raise InvalidInput("`requests` are none -> give at least one Request")
-        for request in self.requests:
-            check_tokens(self.defaults, request.text_tokens)
+            raise InvalidInput('`requests` are none -> say what to draw, such as ["a red circle"]')
+        object.__setattr__(self, "requests", fields_of.filled(self.requests, self.defaults))
         for each, lists in (("labels", self.labels), ("`output` paths", self.output.paths)):
             if len(lists) not in (0, len(self.requests)):
                 raise InvalidInput(f"{len(self.requests)} requests and {len(lists)} {each} -> one for each, or none")
@@ -220,11 +218,12 @@ class Job:
         """The fields in the form in which they are kept; InvalidInput for what they cannot be."""
         given: Any = self
         return {
-            "family": fields_of.text("family", given.family),
+            "family": fields_of.family(given.family),
             "requests": fields_of.numbered(given.requests),
             "model": fields_of.path("model", given.model, optional=True),
             "revision": None if given.revision is None else fields_of.text("revision", given.revision),
             "loras": read_loras(fields_of.several("loras", given.loras, str | os.PathLike | LoraRequest)),
+            "scheduler": None if given.scheduler is None else SchedulerRequest.read(given.scheduler),
             "dtype": fields_of.types(given.dtype),
             "devices": fields_of.devices(given.devices),
             "max_memory": fields_of.limits(given.max_memory),

@@ -3,17 +3,22 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any, TypeVar
 
 from runner.inputs import PIXELS, SIDE, check_whole, read_whole
 from runner.placement_options import MemoryLimits, PlaceRequest
-from runner.request import Request
+from runner.request import FilledRequest, Request, first_seed
 from runner.text import shown
 from stages.errors import InvalidInput
+from stages.families import FAMILIES, Family
 
 DTYPES = ("float32", "bfloat16", "float16")
+# What people call them.
+_CALLED = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 LANES = 16
 LONGEST = 24 * 3600.0
 AUTO = "auto"
@@ -33,6 +38,15 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def family(value: Any) -> str:
+    """The name of a family that there is."""
+    name = text("family", value)
+    if name not in FAMILIES:
+        close = get_close_matches(name.lower(), FAMILIES, 1)
+        raise InvalidInput(f"there is no family {shown(name)} -> choose from {', '.join(close or FAMILIES)}")
+    return name
+
+
 def path(name: str, value: Any, *, optional: bool = False) -> str | None:
     """A path or a name as text."""
     if value is None and optional:
@@ -48,6 +62,12 @@ def several(name: str, values: Any, alone: Any = ()) -> tuple[Any, ...]:
         raise InvalidInput(f"`{name}` is {shown(values if isinstance(values, str) else repr(values))} -> give a list")
     # Once: what gives its values one at a time has none left for a second look.
     return tuple(values)
+
+
+def function(name: str, value: Any, of: str) -> None:
+    """InvalidInput for what cannot be called with these arguments."""
+    if not callable(value):
+        raise InvalidInput(f"`{name}` is a {type(value).__name__} -> a function of ({of}), or leave it out")
 
 
 def all_of(name: str, values: Any, kind: type[Kind]) -> tuple[Kind, ...]:
@@ -83,11 +103,7 @@ def seconds(name: str, value: Any) -> float:
 
 def numbered(values: Any) -> tuple[Request, ...]:
     """Requests, each with a number that no other has: those that say none are counted."""
-    requests = several("requests", values, Request)
-    for request in requests:
-        if not isinstance(request, Request):
-            raise InvalidInput(f"`requests` has {shown(repr(request))} -> runner.Request, or what "
-                               f"runner.requests_for gives")
+    requests = tuple(map(Request.read, several("requests", values, Request | str | Mapping)))
     if len(requests) > 1 and not any(request.index for request in requests):
         return tuple(replace(request, index=at) for at, request in enumerate(requests))
     indices = [request.index for request in requests]
@@ -95,6 +111,19 @@ def numbered(values: Any) -> tuple[Request, ...]:
         twice = next(index for index in indices if indices.count(index) > 1)
         raise InvalidInput(f"two of the `requests` have the index {twice} -> give each its own, or none")
     return requests
+
+
+def filled(requests: tuple[Request, ...], family: Family) -> tuple[FilledRequest, ...]:
+    """The requests with the family's values for what they do not say; seeds that none says count up from a random one.
+    """
+    first = first_seed(len(requests)) if any(request.seed is None for request in requests) else 0
+    return tuple(request.filled(family, first + at) for at, request in enumerate(requests))
+
+
+def type_name(value: Any) -> str:
+    """The name of a type as torch has it: `bf16` and `torch.bfloat16` are `bfloat16`."""
+    name = str(value).removeprefix("torch.").lower()
+    return _CALLED.get(name, name)
 
 
 def types(dtype: Any) -> dict[str, str]:
@@ -107,7 +136,7 @@ def types(dtype: Any) -> dict[str, str]:
         named = {component: value for component, _, value in spelled}
         if len(named) < len(spelled):
             raise InvalidInput(f"`dtype` {shown(str(dtype))} says the type of a component twice")
-    found = {text("dtype", name): str(value).removeprefix("torch.") for name, value in named.items()}
+    found = {text("dtype", name): type_name(value) for name, value in named.items()}
     for name, value in found.items():
         if value not in DTYPES:
             raise InvalidInput(f"`dtype` {shown(value)}{f' of {name}' if name else ''}: choose one of "
@@ -137,8 +166,9 @@ def _amount(value: Any) -> str:
 
 
 def places(values: Any, stages: tuple[str, ...]) -> tuple[PlaceRequest, ...]:
-    """Places that were asked for; `STAGE=auto` asks for none."""
+    """Places that were asked for, also as a mapping of stages to where; `STAGE=auto` asks for none."""
     found = []
+    values = [f"{stage}={where}" for stage, where in values.items()] if isinstance(values, Mapping) else values
     for value in several("place", values, str | PlaceRequest):
         place = value if isinstance(value, PlaceRequest) else PlaceRequest.read(text("place", value))
         if place.stage not in stages:
@@ -184,6 +214,19 @@ def run(name: Any) -> str:
         raise InvalidInput(f"`run` {shown(name)} is no name of a run: 1 to 64 of A-Z a-z 0-9 . _ - with no dot or "
                            f"dash in front, and not last")
     return str(name)
+
+
+def made(kind: Callable[..., Kind], options: Mapping[str, Any], **more: Any) -> Kind:
+    """What `kind` makes of keyword arguments that somebody wrote; InvalidInput for one that it does not have."""
+    names = [name for name in signature(kind).parameters if name not in more]
+    for name in options:
+        if name not in names:
+            close = get_close_matches(name, names, 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+            if name in signature(Request).parameters:
+                hint = f'a request says it: Request("a red circle", {name}=...)'
+            raise InvalidInput(f"there is no option {shown(name)} -> {hint}")
+    return kind(**more, **options)
 
 
 def unknown(given: Any, kept: Any, where: str = "") -> str | None:

@@ -32,6 +32,8 @@ class Family:
     """The most tokens that may be asked for."""
     negative: bool = False
     """Whether the model reads a negative prompt."""
+    true_guidance: bool = False
+    """Whether diffusers' own pipeline calls the guidance scale `true_cfg_scale`."""
 
 
 MEGAPIXEL = (1024, 1024)
@@ -51,7 +53,7 @@ FAMILIES = {
         # Steps, guidance and tokens are the defaults of QwenImagePipeline; 1328 is the square that it was trained on.
         Family(
             "qwen-image", "Qwen/Qwen-Image", "QwenImagePipeline", 50, 4.0, 512, (1328, 1328), most_tokens=1024,
-            negative=True,
+            negative=True, true_guidance=True,
         ),
         # Steps and tokens are the defaults of StableDiffusion3Pipeline; 3.5 is the guidance of this model's card.
         Family(

@@ -1,10 +1,13 @@
 """What crosses a stage border: named values on the host, nothing on a card."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Union
 
 import torch
+
+from stages.errors import InvalidInput
 
 Value = Union[
     torch.Tensor, str, int, float, bool, None, "list[Value]", "tuple[Value, ...]", "dict[str, Value]"
@@ -27,6 +30,32 @@ class State:
     def __repr__(self) -> str:
         named = (f"{ascii(name)[1:-1]} {_shape(tensor)}" for name, tensor in self.tensors().items())
         return f"State({', '.join(named)})"
+
+    def __getitem__(self, name: str) -> Value:
+        if name not in self.values:
+            close = get_close_matches(str(name), self.values, 1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(self.values)}"
+            raise InvalidInput(f"the state has no {name!a} -> {hint}")
+        return self.values[name]
+
+    def __setitem__(self, name: str, value: Value) -> None:
+        raise InvalidInput(f"a state stays as it is -> states[0] = states[0].changed({name}=...)")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def keys(self) -> KeysView[str]:
+        """The names of the values."""
+        return self.values.keys()
+
+    def changed(self, **values: Value) -> "State":
+        """The same state with other values for some of its names."""
+        for name in values:
+            _ = self[name]
+        return self.merged(State(values))
 
     def only(self, names: Collection[str]) -> "State":
         """The same state with nothing but `names`."""

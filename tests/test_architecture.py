@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(path for package in ("stages", "runner") for path in (ROOT / package).rglob("*.py"))
+SOURCES = sorted(path for package in ("stages", "runner", "stagerun")
+                 for path in (ROOT / package).rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").rglob("*.py"))
 
 
 # From the top to the bottom: a layer imports those below it, and nothing above.
 LAYERS = (
-    {"commands"}, {"distributed"}, {"engine"}, {"planning"}, {"media"}, {"artifacts"},
+    {"commands"}, {"pipeline"}, {"distributed"}, {"engine"}, {"planning"}, {"media"}, {"artifacts"},
     {"job", "job_defaults", "job_fields", "events", "inputs", "placement_options", "request", "startup", "terminal",
      "text", "demo"},
 )
@@ -61,15 +62,22 @@ def layer_of(module: str) -> int:
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_a_layer_imports_nothing_above_it(path: Path) -> None:
-    """commands > distributed > engine > planning > media > artifacts > job > stages, whatever imports where."""
+    """commands > pipeline > distributed > engine > planning > media > artifacts > job > stages, wherever it is."""
     module = module_of(path)
-    # These show what all the layers made, and nothing but commands and notebooks imports them.
-    if module == "runner" or module.startswith(("runner.reports", "runner.notebook", "runner.__main__")):
+    # These show what all the layers made, and nothing but commands, pipelines and notebooks imports them.
+    shows = ("runner.reports", "runner.notebook", "runner.__main__", "stagerun")
+    if module == "runner" or module.startswith(shows):
         return
     above = {name for name in imported(path) if name in MODULES and name not in ("runner", "stages")
-             and not (module.startswith("runner.commands") and name.startswith("runner.reports"))
+             and not (module.startswith(("runner.commands", "runner.pipeline")) and name.startswith("runner.reports"))
              and (name.startswith(("runner.reports", "runner.notebook")) or layer_of(name) < layer_of(module))}
     assert not above
+
+
+def test_the_package_of_public_names_is_imported_by_nothing() -> None:
+    for path in SOURCES:
+        inside = module_of(path).startswith("stagerun")
+        assert inside or not [name for name in imported(path) if name.split(".")[0] == "stagerun"], path
 
 
 def test_nothing_imports_in_circles() -> None:
@@ -140,9 +148,9 @@ def test_a_model_on_disk_knows_nothing_of_where_it_will_be() -> None:
         assert not [name for name in imported(path) if name.startswith("stages") and not name.startswith(known)], path
 
 
-def test_reports_are_read_by_commands_and_notebooks_alone() -> None:
+def test_reports_are_read_by_commands_pipelines_and_notebooks_alone() -> None:
     for path in SOURCES:
-        if path.parts[len(ROOT.parts) + 1] not in ("__init__.py", "commands", "notebook.py", "reports"):
+        if path.parts[len(ROOT.parts) + 1] not in ("__init__.py", "commands", "notebook.py", "pipeline", "reports"):
             assert not [name for name in imported(path) if name.startswith("runner.reports")], path
 
 

@@ -30,13 +30,15 @@ PLACES = ("denoise=sharded", "encode.text_encoder=1", "denoise=0:9,1:10", "decod
 @st.composite
 def jobs(draw: st.DrawFn) -> Job:
     """Jobs with all of their fields."""
-    count = draw(st.integers(1, 3))
+    count, family = draw(st.integers(1, 3)), draw(st.sampled_from(sorted(FAMILIES)))
     requests = [replace(FOX, prompt=draw(TEXT), seed=draw(st.integers(0, 2**64 - 1)), index=at,
-                        guidance=draw(st.none() | st.floats(0, 30))) for at in range(count)]
+                        guidance=None if FAMILIES[family].guidance is None else draw(st.none() | st.floats(0, 30)))
+                for at in range(count)]
     return Job(
-        draw(st.sampled_from(sorted(FAMILIES))), [replace(one, text_tokens=8) for one in requests],
+        family, [replace(one, text_tokens=8) for one in requests],
         model=draw(st.none() | TEXT), revision=draw(st.none() | TEXT),
         loras=draw(st.lists(st.sampled_from([LoraRequest("a.safetensors", 0.5), LoraRequest("u/r", 1.0, 64 * "a")]))),
+        scheduler=draw(st.sampled_from([None, "UniPCMultistepScheduler,use_flow_sigmas=true", "shift=3,name=x"])),
         dtype=draw(st.dictionaries(st.sampled_from(["", "vae", "transformer"]), st.sampled_from(DTYPES))),
         devices=draw(st.lists(st.sampled_from(["cpu", "cuda:0", "1"]))),
         max_memory=draw(st.sampled_from(["", "14GiB", "80%", "-2GiB", "0=14GiB,cpu=24GiB"])),
@@ -88,7 +90,11 @@ def test_type_checkers_see_every_field_of_a_job_in_its_order() -> None:
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"family": "fluks"}, "there is no family 'fluks' -> choose from flux"), ({"requests": []}, "requests are none"),
-    ({"requests": ["a fox"]}, "requests has .*a fox.* -> runner.Request"), ({"requests": "a fox"}, "give a list"),
+    ({"requests": [3]}, "requests has '3' -> a prompt, or Request"), ({"requests": [{"seed": 1}]}, "without a prompt"),
+    ({"requests": {"prompt": "a", "sead": 1}}, "has no 'sead' -> did you mean seed"),
+    ({"requests": [Request("a", guidance=3.5)], "family": "demo"}, "demo takes no guidance -> leave guidance out"),
+    ({"requests": [Request("a", negative_prompt="b")]}, "flux reads no negative prompt"),
+    ({"requests": [""]}, "empty prompt"), ({"family": "FLX"}, "there is no family 'FLX' -> choose from flux"),
     ({"requests": 3}, "requests is '3' -> give a list"), ({"requests": None}, "requests is 'None' -> give a list"),
     ({"place": 1}, "place is '1'"), ({"devices": 1.5}, "devices is '1.5'"),
     ({"devices": {"0": 1}}, "devices is .{'0'"),

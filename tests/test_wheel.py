@@ -1,4 +1,4 @@
-"""What is installed: both packages with their types, the demo checkpoint byte for byte, and nothing of a checkout."""
+"""What is installed: the packages with their types, the demo checkpoint byte for byte, and nothing of a checkout."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel of this checkout, built from a copy: a build leaves files beside its sources."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("runner", "stages", "tools"):
+    for name in ("runner", "stages", "stagerun", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -29,9 +29,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_packages_and_their_types_are_in_it_and_no_tools(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"runner", "stages"}
-    assert {"runner/py.typed", "stages/py.typed"} <= set(names)
-    sources = {path.relative_to(ROOT).as_posix() for package in ("runner", "stages")
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"runner", "stages", "stagerun"}
+    assert {"runner/py.typed", "stages/py.typed", "stagerun/py.typed"} <= set(names)
+    sources = {path.relative_to(ROOT).as_posix() for package in ("runner", "stages", "stagerun")
                for path in (ROOT / package).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
 

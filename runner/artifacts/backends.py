@@ -1,5 +1,6 @@
 """The stores that there are: in memory, in a folder, behind a URL, and one that hands everything on to another."""
 
+import os
 import threading
 import time
 import warnings
@@ -12,7 +13,11 @@ from runner.artifacts import atomic_files, folder, locks
 from runner.artifacts.atomic_files import Buffer, Entry, File
 from runner.artifacts.manifest import checked_key, checked_run
 from runner.artifacts.store import Store, Warn
+from runner.text import gib
 from stages.errors import StoreError
+
+# What may be said in the place of a store.
+Where = Store | str | os.PathLike[str]
 
 
 class MemoryStore(Store):
@@ -22,6 +27,10 @@ class MemoryStore(Store):
         super().__init__(warn, strict)
         self._files: dict[str, tuple[bytes, float]] = {}
         self._working: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def __repr__(self) -> str:
+        held = sum(entry.bytes for entry in self.entries("objects"))
+        return f"MemoryStore({len(self.names('stages'))} artifacts in memory, {gib(held)})"
 
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> bytearray | None:
         """A copy of the bytes at `path`: who reads a state may change its tensors."""
@@ -62,6 +71,9 @@ class FolderStore(Store):
     ) -> None:
         super().__init__(warn, strict)
         self.path = folder.open_root(Path(path), ("objects", "stages", "runs"), readonly=readonly)
+
+    def __repr__(self) -> str:
+        return f"FolderStore({str(self.path)!r})"
 
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> Buffer | None:
         return atomic_files.read(self.path, path, max_bytes=max_bytes, first=first)
@@ -105,6 +117,9 @@ class ForwardingStore(Store):
         super().__init__(store.warn, store.strict)
         self._store = store
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._store!r})"
+
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> Buffer | None:
         return self._store.fetch(path, max_bytes, first=first)
 
@@ -142,11 +157,19 @@ class ForwardingStore(Store):
         self._store.drop_run(run)
 
 
-def open_store(where: str, *, warn: Warn = warnings.warn, strict: bool = False, readonly: bool = False) -> Store:
-    """The store at `where`: "memory", a folder whose parent exists, or a URL such as s3://bucket/folder.
+def open_store(where: Where, *, warn: Warn = warnings.warn, strict: bool = False, readonly: bool = False) -> Store:
+    """The store at `where`: "memory", a folder whose parent exists, or a URL such as s3://bucket/folder; or a store.
 
     `strict` raises StoreError for a damaged artifact, which else counts as missing, with a warning.
     """
+    if isinstance(where, Store):
+        return where
+    if not isinstance(where, str | os.PathLike):
+        raise StoreError(f"`store` is a {type(where).__name__} -> a folder, a URL, \"memory\", or what open_store "
+                         f"gives")
+    where = os.fspath(where)
+    if not where:
+        raise StoreError("`store` is empty -> a folder, a URL or \"memory\"")
     if where == "memory":
         return MemoryStore(warn=warn, strict=strict)
     folder = folder_of(where)

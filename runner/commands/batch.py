@@ -4,7 +4,6 @@ The number, and with it the seed, of a picture depends on the lines before it an
 """
 
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from runner.commands.prompts import Entry
 from runner.inputs import SEED, read_size
 from runner.job import RefusedLine
-from runner.request import COUNT, SEED_BITS, Request, requests_for
+from runner.request import COUNT, FilledRequest, first_seed, requests_for
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import Family
@@ -25,7 +24,7 @@ PROMPT_BYTES = 16 * 2**20
 class Item:
     """One picture that is asked for."""
 
-    request: Request
+    request: FilledRequest
     """What to make."""
     line: int = 0
     """The line that asks for it; 0: the command line."""
@@ -69,7 +68,7 @@ def batch(entries: Sequence[Entry], family: Family, defaults: Defaults) -> Batch
     total = sum(pictures(entry, defaults) for entry in entries)
     if total > PICTURES:
         raise InvalidInput(f"that is {total:,} pictures; the limit is {PICTURES:,} -> split the file")
-    first = secrets.randbelow(2**SEED_BITS - total + 1) if defaults.seeds == (-1,) else defaults.seeds[0]
+    first = first_seed(total) if defaults.seeds == (-1,) else defaults.seeds[0]
     index, items, refused, ids = 0, list[Item](), list[RefusedLine](), dict[str, int]()
     for entry in entries:
         try:

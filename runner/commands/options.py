@@ -81,6 +81,9 @@ class PictureOptions:
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE|ID[=SCALE]", help="Merge a LoRA into the model; repeatable.")
     ] = None
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="NAME[,KEY=VALUE]", help="A scheduler of diffusers; none: the model's own.")
+    ] = None
     steps: Annotated[str | None, typer.Option(metavar="N", help="Denoise steps, 1 to 1000.")] = None
     guidance: Annotated[str | None, typer.Option(metavar="X", help="Guidance scale, 0 to 30.")] = None
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels.")] = None

@@ -17,11 +17,12 @@ from runner.job_fields import DTYPES, LANES, LONGEST, tile
 from runner.media.image import PictureCard, read_card
 from runner.media.paths import Naming, Unnamed
 from runner.placement_options import MemoryLimits, PlaceRequest
-from runner.request import COUNT, Request
+from runner.request import COUNT, FilledRequest
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 from stages.models.lora import NONE, LoraRequest, read_loras
+from stages.models.scheduler import SchedulerRequest
 
 
 def job_of(family: str, options: FamilyOptions, *, named: bool = True) -> Job:
@@ -46,6 +47,7 @@ def job_of(family: str, options: FamilyOptions, *, named: bool = True) -> Job:
         model=model,
         revision=card.revision if card is not None and options.revision is options.model is None else options.revision,
         loras=_loras(options.lora or (), () if card is None else card.loras),
+        scheduler=_scheduler(options.scheduler, None if card is None else card.scheduler),
         dtype=_dtypes(options.dtype or ()) or ({} if card is None else dict(card.dtype)),
         tile=None if card is None else _tile_of(card, [item.request for item in items]),
         store=options.artifacts or str(user_store()),
@@ -165,7 +167,7 @@ def _model_of(card: PictureCard) -> str:
     return "demo" if card.family == "demo" else card.model
 
 
-def _tile_of(card: PictureCard, requests: Sequence[Request]) -> int | None:
+def _tile_of(card: PictureCard, requests: Sequence[FilledRequest]) -> int | None:
     """The tiles of a picture that is made once more; pictures of another size have none to keep to."""
     sizes = {(request.width, request.height) for request in requests}
     return card.tile if sizes == {(card.request.width, card.request.height)} else None
@@ -193,6 +195,11 @@ def _loras(texts: Sequence[str], before: tuple[LoraRequest, ...]) -> tuple[LoraR
     return read_loras(texts) or before
 
 
+def _scheduler(text: str | None, before: SchedulerRequest | None) -> SchedulerRequest | None:
+    """The scheduler that --scheduler spells; without it that of a picture `before`, and the model's own for `none`."""
+    return before if text is None else None if text == NONE else SchedulerRequest.read(text)
+
+
 def _entries(options: FamilyOptions, card: PictureCard | None) -> list[Entry]:
     if options.prompt_file is not None:
         if options.prompt is not None:
@@ -205,7 +212,7 @@ def _entries(options: FamilyOptions, card: PictureCard | None) -> list[Entry]:
     return [Entry(0, {"prompt": prompt})]
 
 
-def _defaults(options: FamilyOptions, before: Request | None) -> Defaults:
+def _defaults(options: FamilyOptions, before: FilledRequest | None) -> Defaults:
     inputs: dict[str, Any] = {}
     if before is not None:
         inputs = {name: getattr(before, name) for name in ("steps", "guidance", "text_tokens", "negative_prompt")}

@@ -5,6 +5,7 @@ The process that asks for ranks need not import torch, and has no context on any
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from runner.distributed.process_group import RankProcesses
 from runner.distributed.results import RankResult, joined
@@ -32,6 +33,7 @@ def spawn(
     Raises what `make_plan` and `run_all` raise, and RankLost, naming rank, stage and step, for a rank that was killed,
     failed, left early or does nothing for `timeout` seconds.
     """
+    check_job(job)
     if job.store == "memory":
         raise InvalidInput("ranks share a store, and each has a memory of its own -> `store=DIR`, or leave it out")
     if not isinstance(ranks, RankProcesses):
@@ -56,6 +58,7 @@ def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbo
     default it goes to the file that the job's output names, if it names any. Raises what `run_all` raises, and
     InvalidInput where Ray is not installed.
     """
+    check_job(job)
     if job.store == "memory":
         raise InvalidInput("Ray needs a store that all its workers share -> `store=DIR` or a URL")
     if job.tensor_parallel is not None:
@@ -69,6 +72,13 @@ def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbo
     report = cluster.run_job(prepared(job), emit=emit, done=done, verbose=verbose)
     lost = (Failure(report.job.positions[index], STAGES[-1], text) for index, text in failed)
     return replace(report, failures=(*report.failures, *lost))
+
+
+def check_job(job: Any) -> None:
+    """Raise InvalidInput for anything else than a job."""
+    if not isinstance(job, Job):
+        raise InvalidInput(f"a {type(job).__name__} is no job -> Job(\"flux\", ...), a plan's plan.job, or a "
+                           f"pipeline's pipe.job_for(...)")
 
 
 def process_count(job: Job, ranks: int | None) -> int:

@@ -58,7 +58,8 @@ def gather(items: Any) -> Any:
     if isinstance(items, dict):
         return {name: gather(value) for name, value in items.items()}
     last = _LAST.get()
-    own = items[: last.own] if last is not None and _length(items) == last.length else items
+    length = _length(items)
+    own = items[: last.own] if last is not None and length == last.length else items
     if isinstance(own, torch.Tensor):
         return torch.cat(_gathered([own.detach().cpu()]))
     return type(items)(_gathered(list(own)))

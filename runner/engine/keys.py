@@ -8,7 +8,7 @@ import transformers
 from runner.artifacts import Store, key_of
 from runner.job import STAGES
 from runner.planning.plan import Plan
-from runner.request import Request
+from runner.request import FilledRequest
 from stages.errors import InvalidInput
 from stages.pipeline.stage import Stage, guides
 from stages.placement.tiling import Tiling
@@ -26,6 +26,8 @@ def artifact_keys(plan: Plan) -> dict[str, tuple[str, ...]]:
         added: dict[str, object] = {"loras": loras} if loras else {}
         if stage.schedules:
             added["model"] = checkpoint.identity
+            if checkpoint.scheduler is not None:
+                added["scheduler"] = checkpoint.scheduler.to_json()
         # Of ten thousand requests all ask for the same names, and the pipeline blocks answer slowly.
         names = stage.inputs
         # Before the denoise, a guider only says whether there are negative embeddings.
@@ -41,7 +43,7 @@ def artifact_keys(plan: Plan) -> dict[str, tuple[str, ...]]:
     return keys
 
 
-def _tile(tiling: Tiling | None, request: Request) -> dict[str, int]:
+def _tile(tiling: Tiling | None, request: FilledRequest) -> dict[str, int]:
     """What the key of a picture has that is decoded in tiles: it is another one than the whole."""
     tile = None if tiling is None else tiling.tile(request.width, request.height)
     return {} if tile is None else {"tile": tile}

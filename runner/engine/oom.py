@@ -8,7 +8,6 @@ import torch
 from runner.planning.ladder import NoStrategyFits
 from runner.planning.plan import Plan, sizes_of
 from runner.planning.tiles import smaller_tiles
-from runner.request import Request
 from runner.text import gib
 from stages.machine import Device, memory_users, probe
 from stages.placement.tiling import Tiling

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from runner.artifacts import Store
 from runner.job import Job
-from runner.request import Request
+from runner.media.image import card_of
+from runner.request import FilledRequest
 from runner.text import gib, pictures, shown
 
 if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
     import numpy as np
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Picture:
 
     index: int
     """That of its request in the whole run."""
-    request: Request
+    request: FilledRequest
     """What was asked for."""
     key: str
     """The key of its artifact."""
@@ -98,6 +103,27 @@ class Picture:
     def pixels(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         """uint8 [height, width, 3]."""
         return self.read()
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What its metadata say: all that is needed to make it again."""
+        return card_of(self.request, self.facts)
+
+    @cached_property
+    def image(self) -> "Image":
+        """The picture as PIL has it, which keeps its metadata when it is saved as it is."""
+        from runner.media.pil import image_of
+
+        return image_of(self.pixels, self.card)
+
+    def save(self, path: "str | os.PathLike[str]", *, overwrite: bool = False) -> "Path":
+        """Write the picture with its metadata, as the command line does; the path.
+
+        Raises InvalidInput where something is there, unless it is to be overwritten.
+        """
+        from runner.media import pil
+
+        return pil.save(path, self.read(), self.card, overwrite=overwrite)
 
     def read(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         """The pixels, read from the store and not kept here."""

@@ -1,15 +1,17 @@
 """A run: stage by stage, every request through each, so that each weight is loaded once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
-from runner.artifacts import MemoryStore, Store, key_of, open_store
+from runner.artifacts import MemoryStore, Store, Where, key_of, open_store
 from runner.engine.keys import artifact_keys, checkpoint_key, computed_anew, missing
 from runner.engine.oom import degrade
 from runner.engine.recorder import Recorder
+from runner.engine.refusals import check_listeners, check_runnable
 from runner.engine.report import Failure, Picture, Report, StageReport
 from runner.engine.signals import Interrupted, StopRequest
 from runner.engine.stage_runner import Collectives, StageRunner, work_items
@@ -37,7 +39,7 @@ def run_all(
     plan: Plan,
     policy: RunPolicy | None = None,
     *,
-    store: Store | None = None,
+    store: Where | None = None,
     emit: Emit = silent,
     done: Done | None = None,
     stop: Callable[[], bool] | None = None,
@@ -45,22 +47,21 @@ def run_all(
 ) -> Report:
     """Make every picture of the plan as `policy` says, or its job's, re-using what the store has.
 
-    `store` is by default the job's, or one in memory where the job names none. `done` is told of each picture as soon
-    as it is there; by default it goes to the file that the job's output names, if it names any. A signal, or `stop`
-    once it is true, ends the run after the current step: Interrupted. A denoise that several processes do together
-    needs their `collectives`.
+    `store` is one, or a folder or URL; by default the job's, or one in memory where the job names none. `done` is told
+    of each picture as soon as it is there; by default it goes to the file that the job's output names, if it names
+    any. A signal, or `stop` once it is true, ends the run after the current step: Interrupted. A denoise that several
+    processes do together needs their `collectives`.
 
     Raises BadResult, ModelError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
     check_runnable(plan, collectives)
+    check_listeners(emit, done)
     if policy is not None:
         plan = replace(plan, job=replace(plan.job, policy=policy))
     policy = plan.job.policy
     recorder = Recorder(emit, plan.devices, often=policy.sample_memory)
     emit = one_at_a_time(recorder)
-    if store is None:
-        store = open_store(plan.job.store or "memory", warn=lambda text: emit("warning", {"text": text}),
-                           strict=policy.strict)
+    store = _opened(plan, store, emit)
     if policy.preview:
         emit = one_at_a_time(Previewer(recorder, policy.preview, plan.requests, colors_of(plan.checkpoint, store)))
     failed: list[Failure] = []
@@ -72,16 +73,20 @@ def run_all(
 
 
 def run_stage(
-    plan: Plan, stage: str, *, store: Store, emit: Emit = silent, states: Sequence[State] | None = None
+    plan: Plan, stage: str, *, store: Where | None = None, emit: Emit = silent, states: Sequence[State] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> list[State]:
     """One stage alone, for every request: the states after it. The stages before it must be in the store.
 
-    With `states`, one for each request, it works on these instead, and what it makes is returned and not kept.
+    `store` and `stop` are as in `run_all`. With `states`, one for each request, the stage works on these instead, and
+    what it makes is returned and not kept.
     """
     if stage not in STAGES:
-        raise InvalidInput(f"there is no stage {shown(str(stage))} -> choose from {', '.join(STAGES)}")
-    if stage == "denoise":
-        check_runnable(plan, None)
+        close = get_close_matches(str(stage), STAGES, 1)
+        raise InvalidInput(f"there is no stage {shown(str(stage))} -> choose from {', '.join(close or STAGES)}")
+    check_runnable(plan, None, stage)
+    check_listeners(emit)
+    store = _opened(plan, store, emit)
     keys = artifact_keys(plan)
     index = STAGES.index(stage)
     sources: Sequence[str] | None = keys[STAGES[index - 1]] if index else None
@@ -91,23 +96,33 @@ def run_stage(
     elif sources is not None and any(store.get(key) is None for key in sources):
         raise InvalidInput(f"{stage} needs the artifacts of {STAGES[index - 1]}: run that stage first")
     todo = [position for position, key in enumerate(made) if store.get(key) is None]
-    stop = StopRequest()
-    with stop.listening():
+    stopping = StopRequest(stop)
+    with stopping.listening():
         emit("stage", {"stage": stage, "requests": len(made), "reused": len(made) - len(todo)})
-        StageRunner(plan, plan.stage(stage), store, one_at_a_time(emit), stop=stop).run(
+        StageRunner(plan, plan.stage(stage), store, one_at_a_time(emit), stop=stopping).run(
             work_items(made, sources, todo))
     return [state for key in made if (state := store.get(key)) is not None]
 
 
-def _lent(plan: Plan, stage: str, states: Sequence[State]) -> tuple[Store, list[str], list[str]]:
+def _opened(plan: Plan, store: Where | None, emit: Emit) -> Store:
+    """The store that is meant, opened."""
+    where = (plan.job.store or "memory") if store is None else store
+    return open_store(where, warn=lambda text: emit("warning", {"text": text}), strict=plan.job.policy.strict)
+
+
+def _lent(plan: Plan, stage: str, states: Any) -> tuple[Store, list[str], list[str]]:
     """A store of its own with `states`, their keys in it, and the keys for what the stage makes of them."""
     if stage == STAGES[0]:
         raise InvalidInput(f"{stage} is the first stage: it works on requests -> leave `states` out")
-    if len(states) != len(plan.requests):
-        raise InvalidInput(f"{len(states)} `states` for {len(plan.requests)} requests -> one for each")
+    listed = isinstance(states, Iterable) and not isinstance(states, State)
+    given = list(states) if listed else [states]
+    if not listed or not all(isinstance(state, State) for state in given):
+        raise InvalidInput("`states` must be a list of states -> as run_stage gives them")
+    if len(given) != len(plan.requests):
+        raise InvalidInput(f"{len(given)} `states` for {len(plan.requests)} requests -> one for each")
     store = MemoryStore()
-    sources = [key_of({"lent": number}) for number in range(len(states))]
-    for key, state in zip(sources, states, strict=True):
+    sources = [key_of({"lent": number}) for number in range(len(given))]
+    for key, state in zip(sources, given, strict=True):
         store.put(key, STAGES[STAGES.index(stage) - 1], state, {})
     return store, sources, [key_of({"made of": key}) for key in sources]
 
@@ -247,20 +262,6 @@ def advised(error: StageOutOfMemory, plan: Plan) -> StageOutOfMemory:
     return error
 
 
-def check_runnable(plan: Plan, collectives: Collectives | None) -> None:
-    """Raise InvalidInput for a plan that this process cannot run alone, or not here."""
-    if not isinstance(plan, Plan):
-        raise InvalidInput(f"a {type(plan).__name__} is no plan -> make_plan(job) makes one of a Job")
-    if not plan.machine.here:
-        raise InvalidInput("this is a plan for cards that are not here: plan without `machine` to run")
-    if plan.checkpoint.bytes_to_download:
-        raise InvalidInput(f"{plan.checkpoint.bytes_to_download} bytes of weights are not here: plan with "
-                           f"`download=True` to run")
-    if plan.processes > 1 and collectives is None:
-        raise InvalidInput("denoise=tensor_parallel takes a process for each card -> runner.spawn(job, ranks=2), or "
-                           "the command line")
-
-
 def begin(plan: Plan, name: str, emit: Emit) -> None:
     """Tell of a run that begins, and of tensors that only the files have: they may be of another model."""
     emit("run", {"run": name, "requests": len(plan.requests), "model": plan.checkpoint.source,
@@ -329,5 +330,6 @@ def facts_of(plan: Plan, changes: Sequence[str], tile: int | None) -> dict[str, 
         "devices": list(plan.devices),
         **({"loras": describe.loras(plan)} if plan.checkpoint.loras else {}),
         **({} if tile is None else {"tile": tile}),
+        **({} if plan.checkpoint.scheduler is None else {"scheduler": plan.checkpoint.scheduler.to_json()}),
         **({} if not changes else {"changes": list(changes)}),
     }

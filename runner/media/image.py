@@ -15,11 +15,12 @@ from typing import Any
 
 from runner.inputs import INPUTS, PIXELS
 from runner.job_fields import tile
-from runner.request import Request
+from runner.request import FilledRequest
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 from stages.models.lora import LoraRequest
+from stages.models.scheduler import SchedulerRequest
 
 SCHEMA = 1
 PACKAGES = ("stagerun", "diffusers", "torch", "transformers")
@@ -32,7 +33,7 @@ PREVIEW = "runner-preview"
 class PictureCard:
     """What a picture says of how it was made."""
 
-    request: Request
+    request: FilledRequest
     """What was asked for."""
     family: str
     """The model family."""
@@ -44,6 +45,8 @@ class PictureCard:
     """The type of each component."""
     loras: tuple[LoraRequest, ...] = ()
     """The LoRAs that were merged into it."""
+    scheduler: SchedulerRequest | None = None
+    """What took the place of the model's scheduler."""
     tile: int = 0
     """Pixels along a side of the tiles that it was decoded in; 0 where that was done whole."""
 
@@ -92,7 +95,7 @@ def is_preview(path: Path) -> bool:
         return False
 
 
-def card_of(request: Request, facts: Mapping[str, Any]) -> dict[str, Any]:
+def card_of(request: FilledRequest, facts: Mapping[str, Any]) -> dict[str, Any]:
     """All that is needed to make the picture again, as JSON; `facts` are the run's."""
     every = {name: getattr(request, name) for name in (*INPUTS, "index")}
     inputs = {name: value for name, value in every.items()
@@ -104,7 +107,7 @@ def parameters(card: Mapping[str, Any]) -> str:
     """The text that other programs read: the prompt, the negative one, and a last line of `Name: value` fields."""
     fields = {
         "Steps": card["steps"],
-        "Sampler": card.get("sampler"),
+        "Sampler": card.get("scheduler", {}).get("name") or None,
         "CFG scale": card["guidance"],
         "Seed": card["seed"],
         "Size": f"{card['width']}x{card['height']}",
@@ -148,11 +151,14 @@ def read_card(path: str | Path) -> PictureCard:
         card = _read(Path(path))
         inputs: dict[str, Any] = {
             name: card.get(name) if each.optional else card[name] for name, each in INPUTS.items()}
-        request = Request(**inputs)
+        for each in INPUTS.values():
+            each.check(inputs[each.name])
+        request = FilledRequest(**inputs)
         family, model, identity = (_text(card, name) for name in ("family", "model", "identity"))
         if family not in FAMILIES:
             raise InvalidInput(f"family {shown(family)} is unknown here")
-        return PictureCard(request, family, model, identity, _dtype(card), _loras(card), _tile(card))
+        return PictureCard(request, family, model, identity, _dtype(card), _loras(card),
+                           _scheduler(card), _tile(card))
     except KeyError as error:
         raise InvalidInput(f"{path}: its metadata lack {error}") from None
     except OSError as error:
@@ -226,6 +232,15 @@ def _loras(card: Mapping[str, Any]) -> tuple[LoraRequest, ...]:
     if not isinstance(value, list):
         raise InvalidInput("loras in its metadata are no list")
     return tuple(_lora(each) for each in value)
+
+
+def _scheduler(card: Mapping[str, Any]) -> SchedulerRequest | None:
+    match card.get("scheduler"):
+        case None:
+            return None
+        case {"name": str(name), "config": dict(config)}:
+            return SchedulerRequest(name, config)
+    raise InvalidInput("scheduler in its metadata is not a name and a config")
 
 
 def _lora(value: Any) -> LoraRequest:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from runner.artifacts import atomic_files, temp_files
-from runner.request import Request
+from runner.request import FilledRequest
 from runner.text import shown
 from stages.errors import InvalidInput, StoreError
 
@@ -17,6 +17,7 @@ ONE, MANY = "{prompt}-{seed}.png", "{index}-{prompt}-{seed}.png"
 FIELDS = ("id", "index", "prompt", "run", "seed")
 SLUG = 60
 NAME = 255
+SUFFIX = ".png"
 
 
 class Unnamed(InvalidInput):
@@ -42,7 +43,7 @@ class Naming:
         """The folder that all pictures lie in, or below."""
         return self._root
 
-    def path(self, request: Request, id: str | None = None, out: str | None = None) -> Path:
+    def path(self, request: FilledRequest, id: str | None = None, out: str | None = None) -> Path:
         """The path of a picture, `out` being what its own line says; InvalidInput where it is taken or not writable.
 
         Unnamed where the reason is in its line.
@@ -65,7 +66,7 @@ class Naming:
             raise InvalidInput(f"it leads out of {self._root} -> write a path inside, and that folder into `out`")
         return (*folder.parts, *parts)
 
-    def _fields(self, request: Request, id: str | None) -> dict[str, str]:
+    def _fields(self, request: FilledRequest, id: str | None) -> dict[str, str]:
         return {"index": f"{request.index:0{self._width}d}", "seed": str(request.seed), "prompt": slug(request.prompt),
                 "run": self._run, "id": id or ""}
 
@@ -89,6 +90,12 @@ def slug(text: str) -> str:
     """At most 60 of the characters a-z, 0-9 and inner dashes that say `text` best; `picture` where none does."""
     plain = unicodedata.normalize("NFKD", text[:1000]).encode("ascii", "ignore").decode().lower()
     return re.sub("[^a-z0-9]+", "-", plain).strip("-")[:SLUG].strip("-") or "picture"
+
+
+def check_format(name: str) -> None:
+    """Raise InvalidInput for the name of a file that no picture is written as."""
+    if not name.lower().endswith(SUFFIX):
+        raise InvalidInput(f"a picture cannot be written as {shown(Path(name).name)} -> a name that ends in {SUFFIX}")
 
 
 def check_recorded(names: Sequence[str], folder: str) -> None:
@@ -138,8 +145,8 @@ def _pattern(out: str | None, default: str) -> tuple[Path, tuple[str, ...]]:
     at = next((i for i, part in enumerate(parts) if re.search("{.*}", part)), len(parts) - 1)
     if ".." in parts[at:]:
         raise InvalidInput(f"`out` {shown(out)} leaves its folder behind a field -> write .. before the first field")
-    if not parts[-1].lower().endswith(".png"):
-        raise InvalidInput(f"`out` {shown(out)} must end in .png, or in / for a folder")
+    if not parts[-1].lower().endswith(SUFFIX):
+        raise InvalidInput(f"`out` {shown(out)} must end in {SUFFIX}, or in / for a folder")
     return Path(*parts[:at]), parts[at:]
 
 

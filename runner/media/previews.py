@@ -9,7 +9,7 @@ from runner.artifacts import Store, key_of
 from runner.events import Emit
 from runner.media import paths
 from runner.media.image import is_preview, preview_png
-from runner.request import Request
+from runner.request import FilledRequest
 from stages.errors import InvalidInput, StoreError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Previewer:
     """
 
     def __init__(
-        self, emit: Emit, every: int, requests: Sequence[Request], colors: "Callable[[int], Colors | None]"
+        self, emit: Emit, every: int, requests: Sequence[FilledRequest], colors: "Callable[[int], Colors | None]"
     ) -> None:
         self._emit, self._every, self._requests, self._find = emit, every, requests, colors
         self._colors: Colors | None = None
@@ -123,7 +123,7 @@ class Strips:
             # Every second one, counted from the last.
             strip[:] = strip[::-1][::2][::-1]
 
-    def keep(self, store: Store, run: str, requests: Sequence[Request]) -> dict[str, str]:
+    def keep(self, store: Store, run: str, requests: Sequence[FilledRequest]) -> dict[str, str]:
         """Put the strips of these requests into the store; their keys by the request's position, for the run's record.
         """
         import torch

@@ -10,7 +10,7 @@ from runner.events import Emit
 from runner.job import Job
 from runner.media.image import card_of, png, shows
 from runner.media.paths import write
-from runner.request import Request
+from runner.request import FilledRequest
 from stages.errors import InvalidInput
 
 
@@ -22,7 +22,7 @@ class Finished(Protocol):
         """That of its request in the whole run."""
 
     @property
-    def request(self) -> Request:
+    def request(self) -> FilledRequest:
         """What was asked for."""
 
     @property

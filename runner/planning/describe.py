@@ -85,6 +85,8 @@ def choices(plan: Plan) -> Iterator[str]:
                f"{place.placement}")
     for lora, names in plan.checkpoint.loras.items():
         yield f"LoRA {lora.source} x {lora.scale:g}: merged into {' and '.join(names)} where weights are read"
+    if plan.checkpoint.scheduler is not None:
+        yield f"scheduler: {plan.checkpoint.scheduler} (asked for)"
     yield from map(str, plan.savings.values())
     if plan.tile is not None:
         yield tiled(plan)

@@ -104,7 +104,7 @@ class Placer:
 
     def _rehearse(self, stage: Stage, state: State, types: Mapping[str, torch.dtype], known: PlanCache) -> None:
         weights = {component.name: weigh(component, types[component.name]) for component in stage.components}
-        recalled(known.rehearsals, (types, self.inputs, self.counts), state,
+        recalled(known.rehearsals, (types, self.inputs, self.counts, stage.checkpoint.scheduler), state,
                  lambda: rehearse(stage, types, weights, state, self.inputs, self.counts, known.costs))
 
     def _precomputed(
@@ -114,7 +114,7 @@ class Placer:
         if stage.name != "denoise":
             return {}
         dtype = types[stage.components[0].name]
-        saving = recalled(known.savings, (dtype, self.inputs, self.table), state,
+        saving = recalled(known.savings, (dtype, self.inputs, self.table, stage.checkpoint.scheduler), state,
                           lambda: table_saving(stage, dtype, state, self.inputs, self.table))
         done.savings[saving.component] = saving
         return {saving.component: saving.layers}
@@ -335,7 +335,8 @@ class Placer:
         """What the stage takes at these places."""
         scratch = {device.name: device.scratch for device in self.machine.devices}
         found = recalled(
-            task.known.estimates, (task.stage.name, dict(places), self.inputs, scratch), task.state,
+            task.known.estimates,
+            (task.stage.name, dict(places), self.inputs, scratch, task.stage.checkpoint.scheduler), task.state,
             lambda: dry_run(task.stage, places, task.weights, task.state, self.inputs, scratch, task.known.costs),
         )
         # A lane takes the row of its call along to every device that computes.

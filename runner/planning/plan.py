@@ -8,7 +8,7 @@ from runner.planning.ladder import Strategy
 from runner.planning.placed import Need, Part
 from runner.planning.placer import Placer
 from runner.planning.precompute import TableSaving
-from runner.request import Request
+from runner.request import FilledRequest
 from runner.text import clean, pictures
 from stages.families import Family
 from stages.machine import Machine
@@ -50,6 +50,8 @@ class Plan:
     """By component, what the modulation table saves."""
     reads: Mapping[str, int] = field(default_factory=dict)
     """By stage, the bytes that every pass reads from the disk."""
+    describe: Callable[["Plan"], Sequence[str]] = field(default=lambda plan: [repr(plan)], repr=False, compare=False)
+    """Gives its lines as people read them: what `print` shows of it."""
     placer: Placer | None = field(default=None, repr=False, compare=False)
     """What placed the components, to place them anew."""
 
@@ -59,13 +61,16 @@ class Plan:
         what = (self.family.name, clean(self.checkpoint.source), pictures(len(self.requests)))
         return f"Plan({', '.join((*what, *stages))})"
 
+    def __str__(self) -> str:
+        return "\n".join(self.describe(self))
+
     @property
     def family(self) -> Family:
         """The model family, with the defaults of its checkpoint."""
         return self.job.defaults
 
     @property
-    def requests(self) -> tuple[Request, ...]:
+    def requests(self) -> tuple[FilledRequest, ...]:
         """The pictures."""
         return self.job.requests
 
@@ -93,7 +98,7 @@ class Plan:
         found = (place.placement.tiling for (stage, _), place in self.places.items() if stage == "decode")
         return next(filter(None, found), None)
 
-    def tile_of(self, request: Request) -> int | None:
+    def tile_of(self, request: FilledRequest) -> int | None:
         """The pixels along a side of the tiles that a picture is decoded in; None where it is decoded whole."""
         return None if self.tiling is None else self.tiling.tile(request.width, request.height)
 
@@ -131,7 +136,7 @@ class Plan:
         return replace(self, job=self.job.only(positions))
 
 
-def sizes_of(requests: Iterable[Request]) -> tuple[tuple[int, int], ...]:
+def sizes_of(requests: Iterable[FilledRequest]) -> tuple[tuple[int, int], ...]:
     """The sizes of pictures, as (width, height), each once."""
     return tuple(dict.fromkeys((request.width, request.height) for request in requests))
 
@@ -141,7 +146,9 @@ def most_bytes(prompts: Iterable[str]) -> str:
     return max(prompts, key=lambda prompt: len(prompt.encode()))
 
 
-def largest(requests: Sequence[Request], longest_of: Callable[[Iterable[str]], str] = most_bytes) -> Request:
+def largest(
+    requests: Sequence[FilledRequest], longest_of: Callable[[Iterable[str]], str] = most_bytes
+) -> FilledRequest:
     """A request that takes at least as much memory as any of these: the most pixels, tokens, words and guidance.
 
     `longest_of` says which of several prompts takes most.

@@ -5,11 +5,14 @@ from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from runner import job_fields
 from runner.demo import CHECKPOINT
 from runner.job import Job
+from runner.planning import describe
 from runner.planning.cache import PlanCache
 from runner.planning.memory_limits import chosen, limited, read_machine
 from runner.planning.place_option import places_asked_for
@@ -17,7 +20,7 @@ from runner.planning.placed import Placed
 from runner.planning.placer import Placer
 from runner.planning.plan import Plan, largest, sizes_of
 from runner.planning.suggestions import with_fixes
-from runner.request import Request, nearest_sizes
+from runner.request import FilledRequest, nearest_sizes
 from runner.text import shown
 from stages.errors import InvalidInput, ModelError
 from stages.estimate.rehearsal import UnusableSteps
@@ -31,10 +34,12 @@ from stages.pipeline.stage import Stage
 
 
 def make_plan(
-    job: Job, *, machine: str | Machine | None = None, download: bool = True, cache: PlanCache | None = None
+    job: Job | str, requests: Any = (), *, machine: str | Machine | None = None, download: bool = True,
+    cache: PlanCache | None = None, **options: Any,
 ) -> Plan:
     """Find and check the job's model, and place every component where it fits together with its activations.
 
+    In place of a job, what one is made of may be given: `make_plan("flux", "a fox", max_memory="14GiB")`.
     `machine` is one that need not be here, such as "2x16GB"; by default it is this one. Weights that are not here are
     downloaded when all of them are placed, unless `download` is False or the machine is not this one. Of a job whose
     requests come from the lines of a file, those of a size that the model does not make become refused lines. `cache`
@@ -42,9 +47,22 @@ def make_plan(
 
     Raises ModelError, InvalidInput, or DoesNotFit with fixes that make all of the job fit, if there are any.
     """
+    job = job_of(job, requests, options)
     cache = cache or PlanCache()
     plan = with_fixes(job, partial(_planned, machine=machine, cache=cache))
     return fetched(plan) if download and plan.machine.here else plan
+
+
+def job_of(job: Any, requests: Any, options: Mapping[str, Any]) -> Job:
+    """The job that is given, or that a family, requests and further fields make; InvalidInput for anything else."""
+    if isinstance(job, Job):
+        if options or requests != ():
+            raise InvalidInput(f"a Job says all of it, and {', '.join(options) or 'requests'} stands beside it -> "
+                               f"dataclasses.replace(job, ...)")
+        return job
+    if not isinstance(job, str):
+        raise InvalidInput(f"a {type(job).__name__} is no job -> make_plan(\"flux\", ...), or make_plan(Job(...))")
+    return job_fields.made(Job, options, family=job, requests=requests)
 
 
 def fetched(plan: Plan) -> Plan:
@@ -52,13 +70,16 @@ def fetched(plan: Plan) -> Plan:
     if not plan.checkpoint.bytes_to_download:
         return plan
     # Of the commit that was planned for, whatever has become of its branch.
-    checkpoint = find(plan.checkpoint.source, revision=plan.checkpoint.path.name)
+    checkpoint = replace(find(plan.checkpoint.source, revision=plan.checkpoint.path.name),
+                         scheduler=plan.checkpoint.scheduler)
     if plan.checkpoint.loras:
         checkpoint = checkpoint.with_loras(plan.checkpoint.loras)
     return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, largest(plan.requests).inputs))
 
 
 def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Plan:
+    if not isinstance(machine, str | Machine | None):
+        raise InvalidInput(f"a {type(machine).__name__} is no machine -> such as machine=\"2x16GB\"")
     if isinstance(machine, str):
         there = chosen(read_machine(machine), job.devices)
     else:
@@ -76,7 +97,7 @@ def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Pl
     _check_components(job, [component for _, component in places])
     loras = tuple(LoraRequest(lora.source, lora.scale, lora.digest) for lora in checkpoint.loras)
     return Plan(replace(job, loras=loras), checkpoint, there, stages, places, placed.weights, placed.needs,
-                placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, placer)
+                placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, describe.lines, placer)
 
 
 def _placed(
@@ -105,7 +126,7 @@ def _checkpoint(job: Job) -> Checkpoint:
     source: str | Path = CHECKPOINT if is_demo else job.model or family.repo
     named = find(source, revision=job.revision, components=())
     check_family(replace(named, source="demo") if is_demo else named, family=FAMILIES[job.family])
-    checkpoint = find(source, revision=job.revision, weights=False)
+    checkpoint = replace(find(source, revision=job.revision, weights=False), scheduler=job.scheduler)
     if job.origin is not None and job.origin.identity != checkpoint.identity:
         raise ModelError(f"{job.origin.what} was made by {job.origin.identity}, but {job.model or family.repo} is now "
                          f"{checkpoint.identity} -> {job.origin.advice}")
@@ -126,7 +147,7 @@ def with_loras(checkpoint: Checkpoint, asked: Sequence[LoraRequest]) -> Checkpoi
     return adapted
 
 
-def smaller_sizes(request: Request, multiple: int) -> Mapping[str, float]:
+def smaller_sizes(request: FilledRequest, multiple: int) -> Mapping[str, float]:
     """Smaller sizes of the same shape, the largest first, with their part of the request's pixels.
 
     A side that can be no smaller stays, and the other one shrinks alone.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from runner.artifacts import Artifact, Store
+from runner.artifacts import Artifact, Where, open_store
 from runner.media.previews import enlarged
 from runner.reports import templates
-from runner.reports.history import readable
+from runner.reports.history import find_run, readable
 from runner.reports.progress import Status, Summary
 from runner.reports.report import stages_table
 from runner.reports.templates import Thumbnail, thumbnail
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from runner.engine.report import Picture, Report, StageReport
+    from runner.pipeline.result import Result
+    from runner.pipeline.states import States
     from runner.planning.plan import Plan
+    from runner.request import FilledRequest
     from stages.placement.placement import Placement
     from stages.placement.sharded import Sharded
     from stages.state import State
@@ -93,8 +96,10 @@ class Memory:
 
     HEAD = ("stage", "device", "before", "plan", "peak", "peak less before", "after")
 
-    def __init__(self, store: Store, run: str) -> None:
-        self.run, record = run, store.load_run(run)
+    def __init__(self, store: Where, run: str) -> None:
+        opened = open_store(store, readonly=True)
+        self.run = run = find_run(opened, run)
+        record = opened.load_run(run)
         with readable(run):
             self.rows = stage_memory(record)
 
@@ -111,13 +116,14 @@ class Memory:
 class Charts:
     """The charts of the report of a run of `store`: where every block lay, memory over time, where the time went."""
 
-    def __init__(self, store: Store, run: str) -> None:
+    def __init__(self, store: Where, run: str) -> None:
         from runner.reports.charts.blocks import blocks
         from runner.reports.charts.gantt import gantt
         from runner.reports.charts.timeline import memory
 
-        self.run = run
-        record = store.load_run(run)
+        opened = open_store(store, readonly=True)
+        self.run = run = find_run(opened, run)
+        record = opened.load_run(run)
         with readable(run):
             drawings = [draw(record, WIDTH) for draw in (blocks, memory, gantt)]
         self._drawings = [drawing for drawing in drawings if drawing is not None]
@@ -170,9 +176,21 @@ def report_html(report: "Report") -> str:
 
 def picture_html(picture: "Picture") -> str:
     """A thumbnail over its prompt, size and seed."""
-    asked = picture.request
-    facts = f"{asked.width}x{asked.height}, {asked.steps} steps, seed {asked.seed}"
-    return html("captioned", picture.index, _shot(picture, SIDE), asked.prompt, facts)
+    return html("captioned", picture.index, _shot(picture, SIDE), picture.request.prompt, _facts(picture.request))
+
+
+def result_html(result: "Result") -> str:
+    """The first pictures as thumbnails, each over its prompt, size and seed."""
+    import numpy as np
+
+    first = list(zip(result.requests, result.images, strict=True))[:MOST_PICTURES]
+    return html("result", [(asked.index, thumbnail(np.asarray(image), SIDE), asked.prompt, _facts(asked))
+                           for asked, image in first], len(result.requests) - len(first))
+
+
+def states_html(states: "States") -> str:
+    """The tables of the first states."""
+    return "".join(map(state_html, list(states)[:MOST_PICTURES]))
 
 
 def artifact_html(artifact: Artifact) -> str:
@@ -200,6 +218,10 @@ def sharded_html(placement: "Sharded") -> str:
     return html("placement", str(placement), [(device, f"{count} blocks") for device, count in counts.items()])
 
 
+def _facts(asked: "FilledRequest") -> str:
+    return f"{asked.width}x{asked.height}, {asked.steps} steps, seed {asked.seed}"
+
+
 def _shot(picture: "Picture", side: int) -> Thumbnail | None:
     state = picture.store.get(picture.key)
     return None if state is None else thumbnail(state.tensors()["pixels"].numpy(), side)
@@ -215,6 +237,8 @@ HTML: Mapping[tuple[str, str], Callable[[Any], str]] = {
     ("runner.engine.report", "Picture"): picture_html,
     ("runner.engine.report", "Report"): report_html,
     ("runner.engine.report", "StageReport"): stage_html,
+    ("runner.pipeline.result", "Result"): result_html,
+    ("runner.pipeline.states", "States"): states_html,
     ("runner.planning.plan", "Plan"): plan_html,
     ("stages.placement.placement", "Resident"): placement_html,
     ("stages.placement.sharded", "Sharded"): sharded_html,

@@ -112,6 +112,9 @@ def _of_scheduler(error: Exception) -> bool:
 
 
 def _refused(stage: Stage, scheduler: Any, why: str) -> ModelError:
+    if stage.checkpoint.scheduler is not None:
+        return ModelError(f"{_name(scheduler)} cannot run the denoise of {stage.checkpoint.pipeline}: {why} -> "
+                          f"another `scheduler`, such as FlowMatchEulerDiscreteScheduler, or the model's own")
     part = stage.checkpoint.components.get("scheduler")
     file, fields = odd_config(part) if part is not None else ("", [])
     why += f", with {file} ({', '.join(fields)})" if fields else ""

@@ -18,6 +18,7 @@ from stages.models.format import refuse_companions, refuse_quantized
 from stages.models.index import BLOCKS, INDEX, MODULAR, Index, read_index
 from stages.models.lora import Lora
 from stages.models.safetensors_header import file_bytes, read_header
+from stages.models.scheduler import SchedulerRequest
 
 # Files of so many bytes are told apart by size, time and header: to hash all of a model takes minutes.
 LARGE = 64 * 2**20
@@ -71,6 +72,8 @@ class Checkpoint:
     """The names of parts that its index says it does without."""
     loras: Mapping[Lora, Collection[str]] = field(default_factory=dict)
     """What is merged into it, with the names of the components that each LoRA adds to."""
+    scheduler: SchedulerRequest | None = None
+    """What takes the place of its own scheduler."""
     unscheduled: str = ""
     """What names its content but for its schedulers, which no stage before the denoise reads; empty: its identity."""
 

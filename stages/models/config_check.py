@@ -28,7 +28,7 @@ _WORDS: Mapping[type, str] = {type(None): "null", bool: "a bool", int: "a number
                               list: "a list", tuple: "a list", dict: "an object"}
 
 
-def check_scheduler(table: Mapping[str, object], path: Path) -> None:
+def check_scheduler(table: Mapping[str, object], path: Path | str) -> None:
     """ModelError for a number in a scheduler's config that is more than it can be made of."""
     for name, number in _numbers(table):
         _check_count(path, name, number, LARGEST_COUNT)
@@ -43,7 +43,7 @@ def check_tokenizer(table: Mapping[str, object], path: Path, class_name: str) ->
             _check_count(path, name, number, LARGEST_COUNT if is_length or "extra" in name else LARGEST_ID)
 
 
-def _check_count(path: Path, name: str, number: int, largest: int) -> None:
+def _check_count(path: Path | str, name: str, number: int, largest: int) -> None:
     if abs(number) > largest:
         raise ModelError(f"{path}: {name} is {_shown(number)}, and more than {largest} is refused; use an untouched "
                          f"copy of the model")

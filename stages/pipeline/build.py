@@ -13,6 +13,7 @@ from stages.models.checkpoint import Checkpoint
 from stages.models.config_check import explained
 from stages.models.hub import download_line
 from stages.models.skeleton import class_of, odd_config
+from stages.pipeline.scheduler import exchanged
 
 _CLASS = re.compile(r"<class '[\w.]*?(\w+)'>")
 # Every nesting level of blocks logs the whole traceback of an error that is raised all the same, and load_components
@@ -56,6 +57,8 @@ def build_pipeline(
             raise ModelError(f"{name} of {checkpoint.source}, a {kind}, could not be loaded ({_cause(pipe, name)}) -> "
                              f"look at {checkpoint.path / name}")
         pipe.update_components(**{name: tokenizer()})
+    if checkpoint.scheduler is not None and getattr(pipe, "scheduler", None) is not None:
+        pipe.update_components(scheduler=exchanged(pipe.scheduler, checkpoint.scheduler))
     return pipe
 
 

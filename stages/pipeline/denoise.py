@@ -119,9 +119,12 @@ class StepMonitor:
         if step + 1 == steps:
             self._check(step)
             self._finite = None
-        views: dict[str, Callable[[], torch.Tensor]] = {}
+        views: dict[str, Callable[[], Any]] = {}
         if self._generator is not None:
             views["generator"] = partial(torch.Tensor.clone, self._generator.get_state())
+        timesteps = getattr(block_state, "timesteps", None)
+        if isinstance(timesteps, torch.Tensor):
+            views["timestep"] = partial(torch.Tensor.item, timesteps[step])
         direction = getattr(block_state, "noise_pred", None)
         if isinstance(latents, torch.Tensor):
             views["latents"] = partial(_copy_to_host, latents)

@@ -3,11 +3,49 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+
+from stages.errors import InvalidInput
+from stages.models.scheduler import SchedulerRequest
+
+
+def exchanged(scheduler: Any, asked: SchedulerRequest) -> Any:
+    """The scheduler that is asked for, with the config of this one where it says nothing else.
+
+    Raises InvalidInput for a class that diffusers has not, or a config that it does not take.
+    """
+    kind = _class(asked.name) if asked.name else type(scheduler)
+    known = [name for name in inspect.signature(kind).parameters if name not in ("args", "kwargs")]
+    for name in asked.config:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
+            raise InvalidInput(f"`scheduler`: {kind.__name__} has no {name} -> {hint}")
+    # What another class has no use for would be told in warnings; what its own class took by default, it takes anew.
+    kept = {name: value for name, value in scheduler.config.items() if name in known or name == "_use_default_values"}
+    try:
+        return kind.from_config(kept, **asked.config)
+    except Exception as error:  # Anything: it is a library's constructor with anybody's numbers.
+        raise InvalidInput(f"`scheduler`: {kind.__name__} cannot be made of {asked} ({error!s:.200}) -> another "
+                           f"config") from None
+
+
+def _class(name: str) -> Any:
+    names = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+    if name not in names:
+        close = get_close_matches(name, names, 1) or get_close_matches(f"{name}Scheduler", names, 1)
+        hint = f"did you mean {close[0]}?" if close else "docs/schedulers.md lists them"
+        raise InvalidInput(f"`scheduler`: diffusers has no {name} -> {hint}")
+    found = getattr(diffusers, name)
+    if not hasattr(found, "from_config"):
+        raise InvalidInput(f"`scheduler`: {name} needs a package that is not here, or is no scheduler -> another one")
+    return found
 
 
 @contextmanager

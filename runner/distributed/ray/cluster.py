@@ -22,8 +22,9 @@ from runner.artifacts import Store
 from runner.distributed.ray.actor import ACTORS, cards_of, own_names
 from runner.distributed.ray.pools import Pools, groups, pools
 from runner.engine.keys import artifact_keys, missing
+from runner.engine.refusals import check_runnable
 from runner.engine.report import Failure, Flushed, Picture, Report, StageReport
-from runner.engine.run import Done, begin, check_runnable, drop_checkpoints, facts_of, record_of, recorded
+from runner.engine.run import Done, begin, drop_checkpoints, facts_of, record_of, recorded
 from runner.engine.session import open_job_store
 from runner.engine.signals import StopRequest
 from runner.events import Emit, from_wire, one_at_a_time
