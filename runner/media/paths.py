@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from runner.artifacts import atomic_files, temp_files
+from runner.media.formats import FORMATS, SUFFIXES, check_room
 from runner.request import Request
 from runner.text import shown
 from stages.errors import InvalidInput, StoreError
@@ -24,7 +25,7 @@ class Unnamed(InvalidInput):
 
 
 class Naming:
-    """How `out` names the pictures of a run: a .png file, a folder, or a template with {index} {seed} {prompt} {run}.
+    """How `out` names the pictures of a run: a file, a folder, or a template with {index} {seed} {prompt} {run}.
 
     Only what `out` spells itself can name a folder; what replaces a field is a short ASCII slug. `total` is how many
     pictures there are, with those that are left out.
@@ -53,6 +54,8 @@ class Naming:
                 raise Unnamed("`out` has the field {id}, and there is no id -> give the line one")
             path = self._root.joinpath(*(_fill(part, self._fields(request, id)) for part in parts))
             self._check(path, parts[-1])
+            prompts = f"{request.prompt}{request.negative_prompt or ''}"
+            check_room(path, len(prompts.encode()), max(request.width, request.height))
         except InvalidInput as error:
             raise error if out is None else Unnamed(f"out {shown(out)}: {error.text}") from None
         self._taken.add(path)
@@ -83,6 +86,13 @@ class Naming:
             self._folders.add(path.parent)
         if os.path.lexists(path) and (not self._overwrite or (os.path.isdir(path) and not path.is_symlink())):
             raise InvalidInput(taken(path))
+
+
+def check_out(out: str) -> None:
+    """Raise InvalidInput for an `out` that names no pictures, whatever they are."""
+    _, parts = _pattern(out, ONE)
+    for part in parts:
+        _fill(part, dict.fromkeys(FIELDS, ""))
 
 
 def slug(text: str) -> str:
@@ -138,8 +148,8 @@ def _pattern(out: str | None, default: str) -> tuple[Path, tuple[str, ...]]:
     at = next((i for i, part in enumerate(parts) if re.search("{.*}", part)), len(parts) - 1)
     if ".." in parts[at:]:
         raise InvalidInput(f"`out` {shown(out)} leaves its folder behind a field -> write .. before the first field")
-    if not parts[-1].lower().endswith(".png"):
-        raise InvalidInput(f"`out` {shown(out)} must end in .png, or in / for a folder")
+    if Path(parts[-1]).suffix.lower() not in FORMATS:
+        raise InvalidInput(f"`out` {shown(out)} must end in {SUFFIXES}, or in / for a folder")
     return Path(*parts[:at]), parts[at:]
 
 
