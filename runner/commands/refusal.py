@@ -87,7 +87,7 @@ def failed(
     # What a plan was refused for has a line for each strategy.
     head, *lines = text.splitlines() if isinstance(error, DoesNotFit) else [text]
     if isinstance(error, DoesNotFit):
-        head = f"does not fit: {head}"
+        head = f"does not fit: {head.removesuffix(' does not fit.')}"
     said = [] if reads_input(words, spellings(app, words)) else [
         line for line in better(app, error, words) if plans(line_words(line))]
     return refuse(head, code, error, lines, said, as_json=as_json)
