@@ -57,7 +57,8 @@ FAMILIES = {
         Family("flux2-klein", "black-forest-labs/FLUX.2-klein-4B", "Flux2KleinPipeline", 4, None, 512, MEGAPIXEL,
                license=APACHE, parameters=3_880_000_000),
         Family(
-            "flux2-klein-base", "black-forest-labs/FLUX.2-klein-base-4B", "Flux2KleinPipeline", 50, 4.0, 512, MEGAPIXEL,
+            "flux2-klein-base", "black-forest-labs/FLUX.2-klein-base-4B", "Flux2KleinPipeline", 50, 4.0, 512,
+            MEGAPIXEL,
             license=APACHE, parameters=3_880_000_000,
         ),
         # Steps, guidance and tokens are the defaults of QwenImagePipeline; 1328 is the square that it was trained on.

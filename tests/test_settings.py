@@ -136,8 +136,10 @@ def test_another_file_and_none(config: Path, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("text", "words", "left"), [
-    ("gpus = 0", ["flux", "x", "--device", "cpu"], "gpus"), ("device = \"cpu\"", ["flux", "x", "--gpus", "0"], "device"),
-    ("ranks = 2", ["flux", "x", "--engine", "ray"], "ranks"), ("engine = \"ray\"", ["flux", "x", "--ranks", "2"], "engine"),
+    ("gpus = 0", ["flux", "x", "--device", "cpu"], "gpus"),
+    ("device = \"cpu\"", ["flux", "x", "--gpus", "0"], "device"),
+    ("ranks = 2", ["flux", "x", "--engine", "ray"], "ranks"),
+    ("engine = \"ray\"", ["flux", "x", "--ranks", "2"], "engine"),
     ("engine = \"ray\"", ["flux", "x", "--place", "denoise=tensor_parallel"], "engine"),
     ("out = \"x/\"", ["flux", "x", "--stop-after", "encode"], "out"), ("model = \"a/b\"", ["demo", "x"], "model"),
 ])

@@ -55,7 +55,8 @@ def test_a_prompt_and_a_family_are_said_in_any_of_these_ways(words: list[str], a
 
 
 @pytest.mark.parametrize(("word", "family"), [
-    ("schnell", "flux-schnell"), ("FLUX.1-schnell", "flux-schnell"), ("flux.2", "flux2"), ("FLUX.2-klein", "flux2-klein"),
+    ("schnell", "flux-schnell"), ("FLUX.1-schnell", "flux-schnell"), ("flux.2", "flux2"),
+    ("FLUX.2-klein", "flux2-klein"),
     ("qwen", "qwen-image"), ("Qwen/Qwen-Image", "qwen-image"), ("sd3.5", "sd3"), ("SD3", "sd3"),
     ("stabilityai/stable-diffusion-3.5-large", "sd3"), ("Z-Image-Turbo", "z-image"), ("demo", "demo"), ("sdxl", None),
 ])
@@ -71,7 +72,8 @@ def test_short_options_are_the_long_ones(asked: list[Job]) -> None:
 
 
 def test_one_side_leaves_the_other_as_it_is(asked: list[Job]) -> None:
-    for words, size in ((["-W", "512"], (512, 1024)), (["--height", "768"], (1024, 768)), (["--size", "512"], (512, 512)),
+    for words, size in ((["-W", "512"], (512, 1024)), (["--height", "768"], (1024, 768)),
+                        (["--size", "512"], (512, 512)),
                         (["--model", "demo", "-H", "64"], (128, 64))):
         assert answer(["flux", "x", *words]) == 0
         request = asked[-1].requests[0]
@@ -144,7 +146,8 @@ def test_what_is_on_this_machine_is_looked_for_before_torch(tmp_path: Path) -> N
     (tmp_path / "style.bin").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     cases = {
-        "--lora gone.safetensors": 3, "--lora ./style.bin": 3, "--lora empty": 3, "--model ./gone": 3, "--model empty": 3,
+        "--lora gone.safetensors": 3, "--lora ./style.bin": 3, "--lora empty": 3, "--model ./gone": 3,
+        "--model empty": 3,
         "--model qwen": 3, "--model qwen --revision main": 2, "--place denoise=0 --place decod=1": 2,
         "--device rocm:1": 2, "--out /proc/x.png": 2, "--like gone.webp": 2, "--max-memory 14GO": 2,
     }

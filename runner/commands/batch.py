@@ -103,7 +103,7 @@ def _items(
         raise InvalidInput(entry.fault)
     options = {name: value for name, value in entry.options.items() if value is not None}
     if "prompt" not in options:
-        raise InvalidInput('there is no prompt -> {"prompt": "a red fox in the snow"}')
+        raise InvalidInput('there is no prompt -> {"prompt": "a red fox"}')
     name, out = _identifier(options.pop("id", None), entry.line, ids), options.pop("out", None)
     if not isinstance(out, str | None):
         raise InvalidInput(f"out must be text, got {type(out).__name__}")

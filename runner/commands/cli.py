@@ -194,7 +194,7 @@ def plans(words: Sequence[str]) -> bool:
         command = app(list(words), standalone_mode=False)
         if not isinstance(command, RunOptions):
             return False
-        family = _family(command)
+        family = _family_name(command)
         return leads_to_a_plan(settled(command, family)[0], family)
     except InvalidInput:
         return False
@@ -205,7 +205,7 @@ def generate(options: RunOptions) -> int:
     from runner.commands import generate as commands
     from runner.distributed.env import launched
 
-    family = _family(options)
+    family = _family_name(options)
     options, origins = settled(options, family, launched=launched() is not None)
     if options.print_config:
         from runner.commands.config import show_config
@@ -228,7 +228,7 @@ def _commands() -> list[str]:
         str(each.name) for each in app.registered_groups]
 
 
-def _family(options: RunOptions) -> str:
+def _family_name(options: RunOptions) -> str:
     """The family that the options are of; empty where a run from before says it."""
     match options:
         case PlanOptions():

@@ -54,8 +54,8 @@ def join(
     warnings alone.
     """
     if check_ranks(options) is not None:
-        raise InvalidInput(f"--ranks {shown(str(options.ranks))}: a launcher started {rank.size} ranks already -> leave it "
-                           f"out")
+        raise InvalidInput(f"--ranks {shown(str(options.ranks))}: a launcher started {rank.size} ranks already -> "
+                           f"leave it out")
     timeout = rank_timeout(options)
     channel: Launcher | None = None
     try:

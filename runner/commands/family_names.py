@@ -22,8 +22,8 @@ _OTHERS = (
     "sdxl", "sd1", "sd2", "sd-1", "sd-2", "sd-xl", "sd-turbo", "sdxl-turbo", "stable-diffusion", "stable-cascade",
     "pixart", "hunyuan", "wan", "kandinsky", "lumina", "sana", "auraflow", "cogview", "hidream", "chroma", "kolors",
     "playground", "ltx", "kontext", "flux-kontext", "flux1-kontext", "flux-fill", "flux1-fill", "flux1-redux",
-    "flux1-canny", "flux1-depth", "qwen-image-edit", "omnigen", "deepfloyd", "dalle", "midjourney", "imagen", "ideogram",
-    "mochi", "cogvideo", "bria", "ovis",
+    "flux1-canny", "flux1-depth", "qwen-image-edit", "omnigen", "deepfloyd", "dalle", "midjourney", "imagen",
+    "ideogram", "mochi", "cogvideo", "bria", "ovis",
 )
 # Which family the rest of a hub id is of, by what is in it; the first that fits.
 _HINTS = (

@@ -1,5 +1,6 @@
 """The help pages: options in groups with the defaults of each family, and commands that can be pasted."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup, TyperOption
@@ -16,7 +17,9 @@ NOT_READ_BY_A_PLAN = frozenset((
 # What a run that is resumed does not keep.
 _ANEW = frozenset(("artifacts", "engine", "ranks", "rank_timeout"))
 # What a family that has none of it does not show.
-_OF_SOME = {"guidance": lambda family: family.guidance is not None, "negative_prompt": lambda family: family.negative}
+_OF_SOME: Mapping[str, Callable[[Family], bool]] = {
+    "guidance": lambda family: family.guidance is not None, "negative_prompt": lambda family: family.negative,
+}
 
 
 class Command(TyperCommand):

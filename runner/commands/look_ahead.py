@@ -20,7 +20,8 @@ def check_here(job: Job) -> Job:
     for name in job.devices:
         kind, _, number = name.partition(":")
         if kind in _CARDS:
-            raise InvalidInput(f"`devices` {name} is no device of torch -> cuda:{number or 0}, or `gpus={number or 0}`")
+            raise InvalidInput(f"`devices` {name} is no device of torch -> cuda:{number or 0}, or "
+                               f"`gpus={number or 0}`")
     if twice := [name for name in job.devices if job.devices.count(name) > 1]:
         raise InvalidInput(f"the device {twice[0]} is named twice -> leave one of them out")
     for lora in job.loras:

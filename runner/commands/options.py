@@ -122,8 +122,8 @@ class PictureOptions:
         list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.", hidden=True)
     ] = None
     prompts: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to draw; it may also stand alone, in "
-                                       "quotes. - reads standard input.", rich_help_panel=PICTURE)
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to draw; it may also stand alone, "
+                                       "in quotes. - reads standard input.", rich_help_panel=PICTURE)
     ] = None
     negative_prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What guidance leads away from; for qwen-image and sd3.",

@@ -1,7 +1,6 @@
 """From the options of a command line to a job, checked as a whole before anything heavy is imported."""
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES, Family
 from stages.models.lora import NONE
+
 
 def job_of(family: str, options: FamilyOptions, *, named: bool = True) -> Job:
     """The job that the options ask for, its pictures `named` or not; InvalidInput for the first thing that cannot be.
@@ -72,7 +72,8 @@ def placed(job: Job, options: RunOptions) -> Job:
     """The job with what the options say of how it runs; what they do not say stays as it is."""
     policy = replace(
         job.policy,
-        step_every=job.policy.step_every if options.step_every is None else option_values.seconds("step-every", options.step_every),
+        step_every=(job.policy.step_every if options.step_every is None else
+                    option_values.seconds("step-every", options.step_every)),
         preview=job.policy.preview if options.preview is None else option_values.preview(options.preview),
         sample_memory=job.policy.sample_memory or options.sample_memory,
         strict=job.policy.strict or options.strict,

@@ -8,7 +8,8 @@ import typer
 
 from runner.commands.help import Command, Group
 
-app = typer.Typer(cls=Group, rich_markup_mode="rich", help="The runs of a store: what they were asked, what they did, and what they left.")
+app = typer.Typer(cls=Group, rich_markup_mode="rich",
+                  help="The runs of a store: what they were asked, what they did, and what they left.")
 Store = Annotated[str | None, typer.Option("--artifacts", metavar="DIR|URL", help="The store.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Run = Annotated[str, typer.Argument(metavar="RUN|last", help="A run's name, or the start of it.")]

@@ -97,7 +97,8 @@ def settled(options: Options, family: str, *, launched: bool = False) -> tuple[O
     for layer in layers(family, getattr(options, "model", None)):
         for name, setting in layer.items():
             if _holds(name, options, family, launched):
-                options = replace(options, **{_field(name): setting.value})
+                change: dict[str, Any] = {_field(name): setting.value}
+                options = replace(options, **change)
                 origins[name] = setting.origin
     return options, origins
 

@@ -59,5 +59,5 @@ def _waiting(plan: Plan) -> list[str]:
 
 def _one_digit(number: float) -> int:
     """A number from 1 on with one digit that is not 0."""
-    size = 10 ** max(0, math.floor(math.log10(max(number, 1))))
+    size = int(10 ** max(0, math.floor(math.log10(max(number, 1)))))
     return round(number / size) * size

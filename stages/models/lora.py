@@ -122,7 +122,7 @@ def _path(source: str) -> Path:
 
 
 def _located(source: str) -> Path | None:
-    """The file of this name, or in the folder of this name; None for one of the hub, ModelError where it is neither."""
+    """The file of this name, or in the folder of this name; None for one of the hub. ModelError for neither."""
     from stages.models import hub
 
     try:
