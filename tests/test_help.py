@@ -27,7 +27,9 @@ assert isinstance(RUNS, TyperGroup)
 COMMANDS = [[], *([name] for name in GROUP.commands), *(["runs", name] for name in RUNS.commands)]
 
 
-def page(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int = 80) -> str:
+def page(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int = 80
+) -> str:
     """The help of a command as it is on a terminal of so many columns."""
     monkeypatch.setenv("COLUMNS", str(columns))
     assert answer([*words, "--help"]) == 0
@@ -65,7 +67,7 @@ def test_the_help_of_a_family_has_its_groups_defaults_and_examples(
     assert ("--guidance" in shown) == (family.guidance is not None)
     assert ("--negative-prompt" in shown) == family.negative
     assert family.guidance is None or f"[default: {family.guidance:g}]" in flat
-    lines = shown[shown.index("Examples") :].replace("\\\n", "").splitlines()
+    lines = shown[shown.index("Examples") :].splitlines()
     examples = [" ".join(line.split()) for line in lines if "python -m runner" in line]
     assert len(examples) == 4
     for line in examples:
@@ -118,7 +120,9 @@ def test_the_page_has_every_setting_and_exit_code() -> None:
     assert all(f"`{family}`" in PAGE for family in FAMILIES)
 
 
-def test_versions_and_cards(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_versions_and_cards(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert answer(["--version"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names[:5] == ["stagerun", "Python", "torch", "diffusers", "transformers"] and len(names) > 5

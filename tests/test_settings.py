@@ -132,7 +132,8 @@ def test_another_file_and_none(config: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("STAGERUN_CONFIG", str(tmp_path / "other.toml"))
     assert told("flux", "x")[0].lanes == "3"
     monkeypatch.setenv("STAGERUN_CONFIG", "")
-    assert told("flux", "x") == (told("flux", "x")[0], {}) and config_path() is None
+    options, origins = told("flux", "x")
+    assert options.lanes is None and origins == {} and config_path() is None
 
 
 @pytest.mark.parametrize(("text", "words", "left"), [

@@ -93,7 +93,7 @@ def test_types_have_short_names_too(asked: list[Job]) -> None:
     (["flux", "a", "red", "fox", "-s", "1"], "-> python -m runner flux 'a red fox' -s 1\n"),
     (["flux", "-s", "1", "it's", "a fox", "-q"], """-> python -m runner flux -s 1 'it'"'"'s a fox' -q\n"""),
     (["FLUX", "a", "fox"], "-> python -m runner flux 'a fox'\n"),
-    (["plan", "flux", "a", "fox", "--json", "--machine", "1x8GB"], "plan flux 'a fox' --json --machine 1x8GB\n"),
+    (["plan", "flux", "a", "fox", "-v", "--machine", "1x8GB"], "plan flux 'a fox' -v --machine 1x8GB\n"),
     (["batch", "flux", "a", "fox"], "-> python -m runner batch flux 'a fox'\n"),
     (["a red fox", "-s", "1"], "-> python -m runner flux 'a red fox' -s 1\n"),
     (["flux", "plan"], "'plan' is a command, and stands in front -> python -m runner plan flux;"),
@@ -206,7 +206,7 @@ def test_a_refused_plan_and_a_refused_run_are_json_too(flux: Path, capsys: pytes
         out, err = capsys.readouterr()
         told: dict[str, Any] = json.loads(out)
         assert told["exit_code"] == 4 and told["error"] == "NoStrategyFits" and told["kind"] == "error"
-        assert told["reason"].startswith("does not fit: ") and err.startswith(f"error: {told['reason']}")
+        assert told["reason"].startswith("does not fit: ") and f"error: {told['reason']}\n" in err
         assert any("100.0 KiB" in line or "97.7 KiB" in line for line in told["arithmetic"])
         assert told["fixes"] == [{"field": "max_memory", "value": None, "component": ""}]
         [command] = told["next"]
@@ -223,7 +223,8 @@ def test_a_refused_plan_and_a_refused_run_are_json_too(flux: Path, capsys: pytes
 def test_a_run_begins_with_a_verdict_and_ends_with_its_picture(flux: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(base(flux, "x", "-s", "3", "-o", "x.png")) == 0
     out, err = capsys.readouterr()
-    first, *_, last = err.splitlines()
+    # A slow machine says meanwhile what it does.
+    first, *_, last = (line for line in err.splitlines() if not line.startswith("importing "))
     assert out == "x.png\n" and first.startswith("fits: the CPU, weights ") and " of " in first
     assert last.startswith("x.png: seed 3, ") and last.endswith(" s") and "re-used" not in err
     assert all(len(line) <= 80 for line in err.splitlines() if "/" not in line)

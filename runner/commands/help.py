@@ -105,18 +105,17 @@ def about(family: Family) -> str:
 
 def examples(family: str) -> str:
     """Four commands of a family that can be pasted, for the foot of its help page."""
-    run, prompt = f"python -m runner {family}", _prompt(family)
+    run = f"python -m runner {family}"
+    # The demo draws whole captions alone, which leave no room on a line.
+    drawn = [("A picture, in a file that is named after it:", f"{run} \"{EXAMPLE}\""),
+             ("Four pictures of each caption in a file:", f"{run} --prompt-file captions.txt -n 4 -o pictures/"),
+             ] if family == "demo" else [
+                 ("One picture, in a file of this name:", f"{run} \"a lighthouse in a storm\" -o picture.png"),
+                 ("Four pictures, from seed 7 on, in a folder:", f"{run} \"a fox\" -s 7 -n 4 -o pictures/")]
     return _listed(
-        ("One picture, in a file of this name:", f"{run} -o picture.png {prompt}"),
-        ("Whether it would fit on two cards of 16 GB:", f"python -m runner plan {family} --machine 2x16GB"),
-        ("Four pictures, from seed 7 on, in a folder:", f"{run} -s 7 -n 4 -o pictures/ {prompt}"),
+        *drawn, ("Whether it would fit on two cards of 16 GB:", f"python -m runner plan {family} --machine 2x16GB"),
         ("A picture that is there, with other steps:", f"{run} --like picture.png --steps 12 -o again.png"),
     )
-
-
-def _prompt(family: str) -> str:
-    # The demo draws whole captions alone; this one has no room on the line.
-    return f"\\\n    \"{EXAMPLE}\"" if family == "demo" else '"a lighthouse in a storm"'
 
 
 def _listed(*pairs: tuple[str, str]) -> str:

@@ -138,7 +138,7 @@ class PictureOptions:
                                  rich_help_panel=PICTURE)
     ] = None
     seed: Annotated[
-        list[str] | None, typer.Option("--seed", "-s", metavar="N[,N...]", help="Seed of the first picture; or all.",
+        list[str] | None, typer.Option("--seed", "-s", metavar="N,N", help="Seed of the first picture, or of each.",
                                        show_default="-1: random", rich_help_panel=PICTURE)
     ] = None
     count: Annotated[
@@ -177,7 +177,7 @@ class PictureOptions:
         bool, typer.Option("--no-metadata", help="Say nothing in the picture file.", rich_help_panel=FILE)
     ] = False
     model: Annotated[
-        str | None, typer.Option(metavar="ID|FOLDER|demo", help="Another checkpoint.",
+        str | None, typer.Option(metavar="ID", help="Another checkpoint: a hub id, a folder, or demo.",
                                  show_default="the family's", rich_help_panel=MODEL)
     ] = None
     revision: Annotated[
@@ -185,11 +185,12 @@ class PictureOptions:
                                  rich_help_panel=MODEL)
     ] = None
     lora: Annotated[
-        list[str] | None, typer.Option(metavar="FILE|ID[=SCALE]", help="Merge a LoRA into the model; repeatable.",
+        list[str] | None, typer.Option(metavar="FILE", help="A LoRA to merge into it, a file or a hub id, =SCALE "
+                                       "behind it; repeatable.",
                                        show_default="none", rich_help_panel=MODEL)
     ] = None
     dtype: Annotated[
-        list[str] | None, typer.Option(metavar="[PART=]TYPE", help="bf16, fp16 or fp32, of one component or all; "
+        list[str] | None, typer.Option(metavar="TYPE", help="bf16, fp16 or fp32, for all or as COMPONENT=TYPE; "
                                        "repeatable.", show_default="bf16 where the card has it",
                                        rich_help_panel=MODEL)
     ] = None
