@@ -28,7 +28,7 @@ from runner.media.previews import PreviewFiles
 from runner.media.writer import PictureWriter, labelled
 from runner.reports.history import find_run
 from runner.reports.progress import Progress
-from runner.reports.report import closing, lines
+from runner.reports.report import SHOWN, closing, lines
 from runner.startup import hush, untracked
 from runner.terminal import columns, say
 from runner.text import shown
@@ -93,7 +93,8 @@ def produce(job: Job, engine: distributed.Engine, *, options: RunOptions) -> int
     if not options.quiet:
         say(sys.stderr, [*(lines(report, seconds, columns(sys.stderr)) if options.verbose else ()),
                          *closing(report, results.written, seconds)])
-    results.finish(report, report.failures, seconds)
+    told = not options.quiet and sys.stderr.isatty() and len(results.written) <= SHOWN
+    results.finish(report, report.failures, seconds, told=told)
     if report.failures:
         again = f" -> {resume_command(job.run, job.store)}" if lasts(job.store) else ""
         say(sys.stderr, [f"error: {len(report.failures):,} of {len(report.job.requests):,} pictures failed{again}"])

@@ -54,13 +54,17 @@ class Results:
                 self._line("failed", {"line": line.line, "text": worded(line.text, as_option)})
             self._refused.add(line)
 
-    def finish(self, report: Report, failures: Sequence[Failure], seconds: Mapping[str, float]) -> None:
-        """Say the rest."""
+    def finish(
+        self, report: Report, failures: Sequence[Failure], seconds: Mapping[str, float], *, told: bool = False
+    ) -> None:
+        """Say the rest; whoever watches the terminal was `told` of the paths already."""
         self.refuse(report.job.refused)
         held = [self._held[at] for at in sorted(self._held)]
         if self._json:
             self._document(document(report, held, [_failed(report.job, failure) for failure in failures], seconds))
         elif report.job.output.paths or report.job.store == "memory":
+            if told and self._stream.isatty():
+                return
             say_exactly(self._stream, [str(picture["path"]) for picture in held])
         else:
             say_exactly(self._stream, _artifacts(report))

@@ -14,8 +14,9 @@ def verdict(plan: Plan) -> str:
     used = {device for needs in plan.needs.values() for device, need in needs.items() if need.total}
     cards = len([card for card in plan.machine.cards if card.name in used])
     where = f"{cards} card{'' if cards == 1 else 's'}" if cards else "the CPU"
-    waiting = _waiting(plan)
-    return ", ".join((f"fits: {where}", f"weights {gib(weights)}", _peak(plan), *waiting))
+    download = plan.checkpoint.bytes_to_download
+    return ", ".join((f"fits: {where}", f"weights {gib(weights)}", _peak(plan), *_waiting(plan),
+                      *([f"{gib(download)} to download"] if download else [])))
 
 
 def rough(seconds: float) -> str:
