@@ -26,7 +26,7 @@ from runner.engine.signals import Interrupted
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 
-PROGRAM, OTHERS = "stagerun", "Other commands"
+PROGRAM, OTHERS, CACHE = "stagerun", "Other commands", "in the user's cache"
 app = typer.Typer(
     name="runner",
     cls=pages.Group,
@@ -80,7 +80,7 @@ def models(
 def inspect(
     artifact: Annotated[
         str, typer.Argument(metavar="ARTIFACT", help="RUN:STAGE such as last:denoise, a key, or a path or URL.")],
-    artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL", help="The store.")] = None,
+    artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL", help="The store.", show_default=CACHE)] = None,
 ) -> Callable[[], None]:
     """Show what an artifact holds: names, shapes, types, ranges and non-finite values."""
     from runner.commands.inspect import inspect
@@ -91,9 +91,9 @@ def inspect(
 @app.command(cls=pages.Command, rich_help_panel=OTHERS)
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN|last", help="The name of a run in the store.")],
-    out: Annotated[str | None, typer.Option(metavar="FILE.html", help="Where to; RUN.html if not said.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE.html", help="Where to.", show_default="RUN.html")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
-    artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="The store.")] = None,
+    artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="The store.", show_default=CACHE)] = None,
 ) -> Callable[[], None]:
     """Write what a run did as one HTML page: pictures, where every block lay, memory and time."""
     from runner.commands.report import write_report
@@ -104,7 +104,7 @@ def report(
 @app.command(cls=pages.Command, rich_help_panel=OTHERS)
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Cards to look at.")] = None,
+    gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Cards to look at.", show_default="all")] = None,
 ) -> Callable[[], None]:
     """Try this machine: every card and pair of cards, memory, disk, cache and token."""
     from runner.commands.doctor import diagnose

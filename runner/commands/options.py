@@ -61,6 +61,7 @@ class RunOptions:
     ] = None
     log: Annotated[
         str | None, typer.Option(metavar="FILE", help="Append every event to FILE as a JSON line.",
+                                 show_default="none",
                                  rich_help_panel=SAID)
     ] = None
     sample_memory: Annotated[
@@ -84,6 +85,7 @@ class RunOptions:
     ] = None
     device: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Such as cuda:0, cpu; repeatable.",
+                                       show_default="all cards, or the CPU",
                                        rich_help_panel=PLACEMENT)
     ] = None
     max_memory: Annotated[
@@ -127,6 +129,7 @@ class PictureOptions:
     ] = None
     negative_prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What guidance leads away from; for qwen-image and sd3.",
+                                 show_default="none",
                                  rich_help_panel=PICTURE)
     ] = None
     prompt_file: Annotated[

@@ -155,8 +155,13 @@ def lifted(options: Mapping[str, str], words: Sequence[str], known: Spellings) -
 
 def resume_command(run: str, store: str) -> str:
     """What to type to go on with a run."""
+    try:
+        usual = usual_store()
+    except InvalidInput:
+        # The file of settings was changed meanwhile, and an error is under way already.
+        usual = ""
     program = ["stagerun"] if Path(sys.argv[0]).name == "stagerun" else ["python", "-m", "runner"]
-    return shlex.join([*program, "resume", run, *(() if store == usual_store() else ("--artifacts", store))])
+    return shlex.join([*program, "resume", run, *(() if store == usual else ("--artifacts", store))])
 
 
 @contextmanager

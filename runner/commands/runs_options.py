@@ -10,7 +10,8 @@ from runner.commands.help import Command, Group
 
 app = typer.Typer(cls=Group, rich_markup_mode="rich",
                   help="The runs of a store: what they were asked, what they did, and what they left.")
-Store = Annotated[str | None, typer.Option("--artifacts", metavar="DIR|URL", help="The store.")]
+Store = Annotated[str | None, typer.Option("--artifacts", metavar="DIR|URL", help="The store.",
+                                               show_default="in the user's cache")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Run = Annotated[str, typer.Argument(metavar="RUN|last", help="A run's name, or the start of it.")]
 
@@ -19,7 +20,9 @@ Run = Annotated[str, typer.Argument(metavar="RUN|last", help="A run's name, or t
 def list_runs(
     artifacts: Store = None,
     json: AsJson = False,
-    last: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the N last ones.")] = None,
+    last: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the N last ones.", show_default="all")
+    ] = None,
 ) -> Callable[[], None]:
     """List the runs, the first started first."""
     from runner.commands.runs import ls
