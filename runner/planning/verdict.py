@@ -31,6 +31,8 @@ def rough_range(seconds: float) -> str:
     """The range that a time lies in which was measured once: a disk that is busy, or has the file in memory, differs.
     """
     low, high = rough(seconds / 2), rough(seconds * 4)
+    if low == high:
+        return low
     number, unit = low.split()
     return f"{number if high.endswith(f' {unit}') else low} to {high}"
 
