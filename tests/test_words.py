@@ -93,7 +93,7 @@ def test_types_have_short_names_too(asked: list[Job]) -> None:
     (["flux", "a", "red", "fox", "-s", "1"], "-> python -m runner flux 'a red fox' -s 1\n"),
     (["flux", "-s", "1", "it's", "a fox", "-q"], """-> python -m runner flux -s 1 'it'"'"'s a fox' -q\n"""),
     (["FLUX", "a", "fox"], "-> python -m runner flux 'a fox'\n"),
-    (["plan", "flux", "a", "fox", "-v", "--machine", "1x8GB"], "plan flux 'a fox' -v --machine 1x8GB\n"),
+    (["plan", "flux", "a", "fox", "-q", "--machine", "1x8GB"], "plan flux 'a fox' -q --machine 1x8GB\n"),
     (["batch", "flux", "a", "fox"], "-> python -m runner batch flux 'a fox'\n"),
     (["a red fox", "-s", "1"], "-> python -m runner flux 'a red fox' -s 1\n"),
     (["flux", "plan"], "'plan' is a command, and stands in front -> python -m runner plan flux;"),
