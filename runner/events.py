@@ -14,6 +14,7 @@ __all__ = ["EVENTS", "Emit", "from_wire", "json_lines", "one_at_a_time", "silent
 EVENTS: Mapping[str, Mapping[str, str]] = {
     "begin": {"what": "what is done before the first stage, such as planning",
               "workers": "of Ray alone: by stage, the worker that did it last"},
+    "plan": {"text": "whether it fits, in a line"},
     "run": {"run": "its name", "requests": "how many", "model": "where it comes from", "seed": "of the first request"},
     "warning": {"text": "what to know"},
     "stage": {"stage": "its name", "requests": "how many", "reused": "how many of them the store has"},

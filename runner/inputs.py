@@ -17,6 +17,8 @@ STEPS = 1000
 GUIDANCE = 30.0
 TOKENS = 4096
 SEED = 2**64 - 1
+# What is drawn in messages: whole enough for the demo checkpoint as well.
+EXAMPLE = "a large red circle on the left on a blue background"
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,11 @@ def read_guidance(text: str) -> float:
 
 
 def read_size(text: str) -> tuple[int, int]:
-    """(width, height) from WxH in pixels, such as 1024x768."""
-    match = re.fullmatch(r"(-?[0-9]{1,9})[xX](-?[0-9]{1,9})", text)
+    """(width, height) from WxH in pixels, such as 1024x768, or from the side of a square, such as 512."""
+    match = re.fullmatch(r"(-?[0-9]{1,9})([xX](-?[0-9]{1,9}))?", text)
     if match is None:
-        raise InvalidInput(f"size must be WxH in pixels, such as 1024x768, got {shown(text)}")
-    size = int(match[1]), int(match[2])
+        raise InvalidInput(f"size must be WxH in pixels, such as 1024x768, or a side such as 512, got {shown(text)}")
+    size = int(match[1]), int(match[3] or match[1])
     check_size(*size)
     return size
 
@@ -103,7 +105,7 @@ def check_prompt(prompt: Any, what: str = "prompt") -> None:
     if size > PROMPT_BYTES:
         raise InvalidInput(f"the {what} has {size:,} bytes; the limit is {PROMPT_BYTES:,} -> shorten it")
     if not prompt.strip():
-        advice = ('say what to draw, such as `prompt="a red circle"`' if what == "prompt" else
+        advice = (f'say what to draw, such as `prompt="{EXAMPLE}"`' if what == "prompt" else
                   'say what guidance leads away from, or `negative_prompt=""` for nothing')
         raise InvalidInput(f"empty {what} -> {advice}")
     for at, character in enumerate(prompt):

@@ -10,6 +10,7 @@ from typing import TextIO
 from runner.text import clean, harmless
 from stages.errors import StoreError
 
+COLUMNS = 80
 # What a write ends with when nobody reads any more: a pipe or a terminal whose other end is gone.
 _GONE = frozenset((errno.EPIPE, errno.EIO, errno.EBADF))
 
@@ -43,6 +44,11 @@ class TolerantStream:
         """Whether a person is likely to watch."""
         return self._stream.isatty()
 
+    @property
+    def columns(self) -> int:
+        """How wide a line may be: as wide as the terminal, and 80 at most."""
+        return columns(self._stream)
+
     def fileno(self) -> int:
         """The number of the file below."""
         return self._stream.fileno()
@@ -55,6 +61,17 @@ class TolerantStream:
         if error.errno not in _GONE and self._stream is not sys.stderr:
             raise StoreError(f"cannot write standard output: {error.strerror} -> make room; what was finished is "
                              f"kept") from error
+
+
+def columns(stream: TextIO) -> int:
+    """How wide a line may be on a stream: as wide as its terminal or as COLUMNS says, and 80 at most."""
+    said = os.environ.get("COLUMNS", "")
+    if said.isdecimal() and int(said) > 0:
+        return min(COLUMNS, int(said))
+    try:
+        return min(COLUMNS, os.get_terminal_size(stream.fileno()).columns or COLUMNS)
+    except (OSError, ValueError):
+        return COLUMNS
 
 
 def say(stream: TextIO, lines: Iterable[str]) -> None:

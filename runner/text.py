@@ -1,5 +1,6 @@
 """Words and numbers as people read them: bytes, counts, and text of others without what it could do to a terminal."""
 
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 
@@ -39,6 +40,15 @@ def visible(value: object, most: int = 2000) -> str:
 def shown(text: str) -> str:
     """`text` quoted for an error message: ASCII, and cut where it is long."""
     return ascii(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def wrapped(line: str, columns: int, indent: str = "") -> list[str]:
+    """A line in lines of at most so many columns, the first of them behind `indent` and the others behind two more.
+
+    A word that is longer, such as a path, is left whole.
+    """
+    return textwrap.wrap(line, columns, initial_indent=indent, subsequent_indent=f"{indent}  ",
+                         break_long_words=False, break_on_hyphens=False) or [indent]
 
 
 def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:

@@ -34,34 +34,48 @@ class Family:
     """Whether the model reads a negative prompt."""
     true_guidance: bool = False
     """Whether diffusers' own pipeline calls the guidance scale `true_cfg_scale`."""
+    license: str = "see its page"
+    """What its maker calls the license of the model."""
+    gated: bool = False
+    """Whether the hub gives the model only to those who accepted its license there."""
+    parameters: int = 0
+    """Numbers in its transformer, to three digits; 0 where that is not known."""
 
 
 MEGAPIXEL = (1024, 1024)
+APACHE = "Apache-2.0"
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("flux", "black-forest-labs/FLUX.1-dev", "FluxPipeline", 28, 3.5, 512, MEGAPIXEL),
-        Family("flux-schnell", "black-forest-labs/FLUX.1-schnell", "FluxPipeline", 4, None, 256, MEGAPIXEL),
+        Family("flux", "black-forest-labs/FLUX.1-dev", "FluxPipeline", 28, 3.5, 512, MEGAPIXEL,
+               license="FLUX.1 [dev] Non-Commercial License", gated=True, parameters=11_900_000_000),
+        Family("flux-schnell", "black-forest-labs/FLUX.1-schnell", "FluxPipeline", 4, None, 256, MEGAPIXEL,
+               license=APACHE, gated=True, parameters=11_900_000_000),
         # The defaults of Flux2Pipeline; its PixtralProcessor asks for torchvision even to read text.
-        Family("flux2", "black-forest-labs/FLUX.2-dev", "Flux2Pipeline", 50, 4.0, 512, MEGAPIXEL, ("torchvision",)),
+        Family("flux2", "black-forest-labs/FLUX.2-dev", "Flux2Pipeline", 50, 4.0, 512, MEGAPIXEL, ("torchvision",),
+               license="FLUX.2 [dev] Non-Commercial License", gated=True, parameters=32_200_000_000),
         # Distilled to 4 steps without guidance; the base model has the defaults of Flux2KleinPipeline.
-        Family("flux2-klein", "black-forest-labs/FLUX.2-klein-4B", "Flux2KleinPipeline", 4, None, 512, MEGAPIXEL),
+        Family("flux2-klein", "black-forest-labs/FLUX.2-klein-4B", "Flux2KleinPipeline", 4, None, 512, MEGAPIXEL,
+               license=APACHE, parameters=3_880_000_000),
         Family(
-            "flux2-klein-base", "black-forest-labs/FLUX.2-klein-base-4B", "Flux2KleinPipeline", 50, 4.0, 512, MEGAPIXEL
+            "flux2-klein-base", "black-forest-labs/FLUX.2-klein-base-4B", "Flux2KleinPipeline", 50, 4.0, 512,
+            MEGAPIXEL,
+            license=APACHE, parameters=3_880_000_000,
         ),
         # Steps, guidance and tokens are the defaults of QwenImagePipeline; 1328 is the square that it was trained on.
         Family(
             "qwen-image", "Qwen/Qwen-Image", "QwenImagePipeline", 50, 4.0, 512, (1328, 1328), most_tokens=1024,
-            negative=True, true_guidance=True,
+            negative=True, true_guidance=True, license=APACHE, parameters=20_400_000_000,
         ),
         # Steps and tokens are the defaults of StableDiffusion3Pipeline; 3.5 is the guidance of this model's card.
         Family(
             "sd3", "stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline", 28, 3.5, 256, MEGAPIXEL,
-            negative=True,
+            negative=True, license="Stability AI Community License", gated=True, parameters=8_060_000_000,
         ),
         # Distilled to 8 steps without guidance, as in the example of ZImagePipeline.
-        Family("z-image", "Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline", 8, None, 512, MEGAPIXEL),
-        Family("demo", "demo", "FluxPipeline", 16, None, 20, (128, 128)),
+        Family("z-image", "Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline", 8, None, 512, MEGAPIXEL,
+               license=APACHE, parameters=6_150_000_000),
+        Family("demo", "demo", "FluxPipeline", 16, None, 20, (128, 128), license=APACHE, parameters=5_160_000),
     )
 }

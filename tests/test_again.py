@@ -13,7 +13,8 @@ import pytest
 from runner import Job, Request
 from runner.artifacts import FolderStore
 from runner.commands.cli import answer, app
-from runner.commands.refusal import again, better, quoted, reads_input
+from runner.commands.refusal import better
+from runner.commands.words import again, quoted, reads_input, spellings
 from runner.placement_options import MemoryLimits
 from runner.planning.planner import smaller_sizes
 from runner.planning.suggestions import _amount
@@ -21,7 +22,6 @@ from stages.errors import DoesNotFit, Fix
 from tests import sparse, tiny
 
 Cards = Callable[..., list[str]]
-FLAGS = ("--json", "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def pasted(capsys: pytest.CaptureFixture[str], words: list[str]) -> tuple[list[s
     told = capsys.readouterr().err
     *error, command = told[told.index("error: "):].splitlines()
     assert all(line.startswith("  ") for line in error[1:]) and command.startswith("next: python -m runner ")
-    return shlex.split(command)[4:], "\n".join(error)
+    return shlex.split(command)[4:], " ".join(" ".join(error).split())
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_the_next_command_plans(
 
 def test_where_nothing_helps_the_last_reason_is_told(flux_dev: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(["plan", "flux", "--model", flux_dev, "--machine", "1x2GB"]) == 4
-    error = capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
     assert "next: " not in error and "That is not enough, with --allow-offload cpu: encode does not fit" in error
     assert "it would fit with" in error
 
@@ -88,7 +88,7 @@ def test_a_run_ends_with_a_command_that_makes_the_picture(
         "flux", "--model", str(model), "--prompt", "a red circle", "--size", "64x48", "--steps", "1", "--seed", "1",
         "--dtype", "float32", "--device", device, "--artifacts", "memory", "--out", str(out), "--no-modulation-table",
     ])
-    assert words[-2:] == ["--allow-offload", "cpu"] and "denoise does not fit" in error
+    assert words[-2:] == ["--allow-offload", "cpu"] and "does not fit: denoise" in error
     assert answer(words) == 0 and out.is_file()
 
 
@@ -113,7 +113,9 @@ def test_no_command_is_suggested_that_would_be_refused_again(
     assert answer([*plan, str(lines)]) == 4
     told = capsys.readouterr().err
     assert "next: " not in told and "--size" in told
-    assert reads_input([*plan, "-"]) and reads_input(["flux", "--prompt-file=-"]) and not reads_input([*plan, "x"])
+    assert all(
+        reads_input(words, spellings(app, words)) == read for words, read in (
+            ([*plan, "-"], True), (["flux", "--prompt-file=-"], True), ([*plan, "x"], False)))
 
 
 def test_lanes_beyond_the_pictures_take_nothing_and_fewer_are_suggested(
@@ -162,9 +164,9 @@ def test_the_next_command_of_a_resume_lifts_what_the_run_was_asked_for(
 def test_options_are_replaced_and_others_kept() -> None:
     words = ["plan", "flux", "--prompt", "--size", "--size=64x64", "-q", "--json", "--place", "denoise.transformer=0",
              "--place=decode=1", "--max-memory", "3GiB", "--", "--size", "1x1"]
-    line = again(words, {"--size": "32x32", "--max-memory": "", "--place denoise": ""}, FLAGS)
+    line = again(words, {"--size": "32x32", "--max-memory": "", "--place denoise": ""}, spellings(app, words))
     assert line == ("python -m runner plan flux --prompt --size -q --json --place=decode=1 --size 32x32 -- --size 1x1")
-    both = again(words, {"--place decode": "", "--place denoise": ""}, FLAGS)
+    both = again(words, {"--place decode": "", "--place denoise": ""}, spellings(app, words))
     assert "--place" not in both and "3GiB" in both
 
 

@@ -85,7 +85,7 @@ BAD = [
     ('{"prompt": "x", "seed": [1, 2], "count": 2}', "contradict"), ('{"prompt": "x", "count": 65}', "1 to 64, got 65"),
     ('{"prompt": "x", "count": 0}', "got 0"), ('{"prompt": "x", "steps": 2.5}', "got 2.5"),
     ('{"prompt": "x", "steps": 1001}', "got 1001"), ('{"prompt": "x", "size": [64, 64]}', "size must be text"),
-    ('{"prompt": "x", "size": "64"}', "WxH"), ('{"prompt": "x", "size": "9999x9999"}', "the limit is 4,194,304"),
+    ('{"prompt": "x", "size": "64x"}', "WxH"), ('{"prompt": "x", "size": "9999x9999"}', "the limit is 4,194,304"),
     ('{"prompt": ["x"]}', "must be text, got list"), ('{"prompt": "a\\u0000b"}', "U+0000"),
     ('{"prompt": "\\ud800"}', "not valid UTF-8"), ('{"prompt": "\\u001b[2J"}', "U+001B"),
     ('{"prompt": "' + "x" * 16385 + '"}', "16,385 bytes"), ('{"prompt": "' + "x" * 140_000 + '"}', "131,072"),
@@ -199,7 +199,7 @@ def test_pictures_of_a_batch_are_numbered_and_named_by_their_lines() -> None:
     assert str(by_id.path(requests[1], None, "deep/{seed}.png")) == "out/deep/4.png"
     Path("out").mkdir()
     Path("out/away").symlink_to("..")
-    for own in ("/tmp/x.png", "../x.png", "a/../../x.png", "away/x.png", "x.jpg", "", "{sed}.png", "a\0.png"):
+    for own in ("/tmp/x.png", "../x.png", "a/../../x.png", "away/x.png", "x.gif", "", "{sed}.png", "a\0.png"):
         with pytest.raises(Unnamed, match=r"^out "):
             by_id.path(requests[2], None, own)
 

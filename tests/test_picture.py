@@ -176,7 +176,8 @@ def test_names_are_a_file_a_folder_or_a_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("out", "says"),
     [
-        ("cat.jpg", "must end in .png, or in / for a folder"), ("cat", "must end in .png"), ("", "is empty"),
+        ("cat.gif", "must end in .png, .webp, .jpg or .jpeg, or in / for a folder"), ("cat", "must end in .png"),
+        ("", "is empty"),
         ("a\0b.png", "no name"), ("a\x1b[2J.png", "no name"), ("a\udcff.png", "no name"),
         ("{sed}.png", r"mean \{seed\}"),
         ("{prompt.__class__}.png", "unknown field"), ("{zzz}.png", "there are"), ("{index}/../../x.png", "leaves"),

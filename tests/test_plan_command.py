@@ -1,6 +1,7 @@
 """`runner plan`: will it fit, and how, before anything is loaded."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.commands.cli import answer
+from runner.planning.verdict import rough_range
 from tests import sparse
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +78,37 @@ def test_a_plan_is_a_table_for_people(flux: Path, capsys: pytest.CaptureFixture[
     assert answer(["plan", "flux", "--model", str(flux), "--size", "64x64", "--machine", "2x16GB"]) == 0
     out = capsys.readouterr().out
     assert "weights" in out and "denoise  cuda:0" in out and "bfloat16" in out
+    first, *rest = out.splitlines()
+    assert re.fullmatch(r"fits: 1 card, weights \d+\.\d KiB, peak \d+\.\d [KM]iB of 13\.9 GiB \(cuda:0, \w+\)", first)
+    assert all(len(line) <= 80 for line in rest) and "every card has" not in out
+
+
+def test_a_plan_is_as_wide_as_the_terminal_and_has_its_arithmetic_behind_v(
+    flux_dev: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["plan", "flux", "--model", flux_dev, "--machine", "2x16GB", "--no-modulation-table"]
+    wide: list[str] = []
+    for columns in (200, 80, 56):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert answer(words) == 0
+        short = capsys.readouterr().out
+        assert answer([*words, "-v"]) == 0
+        whole = capsys.readouterr().out
+        wide += [*short.splitlines(), *whole.splitlines()]
+        assert all(len(line) <= min(80, columns) for line in wide[-len(whole.splitlines()) :]), columns
+        told = " ".join(whole.split())
+        assert "denoise not resident: 22.2 GiB of weights on one device; cuda:0 has 13.4 GiB" in told
+        assert "host memory while loading" in told and "every card has bfloat16" in told
+        assert "not resident" not in short and "host memory while loading" not in short
+        loading = re.search(r"loading: roughly (\S+( \S+)? to \S+ \S+) for 31\.4 GiB", " ".join(short.split()))
+        assert loading is not None and "." not in loading[1]
+
+
+@pytest.mark.parametrize(("seconds", "says"), [
+    (0.3, "1 s"), (2.4, "1 to 10 s"), (30, "20 s to 2 min"), (400, "3 to 30 min"), (7200, "60 min to 8 h"),
+])
+def test_a_range_is_rough(seconds: float, says: str) -> None:
+    assert rough_range(seconds) == says
 
 
 def test_a_plan_tells_what_host_and_disk_must_give(flux_dev: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,10 +124,11 @@ def test_a_plan_tells_what_host_and_disk_must_give(flux_dev: str, capsys: pytest
     assert disk["stages"]["denoise"]["every_pass"] == found["stages"]["denoise"]["disk"]["weights"] > 5 * GB
     assert disk["stages"]["denoise"]["bytes"] == pytest.approx(23.80 * GB, rel=0.001)
     assert disk["stages"]["denoise"]["seconds"] == pytest.approx(disk["stages"]["denoise"]["bytes"] / disk["rate"])
-    assert answer(["plan", *words, "--machine", "1x12GB", "--max-memory", "cpu=4GiB"]) == 0
-    out = capsys.readouterr().out
+    assert answer(["plan", *words, "--machine", "1x12GB", "--max-memory", "cpu=4GiB", "-v"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
     for told in ("limits: cpu 4.0 GiB (4294967296 bytes)", "denoise reads ", "of them read from the disk)",
-                 "disk: nothing to download, ", "loading: encode 9.1 GiB in ", "from the disk for every pass, "):
+                 "disk: nothing to download, ", "loading by stage: encode 9.1 GiB, ", "from the disk for every pass, ",
+                 "loading: roughly ", " in host memory, "):
         assert told in out
 
 

@@ -130,7 +130,7 @@ def test_guidance_is_finite_and_in_range(text: str) -> None:
         read_guidance(text)
 
 
-@pytest.mark.parametrize("text", ["1024", "1024*768", "axb", "0x64", "64x-16", "1x", "x1", "9" * 5000 + "x1", "1.5x2"])
+@pytest.mark.parametrize("text", ["", "1024*768", "axb", "0x64", "64x-16", "1x", "x1", "9" * 5000 + "x1", "1.5x2"])
 def test_size_is_two_positive_numbers(text: str) -> None:
     with pytest.raises(ValueError, match=r"size must be WxH|width must be|height must be"):
         read_size(text)

@@ -15,6 +15,7 @@ from runner.artifacts import FolderStore
 from runner.artifacts.store import run_path
 from runner.commands.cli import answer
 from runner.commands.results import Results
+from runner.inputs import EXAMPLE
 from runner.job import Job
 from runner.request import Request
 
@@ -73,7 +74,7 @@ def test_a_batch_that_was_stopped_goes_on_after_its_last_step(
     assert answer(["resume", "last", "--artifacts", "store", "-q"]) == 1
     out, err = capsys.readouterr()
     assert stopping["steps"] == [(1, 3), (2, 1), (2, 2), (2, 3), (3, 1), (3, 2)]
-    assert err == "error: line 2: empty prompt -> say what to draw, such as --prompt \"a red circle\"\n"
+    assert err == f'error: line 2: empty prompt -> say what to draw, such as --prompt "{EXAMPLE}"\n'
     assert [path.replace("out/", "whole/") for path in out.splitlines()] == whole
     for path in whole:
         assert np.array_equal(pixels(path), pixels(path.replace("whole/", "out/")))

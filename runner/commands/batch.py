@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.commands.prompts import Entry
-from runner.inputs import SEED, read_size
+from runner.inputs import SEED, check_size, read_size
 from runner.job import RefusedLine
 from runner.request import COUNT, FilledRequest, first_seed, requests_for
 from runner.text import shown
@@ -102,12 +102,13 @@ def _items(
         raise InvalidInput(entry.fault)
     options = {name: value for name, value in entry.options.items() if value is not None}
     if "prompt" not in options:
-        raise InvalidInput('there is no prompt -> {"prompt": "a red circle"}')
+        raise InvalidInput('there is no prompt -> {"prompt": "a red fox"}')
     name, out = _identifier(options.pop("id", None), entry.line, ids), options.pop("out", None)
     if not isinstance(out, str | None):
         raise InvalidInput(f"out must be text, got {type(out).__name__}")
     seeds = _seeds(options, defaults, index, first)
-    options = {**defaults.options, **_read(options)}
+    usual = defaults.options.get("size", family.size)
+    options = {**defaults.options, **_read(options, usual)}
     prompt = options.pop("prompt")
     requests = [request for at, seed, count in seeds
                 for request in requests_for(prompt, family, seed=seed, count=count, index=index + at, **options)]
@@ -127,13 +128,25 @@ def _seeds(options: dict[str, Any], defaults: Defaults, index: int, first: int) 
     return [(0, first + index if seed is None else seed, defaults.count if count is None else count)]
 
 
-def _read(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a line as `requests_for` takes them; what those must be is checked there."""
+def _read(options: Mapping[str, Any], usual: tuple[int, int]) -> dict[str, Any]:
+    """The options of a line as `requests_for` takes them; what those must be is checked there.
+
+    `usual` are the sides that a line says nothing of.
+    """
     options = dict(options)
+    sides = options.pop("width", None), options.pop("height", None)
     if "size" in options:
-        if not isinstance(options["size"], str):
-            raise InvalidInput(f'size must be text, such as "1024x768", got {type(options["size"]).__name__}')
-        options["size"] = read_size(options["size"])
+        if sides != (None, None):
+            raise InvalidInput("size and width or height both say the size -> leave one of them out")
+        # A number is the side of a square, as it is on the command line.
+        text = str(options["size"]) if type(options["size"]) is int else options["size"]
+        if not isinstance(text, str):
+            raise InvalidInput(f'size must be text, such as "1024x768", or a number, got {type(text).__name__}')
+        options["size"] = read_size(text)
+    elif sides != (None, None):
+        width, height = (before if side is None else side for side, before in zip(sides, usual, strict=True))
+        check_size(width, height)
+        options["size"] = width, height
     if type(options.get("guidance")) is int:
         options["guidance"] = float(options["guidance"])
     return options

@@ -13,42 +13,74 @@ from typing import Annotated
 
 import typer
 
+from runner.commands import help as pages
 from runner.commands import runs_options
+from runner.commands.family_names import family_of, first_word
 from runner.commands.options import BatchOptions, FamilyOptions, PlanOptions, ResumeOptions, RunOptions
+from runner.commands.prompt_words import check_prompt_words
 from runner.commands.refusal import failed, refuse, usage
-from runner.commands.standard_input import may_read, read_prompt, with_prompt
+from runner.commands.settings import settled
+from runner.commands.standard_input import may_read, read_prompt
+from runner.commands.words import spellings, with_prompt
 from runner.engine.signals import Interrupted
-from stages.families import FAMILIES, Family
+from stages.errors import InvalidInput
+from stages.families import FAMILIES
 
+PROGRAM, OTHERS, CACHE = "stagerun", "Other commands", "in the user's cache"
 app = typer.Typer(
     name="runner",
-    add_completion=False,
-    rich_markup_mode=None,
+    cls=pages.Group,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make pictures with diffusion models that are larger than your cards, stage by stage.",
+    epilog=pages.start(),
 )
 
 
-def _about(family: Family) -> str:
-    size = "{}x{}".format(*family.size)
-    guidance = "no guidance" if family.guidance is None else f"guidance {family.guidance:g}"
-    model = "the small model that comes with it" if family.repo == "demo" else family.repo
-    return f"Make pictures with {model}: {size}, {family.steps} steps, {guidance}."
+def _version(asked: bool) -> None:
+    if asked:
+        from runner.commands.version import show_version
+
+        show_version()
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print versions and cards.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """What stands before any command."""
 
 
 for _family in FAMILIES.values():
-    app.command(_family.name, help=_about(_family))(FamilyOptions)
+    app.command(_family.name, help=pages.about(_family), cls=pages.FamilyCommand, rich_help_panel="Families",
+                epilog=pages.examples(_family.name))(FamilyOptions)
 
-app.command("plan", help="Show where everything would go, and whether it fits; nothing is loaded.")(PlanOptions)
-app.command("batch", help="Make the pictures of --prompt-file: as the family's own command does.")(BatchOptions)
-app.command("resume", help="Go on with a run that was interrupted or failed, or finish it once more.")(ResumeOptions)
+app.command("plan", help="Show where everything would go, and whether it fits; nothing is loaded.",
+            cls=pages.PlanCommand, rich_help_panel=OTHERS, epilog=pages.planning())(PlanOptions)
+app.command("batch", help="Make the pictures of --prompt-file: as the family's own command does.",
+            cls=pages.Command, rich_help_panel=OTHERS, epilog=pages.batches())(BatchOptions)
+app.command("resume", help="Go on with a run that was interrupted or failed, or finish it once more.",
+            cls=pages.ResumeCommand, rich_help_panel=OTHERS, epilog=pages.resuming())(ResumeOptions)
 
 
-@app.command()
+@app.command(cls=pages.Command, rich_help_panel=OTHERS)
+def models(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> Callable[[], None]:
+    """List the families: their models, licenses, parameters and defaults."""
+    from runner.commands.models import show_models
+
+    return partial(show_models, as_json=json)
+
+
+@app.command(cls=pages.Command, rich_help_panel=OTHERS)
 def inspect(
     artifact: Annotated[
         str, typer.Argument(metavar="ARTIFACT", help="RUN:STAGE such as last:denoise, a key, or a path or URL.")],
-    artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL", help="The store.")] = None,
+    artifacts: Annotated[str | None, typer.Option(metavar="DIR|URL", help="The store.", show_default=CACHE)] = None,
 ) -> Callable[[], None]:
     """Show what an artifact holds: names, shapes, types, ranges and non-finite values."""
     from runner.commands.inspect import inspect
@@ -56,12 +88,12 @@ def inspect(
     return partial(inspect, artifact, artifacts)
 
 
-@app.command()
+@app.command(cls=pages.Command, rich_help_panel=OTHERS)
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN|last", help="The name of a run in the store.")],
-    out: Annotated[str | None, typer.Option(metavar="FILE.html", help="Where to; RUN.html if not said.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE.html", help="Where to.", show_default="RUN.html")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
-    artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="The store.")] = None,
+    artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="The store.", show_default=CACHE)] = None,
 ) -> Callable[[], None]:
     """Write what a run did as one HTML page: pictures, where every block lay, memory and time."""
     from runner.commands.report import write_report
@@ -69,10 +101,10 @@ def report(
     return partial(write_report, run, out, artifacts, overwrite=overwrite)
 
 
-@app.command()
+@app.command(cls=pages.Command, rich_help_panel=OTHERS)
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Cards to look at.")] = None,
+    gpus: Annotated[str | None, typer.Option(metavar="0,1", help="Cards to look at.", show_default="all")] = None,
 ) -> Callable[[], None]:
     """Try this machine: every card and pair of cards, memory, disk, cache and token."""
     from runner.commands.doctor import diagnose
@@ -80,7 +112,7 @@ def doctor(
     return partial(diagnose, as_json=json, gpus=gpus)
 
 
-app.add_typer(runs_options.app, name="runs")
+app.add_typer(runs_options.app, name="runs", rich_help_panel=OTHERS)
 
 
 def main() -> int:
@@ -143,48 +175,93 @@ def leave(code: int) -> None:
 
 def answer(words: Sequence[str]) -> int:
     """Answer one command line, errors in one line included; the exit code."""
+    as_json = False
     try:
-        command = app(list(words) or ["--help"], standalone_mode=False)
+        words = first_word(words, _commands())
+        command = app(list(words) or ["--help"], standalone_mode=False, prog_name=_program(words))
+        if isinstance(command, int) or command is None:
+            return command or 0
+        as_json = isinstance(command, RunOptions) and command.json and may_read()
+        if isinstance(command, RunOptions):
+            check_prompt_words(command, words, spellings(app, words), _commands())
+            command, words = _read_input(command, words)
+            return generate(command)
+        return command() or 0
     except typer.TyperException as error:
-        return refuse(usage(error), 2)
-    if isinstance(command, int):
-        return command
-    try:
-        if isinstance(command, FamilyOptions) and command.prompt == "-" and may_read():
-            command = replace(command, prompt=read_prompt())
-            # What a suggestion repeats is what was read.
-            words = with_prompt(words, str(command.prompt))
-        return (partial(generate, command) if isinstance(command, RunOptions) else command)() or 0
+        return refuse(usage(error), 2, as_json="--json" in words and may_read())
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         return refuse(f"{stopped}; what was finished is kept", stopped.code, error)
     except Exception as error:  # the last one to answer for the process: a line and an exit code, not a traceback
-        return failed(app, error, words, verbose=not {"-v", "--verbose"}.isdisjoint(words), plans=plans)
+        return failed(app, error, words, verbose=not {"-v", "--verbose"}.isdisjoint(words), as_json=as_json,
+                      plans=plans)
 
 
 def plans(words: Sequence[str]) -> bool:
     """Whether a command line that is to be suggested leads to a plan."""
     from runner.commands.suggested import leads_to_a_plan
 
-    command = app(list(words), standalone_mode=False)
-    return isinstance(command, RunOptions) and leads_to_a_plan(command)
+    try:
+        command = app(list(words), standalone_mode=False)
+        if not isinstance(command, RunOptions):
+            return False
+        family = _family_name(command)
+        return leads_to_a_plan(settled(command, family)[0], family)
+    except InvalidInput:
+        return False
 
 
 def generate(options: RunOptions) -> int:
     """Do what the options of a run ask for; the exit code."""
     from runner.commands import generate as commands
+    from runner.distributed.env import launched
 
+    family = _family_name(options)
+    options, origins = settled(options, family, launched=launched() is not None)
+    if options.print_config:
+        from runner.commands.config import show_config
+
+        show_config(options, family, origins)
+        return 0
     match options:
         case ResumeOptions():
             return commands.resume(options.run, options)
         case PlanOptions():
-            commands.show_plan(options.family, options)
+            commands.show_plan(family, options)
             return 0
-        case BatchOptions():
-            return commands.make(options.family, options)
         case FamilyOptions():
-            return commands.make(str(options.ctx.info_name), options)
+            return commands.make(family, options)
     raise AssertionError(f"no command has {type(options).__name__}")
+
+
+def _commands() -> list[str]:
+    return [str(each.name or each.callback.__name__) for each in app.registered_commands if each.callback] + [
+        str(each.name) for each in app.registered_groups]
+
+
+def _family_name(options: RunOptions) -> str:
+    """The family that the options are of; empty where a run from before says it."""
+    match options:
+        case PlanOptions():
+            return family_of(options.family, ("plan",))
+        case BatchOptions():
+            return family_of(options.family, ("batch",))
+        case FamilyOptions():
+            return str(options.ctx.info_name)
+    return ""
+
+
+def _read_input(options: RunOptions, words: Sequence[str]) -> tuple[RunOptions, Sequence[str]]:
+    """The options and the words with the prompt that was on standard input: what a suggestion repeats."""
+    if not isinstance(options, FamilyOptions) or options.prompt != "-" or not may_read():
+        return options, words
+    prompt = read_prompt()
+    return replace(options, words=None, prompts=[prompt]), with_prompt(words, prompt, spellings(app, words))
+
+
+def _program(words: Sequence[str]) -> str | None:
+    """What completes the words of a shell: the installed program, however this one was called."""
+    return PROGRAM if {"--install-completion", "--show-completion"} & set(words[:1]) else None
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from runner.commands import option_values
 from runner.commands.options import RunOptions
 from runner.commands.refusal import as_option, complain
 from runner.commands.results import Results
@@ -18,16 +19,12 @@ from runner.distributed.watchdog import TIMEOUT
 from runner.engine.report import Report
 from runner.engine.session import open_job_store, prepared
 from runner.events import Emit, tee
-from runner.inputs import read_whole
 from runner.job import Job
 from runner.media.previews import PreviewFiles
-from runner.placement_options import PROCESSES
 from runner.startup import untracked
 from runner.terminal import say
 from runner.text import clean, shown
 from stages.errors import InvalidInput, RankLost, StagerunError
-
-LONGEST = 24 * 3600
 
 # Does a job and gives the report of it; seconds of parts outside of the stages go into the mapping.
 Engine = Callable[[Job, Emit, Results, dict[str, float]], Report]
@@ -56,9 +53,9 @@ def join(
     The first of them parses the command line and says how all of it goes; the others take what it publishes, and say
     warnings alone.
     """
-    if options.ranks is not None:
-        raise InvalidInput(f"--ranks {shown(options.ranks)}: a launcher started {rank.size} ranks already -> leave it "
-                           f"out")
+    if check_ranks(options) is not None:
+        raise InvalidInput(f"--ranks {shown(str(options.ranks))}: a launcher started {rank.size} ranks already -> "
+                           f"leave it out")
     timeout = rank_timeout(options)
     channel: Launcher | None = None
     try:
@@ -114,13 +111,13 @@ def _joined(rank: Rank, channel: Launcher, job: Job | None, produce: Callable[[J
 def check_ranks(options: RunOptions) -> int | None:
     """How many ranks the options ask for, if they do; InvalidInput for what is no number of them, and no timeout."""
     rank_timeout(options)
-    return None if options.ranks is None else read_whole("ranks", options.ranks, 1, PROCESSES)
+    return None if options.ranks is None else option_values.ranks(options.ranks)
 
 
 def rank_timeout(options: RunOptions) -> float:
     """Seconds in which a rank may do nothing."""
     text = options.rank_timeout
-    return TIMEOUT if text is None else float(read_whole("rank-timeout", text, 1, LONGEST))
+    return TIMEOUT if text is None else option_values.rank_timeout(text)
 
 
 def _as_rank0(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from runner.commands.parse import devices
+from runner.commands.option_values import devices
 from runner.job_defaults import default_store
 from runner.startup import hush
 from runner.terminal import say

@@ -28,9 +28,9 @@ from runner.media.previews import PreviewFiles
 from runner.media.writer import PictureWriter, labelled
 from runner.reports.history import find_run
 from runner.reports.progress import Progress
-from runner.reports.report import lines
+from runner.reports.report import SHOWN, closing, lines
 from runner.startup import hush, untracked
-from runner.terminal import say
+from runner.terminal import columns, say
 from runner.text import shown
 from stages.errors import InvalidInput, StoreError
 
@@ -73,7 +73,7 @@ def engine_of(options: RunOptions) -> distributed.Engine:
 
 
 def _alone_or_ranks(options: RunOptions, job: Job, emit: Emit, results: Results, seconds: dict[str, float]) -> Report:
-    together = options.ranks is not None or job.tensor_parallel is not None
+    together = distributed.check_ranks(options) is not None or job.tensor_parallel is not None
     return (distributed.on_ranks if together else in_this_process)(options, job, emit, results, seconds)
 
 
@@ -91,8 +91,10 @@ def produce(job: Job, engine: distributed.Engine, *, options: RunOptions) -> int
             report = engine(job, tee(emit, PreviewFiles(tuple(map(Path, job.output.paths)), emit)), results, seconds)
     seconds["total"] = time.perf_counter() - begin
     if not options.quiet:
-        say(sys.stderr, lines(report, seconds))
-    results.finish(report, report.failures, seconds)
+        say(sys.stderr, [*(lines(report, seconds, columns(sys.stderr)) if options.verbose else ()),
+                         *closing(report, results.written, seconds)])
+    told = not options.quiet and sys.stderr.isatty() and len(results.written) <= SHOWN
+    results.finish(report, report.failures, seconds, told=told)
     if report.failures:
         again = f" -> {resume_command(job.run, job.store)}" if lasts(job.store) else ""
         say(sys.stderr, [f"error: {len(report.failures):,} of {len(report.job.requests):,} pictures failed{again}"])
@@ -108,12 +110,15 @@ def in_this_process(options: RunOptions, job: Job, emit: Emit, results: Results,
         from runner.engine.run import run_all
         from runner.planning.describe import lines as plan_lines
         from runner.planning.planner import fetched, make_plan
+        from runner.planning.verdict import verdict
     with timed(seconds, "plan"):
         plan = make_plan(job, download=False)
     complain(plan.job.refused)
     results.refuse(plan.job.refused)
-    if not options.quiet and (options.verbose or plan.machine.cards):
-        say(sys.stderr, plan_lines(plan))
+    if options.verbose:
+        say(sys.stderr, plan_lines(plan, verbose=True, columns=columns(sys.stderr)))
+    else:
+        emit("plan", {"text": verdict(plan)})
     if plan.checkpoint.bytes_to_download:
         with timed(seconds, "download"):
             plan = fetched(plan)
@@ -130,7 +135,8 @@ def in_this_process(options: RunOptions, job: Job, emit: Emit, results: Results,
 def planned_job(family: str, options: PlanOptions) -> Job:
     """The job that a plan is asked for, whose pictures need no names, nor a prompt."""
     prompt = options.prompt or ("a picture" if options.prompt_file is None else None)
-    return job_of(family, replace(options, prompt=prompt), named=False)
+    prompts = None if prompt is None else [prompt]
+    return job_of(family, replace(options, words=None, prompts=prompts), named=False)
 
 
 def show_plan(family: str, options: PlanOptions) -> None:
@@ -144,7 +150,10 @@ def show_plan(family: str, options: PlanOptions) -> None:
 
     plan = make_plan(job, machine=options.machine, download=False)
     complain(plan.job.refused)
-    say(sys.stdout, [json.dumps(describe.document(plan))] if options.json else describe.lines(plan))
+    if options.json:
+        say(sys.stdout, [json.dumps(describe.document(plan))])
+    else:
+        say(sys.stdout, describe.lines(plan, verbose=options.verbose, columns=columns(sys.stdout)))
 
 
 @contextmanager

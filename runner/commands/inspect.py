@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING
 
-from runner.job_defaults import default_store
+from runner.commands.settings import usual_store
 from runner.reports.history import find_run
 from runner.terminal import say, warn
 from runner.text import clean, gib, table
@@ -21,7 +21,7 @@ def inspect(what: str, folder: str | None) -> None:
     from runner.artifacts import open_store
     from runner.artifacts.inspection import is_path_or_url, open_artifact
 
-    where = folder if folder is not None else str(default_store())
+    where = folder if folder is not None else usual_store()
     store = None if is_path_or_url(what) else open_store(where, warn=warn, readonly=True)
     run, colon, stage = what.partition(":")
     if store is not None and colon:

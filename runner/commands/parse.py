@@ -1,34 +1,33 @@
 """From the options of a command line to a job, checked as a whole before anything heavy is imported."""
 
-import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
+from runner.commands import option_values
 from runner.commands.batch import Batch, Defaults, Item, batch
+from runner.commands.look_ahead import check_here
 from runner.commands.options import FamilyOptions, ResumeOptions, RunOptions
 from runner.commands.prompts import Entry, read_prompts
-from runner.inputs import INPUTS, SEED, STEPS, read_size, read_whole
+from runner.inputs import EXAMPLE, INPUTS, read_whole
 from runner.job import STAGES, Job, Label, Origin, Output, RefusedLine, RunPolicy
 from runner.job_defaults import default_store as user_store
 from runner.job_defaults import new_run
-from runner.job_fields import DTYPES, LANES, LONGEST, tile
+from runner.job_fields import tile
 from runner.media.image import PictureCard, read_card
 from runner.media.paths import Naming, Unnamed
-from runner.placement_options import MemoryLimits, PlaceRequest
+from runner.placement_options import PlaceRequest
 from runner.request import COUNT, FilledRequest
 from runner.text import shown
 from stages.errors import InvalidInput
-from stages.families import FAMILIES
-from stages.models.lora import NONE, LoraRequest, read_loras
-from stages.models.scheduler import SchedulerRequest
+from stages.families import FAMILIES, Family
+from stages.models.lora import NONE
 
 
 def job_of(family: str, options: FamilyOptions, *, named: bool = True) -> Job:
     """The job that the options ask for, its pictures `named` or not; InvalidInput for the first thing that cannot be.
     """
-    check_family(family)
     _check_together(options)
     card = read_card(options.like) if options.like is not None else None
     model = options.model if options.model is not None or card is None else _model_of(card)
@@ -36,19 +35,20 @@ def job_of(family: str, options: FamilyOptions, *, named: bool = True) -> Job:
         raise InvalidInput("--model is empty -> name a hub id, a folder or demo")
     chosen = FAMILIES["demo" if model == "demo" else family]
     if card is not None and card.family != chosen.name:
-        raise InvalidInput(f"{options.like} was made by {card.family} -> runner {card.family} --like {options.like}")
-    found = batch(_entries(options, card), chosen, _defaults(options, None if card is None else card.request))
+        raise InvalidInput(f"{options.like} was made by {card.family} -> "
+                           f"python -m runner {card.family} --like {shlex.quote(str(options.like))}")
+    found = batch(_entries(options, card), chosen, _defaults(options, chosen, None if card is None else card.request))
     run = new_run()
     naming = Naming(options.out, run=run, total=found.total, overwrite=options.overwrite)
     items, paths, refused = _named(found, options, naming if named and not options.stop_after else None)
-    return placed(Job(
+    return check_here(placed(Job(
         family=family,
         requests=tuple(item.request for item in items),
         model=model,
         revision=card.revision if card is not None and options.revision is options.model is None else options.revision,
-        loras=_loras(options.lora or (), () if card is None else card.loras),
-        scheduler=_scheduler(options.scheduler, None if card is None else card.scheduler),
-        dtype=_dtypes(options.dtype or ()) or ({} if card is None else dict(card.dtype)),
+        loras=option_values.loras(options.lora or (), () if card is None else card.loras),
+        scheduler=option_values.scheduler(options.scheduler, None if card is None else card.scheduler),
+        dtype=option_values.dtypes(options.dtype or ()) or ({} if card is None else dict(card.dtype)),
         tile=None if card is None else _tile_of(card, [item.request for item in items]),
         store=options.artifacts or str(user_store()),
         run=run,
@@ -58,7 +58,7 @@ def job_of(family: str, options: FamilyOptions, *, named: bool = True) -> Job:
         refused=tuple(refused),
         origin=None if card is None or options.model is not None else Origin(
             "the picture", card.identity, "name a model with --model to repeat it with other pixels"),
-    ), options)
+    ), options))
 
 
 def resumed(job: Job, options: ResumeOptions) -> Job:
@@ -69,15 +69,16 @@ def resumed(job: Job, options: ResumeOptions) -> Job:
                            f"out")
     policy = replace(job.policy, from_stage=options.from_stage, degrade=job.policy.degrade and not options.no_degrade)
     output = replace(job.output, overwrite=job.output.overwrite or options.overwrite)
-    return placed(replace(job, policy=policy, output=output), options)
+    return check_here(placed(replace(job, policy=policy, output=output), options))
 
 
 def placed(job: Job, options: RunOptions) -> Job:
     """The job with what the options say of how it runs; what they do not say stays as it is."""
     policy = replace(
         job.policy,
-        step_every=job.policy.step_every if options.step_every is None else _seconds("step-every", options.step_every),
-        preview=job.policy.preview if options.preview is None else read_whole("preview", options.preview, 1, STEPS),
+        step_every=(job.policy.step_every if options.step_every is None else
+                    option_values.seconds("step-every", options.step_every)),
+        preview=job.policy.preview if options.preview is None else option_values.preview(options.preview),
         sample_memory=job.policy.sample_memory or options.sample_memory,
         strict=job.policy.strict or options.strict,
     )
@@ -86,10 +87,10 @@ def placed(job: Job, options: RunOptions) -> Job:
     before = tuple(place for place in job.place if place.stage not in {each.stage for each in asked})
     return replace(
         job, policy=policy, place=(*before, *asked),
-        devices=devices(options.device or (), options.gpus) or job.devices,
-        max_memory=_limits(options.max_memory, job.max_memory),
+        devices=_devices(options, job.devices),
+        max_memory=option_values.limits(options.max_memory, job.max_memory),
         allow_offload=None if options.allow_offload == "none" else options.allow_offload or job.allow_offload,
-        lanes=job.lanes if options.lanes is None else read_whole("lanes", options.lanes, 1, LANES),
+        lanes=job.lanes if options.lanes is None else option_values.lanes(options.lanes),
         tile=job.tile if options.tile is None else tile(options.tile),
         whole=job.whole if options.tile is None else 0,
         modulation_table=job.modulation_table and not options.no_modulation_table,
@@ -97,23 +98,11 @@ def placed(job: Job, options: RunOptions) -> Job:
     )
 
 
-def _seconds(name: str, text: str) -> float:
-    """Seconds from an option, from 0 to a day."""
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) > LONGEST:
-        raise InvalidInput(f"{name} must be seconds from 0 to {LONGEST:,.0f}, got {shown(text)}")
-    return float(text)
-
-
-def _limits(text: str | None, before: MemoryLimits) -> MemoryLimits:
-    """The limits that --max-memory spells; without it those from `before`, and none for `none`."""
-    return before if text is None else MemoryLimits() if text == NONE else MemoryLimits.read(text)
-
-
-def check_family(family: str) -> None:
-    """Raise InvalidInput for a family that there is not."""
-    if family not in FAMILIES:
-        close = get_close_matches(family, FAMILIES, 1)
-        raise InvalidInput(f"there is no family {shown(family)} -> choose from {', '.join(close or FAMILIES)}")
+def _devices(options: RunOptions, before: tuple[str, ...]) -> tuple[str, ...]:
+    """The devices that are asked for, those from `before` where none are."""
+    if options.device is None and options.gpus is None:
+        return before
+    return option_values.devices(options.device or (), options.gpus)
 
 
 def check_display(options: RunOptions) -> None:
@@ -129,37 +118,14 @@ def check_engine(options: RunOptions, launched: bool) -> None:
     if launched:
         raise InvalidInput("--engine ray starts processes of its own, and a launcher started this one -> leave one "
                            "out")
-    for option in ("ranks", "gpus"):
-        if getattr(options, option) is not None:
+    for option, none in (("ranks", NONE), ("gpus", option_values.ALL)):
+        if getattr(options, option) not in (None, none):
             raise InvalidInput(f"--{option} has no meaning with --engine ray, which deals out cards and pictures "
                                f"itself -> leave one of them out")
     if any("tensor_parallel" in text for text in options.place or ()):
         raise InvalidInput("--engine ray and denoise=tensor_parallel contradict each other -> leave one of them out")
     if options.artifacts == "memory":
         raise InvalidInput("--engine ray needs a store that all its workers share -> --artifacts DIR or URL")
-
-
-def devices(names: Sequence[str], gpus: str | None) -> tuple[str, ...]:
-    """The devices that --device or --gpus choose, none for all there are; InvalidInput for both and for nonsense."""
-    if gpus is None:
-        for name in names:
-            if not re.fullmatch("[a-z]{1,16}(:[0-9]{1,3})?", name):
-                raise InvalidInput(f"--device {shown(name)} is no device -> such as cpu, cuda:0")
-        return tuple(names)
-    if names:
-        raise InvalidInput("--gpus and --device both choose devices -> leave one of them out")
-    if not re.fullmatch("[0-9]{1,3}(,[0-9]{1,3})*", gpus):
-        raise InvalidInput(f"--gpus {shown(gpus)}: write the numbers of cards, such as 0,1")
-    return tuple(gpus.split(","))
-
-
-def read_seeds(texts: Sequence[str]) -> tuple[int, ...]:
-    """The seeds that --seed lists, such as 7 or 1,2,3; InvalidInput for -1, which draws one, among several."""
-    listed = [text for each in texts for text in each.split(",")]
-    seeds = tuple(read_whole("seed", text, -1 if len(listed) == 1 else 0, SEED) for text in listed[: COUNT + 1])
-    if len(seeds) > COUNT:
-        raise InvalidInput(f"--seed lists {len(listed):,} seeds; the limit is {COUNT}")
-    return seeds
 
 
 def _model_of(card: PictureCard) -> str:
@@ -173,56 +139,28 @@ def _tile_of(card: PictureCard, requests: Sequence[FilledRequest]) -> int | None
     return card.tile if sizes == {(card.request.width, card.request.height)} else None
 
 
-def _dtypes(texts: Sequence[str]) -> dict[str, str]:
-    """Types by component from `bfloat16` (all, under "") and `vae=float32`; InvalidInput for another or two."""
-    found: dict[str, str] = {}
-    for text in texts:
-        component, _, dtype = text.rpartition("=")
-        if dtype not in DTYPES:
-            raise InvalidInput(f"--dtype {shown(text)}: choose one of {', '.join(DTYPES)}, or COMPONENT=TYPE")
-        if component in found:
-            raise InvalidInput(f"--dtype is said twice for {shown(component) if component else 'all components'}")
-        found[component] = dtype
-    return found
-
-
-def _loras(texts: Sequence[str], before: tuple[LoraRequest, ...]) -> tuple[LoraRequest, ...]:
-    """The LoRAs that are asked for: those of a picture `before` unless some are named, or `none`."""
-    if NONE in texts:
-        if len(texts) > 1:
-            raise InvalidInput(f"--lora {NONE} and other LoRAs contradict each other -> leave one of them out")
-        return ()
-    return read_loras(texts) or before
-
-
-def _scheduler(text: str | None, before: SchedulerRequest | None) -> SchedulerRequest | None:
-    """The scheduler that --scheduler spells; without it that of a picture `before`, and the model's own for `none`."""
-    return before if text is None else None if text == NONE else SchedulerRequest.read(text)
-
-
 def _entries(options: FamilyOptions, card: PictureCard | None) -> list[Entry]:
     if options.prompt_file is not None:
         if options.prompt is not None:
             raise InvalidInput("--prompt and --prompt-file both say what to draw -> leave one of them out")
         return read_prompts(options.prompt_file)
     if options.prompt is None and card is None:
-        raise InvalidInput('there is no prompt -> --prompt "a red circle", --prompt - or --prompt-file FILE to read '
-                           'it')
+        raise InvalidInput(f'there is no prompt -> such as "{EXAMPLE}", or --prompt-file FILE to read some')
     prompt = card.request.prompt if card is not None and options.prompt is None else str(options.prompt)
     return [Entry(0, {"prompt": prompt})]
 
 
-def _defaults(options: FamilyOptions, before: FilledRequest | None) -> Defaults:
+def _defaults(options: FamilyOptions, family: Family, before: FilledRequest | None) -> Defaults:
     inputs: dict[str, Any] = {}
     if before is not None:
         inputs = {name: getattr(before, name) for name in ("steps", "guidance", "text_tokens", "negative_prompt")}
         inputs["size"] = before.width, before.height
-    if options.size is not None:
-        inputs["size"] = read_size(options.size)
+    if (size := option_values.size(options.size, options.width, options.height, inputs.get("size", family.size))):
+        inputs["size"] = size
     for name in ("steps", "guidance", "negative_prompt"):
         if (text := getattr(options, name)) is not None:
             inputs[name] = INPUTS[name].read(text)
-    seeds = read_seeds(options.seed) if options.seed else (-1 if before is None else before.seed,)
+    seeds = option_values.seeds(options.seed) if options.seed else (-1 if before is None else before.seed,)
     if len(seeds) > 1 and options.count is not None:
         raise InvalidInput("--count and several seeds contradict each other -> leave one of them out")
     return Defaults(inputs, seeds, 1 if options.count is None else read_whole("count", options.count, 1, COUNT))

@@ -16,7 +16,7 @@ from stages.strict_json import strict_json
 FILE_BYTES = 10 * 2**20
 LINE_BYTES = 128 * 2**10
 LINES = 10_000
-KEYS = ("prompt", "negative_prompt", "id", "size", "steps", "guidance", "seed", "count", "out")
+KEYS = ("prompt", "negative_prompt", "id", "size", "width", "height", "steps", "guidance", "seed", "count", "out")
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def _object(number: int, text: str) -> Entry:
     except RecursionError:
         return Entry(number, fault="it is nested too deeply -> write one flat object")
     except ValueError as error:
-        return Entry(number, fault=f'it is no JSON object ({error}) -> such as {{"prompt": "a red circle"}}')
+        return Entry(number, fault=f'it is no JSON object ({error}) -> such as {{"prompt": "a red fox"}}')
     if not isinstance(found, dict):
-        return Entry(number, fault=f'it is a JSON {type(found).__name__} -> such as {{"prompt": "a red circle"}}')
+        return Entry(number, fault=f'it is a JSON {type(found).__name__} -> such as {{"prompt": "a red fox"}}')
     unknown = next((key for key in found if key not in KEYS), None)
     if unknown is not None:
         close = get_close_matches(unknown, KEYS, 1)

@@ -3,19 +3,19 @@
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
-from typer.core import TyperGroup
-from typer.main import get_command
 
+from runner.commands.settings import usual_store
+from runner.commands.words import Spellings, again, line_words, read, reads_input, spellings
 from runner.events import Emit
 from runner.job import RefusedLine
-from runner.job_defaults import default_store
-from runner.terminal import TolerantStream, say
-from runner.text import clean
+from runner.terminal import TolerantStream, say, say_json
+from runner.text import clean, wrapped
 from stages.errors import (
     BadResult,
     DoesNotFit,
@@ -43,16 +43,34 @@ _OPTIONS = {"loras": "--lora", "devices": "--device", "store": "--artifacts", "o
             "degrade=False": "--no-degrade", "download=True": "no plan command"}
 
 
-def refuse(message: str, code: int, error: BaseException | None = None, more: str = "") -> int:
-    """Say in a line what is wrong, and how to go on if the error knows, and then `more`; the exit code."""
+def refuse(
+    message: str, code: int, error: BaseException | None = None, more: Sequence[str] = (),
+    next_commands: Sequence[str] = (), *, as_json: bool = False,
+) -> int:
+    """Say in a line what is wrong, how to go on if the error knows, and then lines of arithmetic and commands.
+
+    With `as_json` standard output has the same as one JSON object. Gives the exit code.
+    """
+    head = clean(message[: 2 * MESSAGE])
+    note = "" if error is None else resume_note(error)
+    arithmetic = [clean(line) for line in more]
+    if as_json:
+        say_json(sys.stdout, {
+            "kind": "error", "error": "InvalidInput" if error is None else type(error).__name__, "exit_code": code,
+            "reason": head, "arithmetic": arithmetic,
+            "fixes": [asdict(fix) for fix in getattr(error, "fixes", ())], "next": list(next_commands),
+            "resume": note.removeprefix(RESUME) or None,
+        })
     stderr = TolerantStream(sys.stderr)
-    stderr.write(f"error: {clean(message[: 2 * MESSAGE])}{'' if error is None else resume_note(error)}\n{more}")
+    lines = [f"error: {head}{note}", *(part for line in arithmetic for part in wrapped(line, stderr.columns, "  ")),
+             *(f"next: {command}" for command in next_commands)]
+    stderr.write("".join(f"{line}\n" for line in lines))
     stderr.flush()
     return code
 
 
 def failed(
-    app: typer.Typer, error: Exception, words: Sequence[str], *, verbose: bool,
+    app: typer.Typer, error: Exception, words: Sequence[str], *, verbose: bool, as_json: bool = False,
     plans: Callable[[Sequence[str]], bool] = lambda words: True,
 ) -> int:
     """Say what an error was, with commands made of the `words` of this one that would do better; the exit code.
@@ -62,19 +80,20 @@ def failed(
     if verbose:
         TolerantStream(sys.stderr).write("".join(traceback.format_exception(error)))
     code = next((code for kind, code in CODES if isinstance(error, kind)), 1)
-    if code != 1:
-        if isinstance(error, StagerunError):
-            error.text = as_own(error.text, words)
-            text = error.message(as_option)
-        else:
-            text = str(error) or "out of host memory"
-        # What a plan was refused for has a line for each strategy.
-        head, *lines = text.splitlines() if isinstance(error, DoesNotFit) else [text]
-        said = [] if reads_input(words) else [line for line in better(app, error, words) if plans(line_words(line))]
-        lines = [f"  {clean(line)}" for line in lines] + [f"next: {line}" for line in said]
-        return refuse(head, code, error, "".join(f"{line}\n" for line in lines))
-    hint = "" if verbose else " -> run again with -v to see where"
-    return refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code, error)
+    if code == 1:
+        hint = "" if verbose else " -> run again with -v to see where"
+        return refuse(f"unexpected {type(error).__name__}: {str(error)[:MESSAGE]}{hint}", code, error,
+                      as_json=as_json)
+    if isinstance(error, StagerunError):
+        error.text = as_own(error.text, words)
+    text = error.message(as_option) if isinstance(error, StagerunError) else str(error) or "out of host memory"
+    # What a plan was refused for has a line for each strategy.
+    head, *lines = text.splitlines() if isinstance(error, DoesNotFit) else [text]
+    if isinstance(error, DoesNotFit):
+        head = f"does not fit: {head.removesuffix(' does not fit.')}"
+    said = [] if reads_input(words, spellings(app, words)) else [
+        line for line in better(app, error, words) if plans(line_words(line))]
+    return refuse(head, code, error, lines, said, as_json=as_json)
 
 
 def usage(error: typer.TyperException) -> str:
@@ -120,58 +139,32 @@ def better(app: typer.Typer, error: Exception, words: Sequence[str]) -> list[str
     return _changed(app, [words], options_of(error.fixes))
 
 
-def reads_input(words: Sequence[str]) -> bool:
-    """Whether a command takes its prompts from standard input, which is gone when the command is pasted."""
-    return any(pair in (("--prompt-file", "-"), ("--prompt-file=-",)) for pair in _pairs(words, ()))
-
-
-def line_words(line: str) -> list[str]:
-    """The words behind the program's, of a line that `again` made."""
-    return shlex.split(line)[3:]
-
-
 def options_of(fixes: Fixes) -> dict[str, str]:
     """Fixes as options with their values; "" leaves an option out, "--place denoise" those for that stage."""
     return {f"{as_option(fix.field, None)}{f' {fix.component}' if fix.component else ''}":
             "" if fix.value is None else str(fix.value) for fix in fixes}
 
 
-def lifted(options: Mapping[str, str]) -> dict[str, str]:
-    """For options that are to be left out, how a command says that they no longer hold."""
-    found = {"--max-memory": "none", "--allow-offload": "none"}
-    return {name: found.get(name) or f"{name.partition(' ')[2]}=auto" for name, value in options.items()
-            if not value and (name in found or name.startswith("--place "))}
+def lifted(options: Mapping[str, str], words: Sequence[str], known: Spellings) -> dict[str, str]:
+    """For options that are to be left out, how a command says that they no longer hold.
 
-
-def again(words: Sequence[str], changes: Mapping[str, str], flags: Collection[str]) -> str:
-    """The shell line of `words` with the `changes`: option to value, "" to leave it out; `flags` take no value.
-
-    "--place denoise" stands for the values of --place for that stage.
+    That takes a word where another place than the command line says them: a run from before, a file or a variable.
     """
-    dropped: dict[str, set[str]] = {}
-    for name, _, stage in (change.partition(" ") for change in changes):
-        dropped.setdefault(name, set()).add(stage)
-    kept = [pair for pair in _pairs(words, flags) if not _is_dropped(pair, dropped)]
-    added = [word for name, value in changes.items() if value for word in (name.partition(" ")[0], value)]
-    # What stands behind "--" is no option.
-    at = next((at for at, pair in enumerate(kept) if pair == ("--",)), len(kept))
-    line = ["python", "-m", "runner", *(word for pair in kept[:at] for word in pair), *added,
-            *(word for pair in kept[at:] for word in pair)]
-    return " ".join(map(quoted, line))
-
-
-def quoted(word: str) -> str:
-    """A word as shells read it; what would move the cursor or turn the reading direction is spelled out."""
-    if word.isprintable():
-        return shlex.quote(word)
-    spelled = (f"\\{c}" if c in "\\'" else c if c.isprintable() else f"\\U{ord(c):08x}" for c in word)
-    return f"$'{''.join(spelled)}'"
+    found = {"--max-memory": "none", "--allow-offload": "none"}
+    said = {each.option for each in read(words, known)} if words[:1] != ["resume"] else set()
+    return {name: found.get(name) or f"{name.partition(' ')[2]}=auto" for name, value in options.items()
+            if not value and name.partition(" ")[0] not in said and (name in found or name.startswith("--place "))}
 
 
 def resume_command(run: str, store: str) -> str:
     """What to type to go on with a run."""
+    try:
+        usual = usual_store()
+    except InvalidInput:
+        # The file of settings was changed meanwhile, and an error is under way already.
+        usual = ""
     program = ["stagerun"] if Path(sys.argv[0]).name == "stagerun" else ["python", "-m", "runner"]
-    return shlex.join([*program, "resume", run, *(() if store == str(default_store()) else ("--artifacts", store))])
+    return shlex.join([*program, "resume", run, *(() if store == usual else ("--artifacts", store))])
 
 
 @contextmanager
@@ -210,35 +203,8 @@ def _resume_words(error: BaseException) -> list[str]:
 
 def _changed(app: typer.Typer, lines: Sequence[Sequence[str]], options: Mapping[str, str]) -> list[str]:
     """The first of the command lines that has these options, with their values; none where none has."""
-    group = get_command(app)
-    assert isinstance(group, TyperGroup)
     for words in lines if options else ():
-        # A run from before has what was said then: leaving an option out leaves it as it was.
-        changes = {**options, **lifted(options)} if words and words[0] == "resume" else options
-        known = {name: vars(param).get("is_flag", False) for param in group.commands[words[0]].params
-                 for name in param.opts} if words else {}
+        known = spellings(app, words)
         if not {change.partition(" ")[0] for change in options} - known.keys():
-            return [again(words, changes, [name for name, flag in known.items() if flag])]
+            return [again(words, {**options, **lifted(options, words, known)}, known)]
     return []
-
-
-def _pairs(words: Sequence[str], flags: Collection[str]) -> Iterator[tuple[str, ...]]:
-    """The words, each option together with its value."""
-    rest = iter(words)
-    for word in rest:
-        if word == "--":
-            yield (word,)
-            yield from ((other,) for other in rest)
-        elif word.startswith("--") and "=" not in word and word not in flags:
-            yield word, *(value for value in (next(rest, None),) if value is not None)
-        else:
-            yield (word,)
-
-
-def _is_dropped(pair: tuple[str, ...], dropped: Mapping[str, Collection[str]]) -> bool:
-    name, sign, value = pair[0].partition("=")
-    stages = dropped.get(name, ())
-    if not stages or (len(pair) == 1 and not sign):
-        return False
-    return "" in stages or (value if sign else pair[1]).startswith(
-        tuple(f"{stage}{end}" for stage in stages for end in "=."))

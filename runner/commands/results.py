@@ -26,12 +26,14 @@ class Results:
         self._paths = dict(zip(indices, job.output.paths, strict=False)) if job.output.paths else {}
         self._held: dict[int, Mapping[str, Any]] = {}
         self._refused: set[RefusedLine] = set()
+        self._written: dict[int, tuple[str, int]] = {}
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         if kind != "picture":
             return
         # Ranks and Ray are given whole paths.
         path = self._paths.get(data["index"], data["path"])
+        self._written[data["position"]] = path, data["seed"]
         labels = {name: data[name] for name in ("line", "id") if name in data}
         if self._json and self._listed:
             self._line("picture", {"path": path, **labels, **data["card"]})
@@ -40,6 +42,11 @@ class Results:
         else:
             self._held[data["position"]] = {"path": path, **(data["card"] if self._json else {})}
 
+    @property
+    def written(self) -> list[tuple[str, int]]:
+        """The paths and the seeds of the pictures that were written, in their order."""
+        return [self._written[at] for at in sorted(self._written)]
+
     def refuse(self, lines: Iterable[RefusedLine]) -> None:
         """Tell of lines that make no picture, once."""
         for line in lines:
@@ -47,13 +54,17 @@ class Results:
                 self._line("failed", {"line": line.line, "text": worded(line.text, as_option)})
             self._refused.add(line)
 
-    def finish(self, report: Report, failures: Sequence[Failure], seconds: Mapping[str, float]) -> None:
-        """Say the rest."""
+    def finish(
+        self, report: Report, failures: Sequence[Failure], seconds: Mapping[str, float], *, told: bool = False
+    ) -> None:
+        """Say the rest; whoever watches the terminal was `told` of the paths already."""
         self.refuse(report.job.refused)
         held = [self._held[at] for at in sorted(self._held)]
         if self._json:
             self._document(document(report, held, [_failed(report.job, failure) for failure in failures], seconds))
         elif report.job.output.paths or report.job.store == "memory":
+            if told and self._stream.isatty():
+                return
             say_exactly(self._stream, [str(picture["path"]) for picture in held])
         else:
             say_exactly(self._stream, _artifacts(report))

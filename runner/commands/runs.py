@@ -12,7 +12,7 @@ from runner.artifacts.manifest import is_key
 from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store
 from runner.commands.refusal import as_option
-from runner.job_defaults import default_store
+from runner.commands.settings import usual_store
 from runner.reports.history import HEAD, describe_run, find_run, readable, stages_of, summarize
 from runner.terminal import say, say_json, warn
 from runner.text import gib, shown, table
@@ -102,7 +102,7 @@ def opened(artifacts: str | None, *, readonly: bool = False) -> Store:
     """The store that --artifacts names, or the user's own; StoreError where there is none."""
     if artifacts == "memory":
         raise StoreError("`store=memory` is gone with the process that had it -> name a folder or a URL")
-    return open_store(artifacts or str(default_store()), warn=warn, readonly=readonly)
+    return open_store(artifacts or usual_store(), warn=warn, readonly=readonly)
 
 
 def seconds(text: str) -> float:

@@ -6,17 +6,23 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="The runs of a store: what they were asked, what they did, and what they left.")
-Store = Annotated[str | None, typer.Option("--artifacts", metavar="DIR|URL", help="The store.")]
+from runner.commands.help import Command, Group
+
+app = typer.Typer(cls=Group, rich_markup_mode="rich",
+                  help="The runs of a store: what they were asked, what they did, and what they left.")
+Store = Annotated[str | None, typer.Option("--artifacts", metavar="DIR|URL", help="The store.",
+                                               show_default="in the user's cache")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Run = Annotated[str, typer.Argument(metavar="RUN|last", help="A run's name, or the start of it.")]
 
 
-@app.command("ls")
+@app.command("ls", cls=Command)
 def list_runs(
     artifacts: Store = None,
     json: AsJson = False,
-    last: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the N last ones.")] = None,
+    last: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the N last ones.", show_default="all")
+    ] = None,
 ) -> Callable[[], None]:
     """List the runs, the first started first."""
     from runner.commands.runs import ls
@@ -24,7 +30,7 @@ def list_runs(
     return partial(ls, artifacts, as_json=json, last=last)
 
 
-@app.command("show")
+@app.command("show", cls=Command)
 def show_run(run: Run, artifacts: Store = None, json: AsJson = False) -> Callable[[], None]:
     """Show what a run was asked, what is finished of it, and its warnings."""
     from runner.commands.runs import show
@@ -32,9 +38,9 @@ def show_run(run: Run, artifacts: Store = None, json: AsJson = False) -> Callabl
     return partial(show, run, artifacts, as_json=json)
 
 
-@app.command("rm")
+@app.command("rm", cls=Command)
 def remove_runs(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN|last...", help="Names, or their starts.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN|last", help="Names, or their starts.")],
     artifacts: Store = None,
     json: AsJson = False,
 ) -> Callable[[], None]:
@@ -44,7 +50,7 @@ def remove_runs(
     return partial(rm, runs, artifacts, as_json=json)
 
 
-@app.command("gc")
+@app.command("gc", cls=Command)
 def collect_garbage(
     artifacts: Store = None,
     json: AsJson = False,
@@ -57,7 +63,7 @@ def collect_garbage(
     return partial(gc, artifacts, as_json=json, older=older_than, dry=dry_run)
 
 
-@app.command("verify")
+@app.command("verify", cls=Command)
 def verify_store(artifacts: Store = None, json: AsJson = False) -> Callable[[], None]:
     """Read every byte of the store, and name what is damaged."""
     from runner.commands.runs import verify

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Sequence
 
 from runner.inputs import PROMPT_BYTES
 from stages.errors import InvalidInput
@@ -24,8 +23,3 @@ def read_prompt() -> str:
         raise InvalidInput(f"the prompt is not valid UTF-8 at byte {error.start} -> write it again in UTF-8"
                            ) from None
 
-
-def with_prompt(words: Sequence[str], prompt: str) -> list[str]:
-    """The words of a command line with the prompt written out."""
-    found = [f"--prompt={prompt}" if word == "--prompt=-" else word for word in words]
-    return [prompt if word == "-" and at and found[at - 1] == "--prompt" else word for at, word in enumerate(found)]

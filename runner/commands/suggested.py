@@ -9,14 +9,14 @@ from runner.job import Job
 from stages.errors import StagerunError
 
 
-def leads_to_a_plan(options: RunOptions) -> bool:
-    """Whether what the options ask for can be planned, on the machine that would run it."""
+def leads_to_a_plan(options: RunOptions, family: str) -> bool:
+    """Whether what the options of a family ask for can be planned, on the machine that would run it."""
     # Where something was refused by its plan, this is here already.
     from runner.distributed.rank import own_part, usable_machine
     from runner.planning.planner import make_plan
 
     try:
-        job = _job(options)
+        job = _job(options, family)
         count = check_ranks(options)
         machine = options.machine if isinstance(options, PlanOptions) else None
         if count is not None and machine is None and job.tensor_parallel is None:
@@ -28,12 +28,12 @@ def leads_to_a_plan(options: RunOptions) -> bool:
     return True
 
 
-def _job(options: RunOptions) -> Job:
+def _job(options: RunOptions, family: str) -> Job:
     match options:
         case ResumeOptions():
             return resumed_job(options.run, options)
         case PlanOptions():
-            return planned_job(options.family, options)
+            return planned_job(family, options)
         case FamilyOptions():
-            return job_of(getattr(options, "family", str(options.ctx.info_name)), options, named=False)
+            return job_of(family, options, named=False)
     raise AssertionError(f"no command has {type(options).__name__}")

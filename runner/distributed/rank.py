@@ -20,6 +20,7 @@ from runner.job import Job
 from runner.media.writer import PictureWriter, labelled
 from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
+from runner.planning.verdict import verdict
 from stages.errors import BadResult, InvalidInput, RankLost, StagerunError, StoreError
 from stages.machine import Machine, check_cards, probe
 
@@ -108,7 +109,8 @@ class RankWorker:
         return replace(plan, job=replace(plan.job, origin=None))
 
     def begun(self, plan: Plan, store: Store) -> dict[str, Any]:
-        """Keep the record of the whole run, and give it."""
+        """Tell of the plan, keep the record of the whole run, and give it."""
+        self.emit("plan", {"text": verdict(plan)})
         whole = record_of(plan, plan.job.run, artifact_keys(plan))
         store.save_run(plan.job.run, {**whole, "status": "running"})
         return whole

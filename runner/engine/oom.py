@@ -8,6 +8,7 @@ import torch
 from runner.planning.ladder import NoStrategyFits
 from runner.planning.plan import Plan, sizes_of
 from runner.planning.tiles import smaller_tiles
+from runner.request import FilledRequest
 from runner.text import gib
 from stages.machine import Device, memory_users, probe
 from stages.placement.tiling import Tiling
@@ -41,7 +42,7 @@ def describe_oom(plan: Plan, stage: str, doing: str, peak: Mapping[str, int], er
             f"The artifacts of earlier stages are kept.")
 
 
-def degrade(plan: Plan, stage: str, left: Sequence[Request]) -> tuple[Plan, str] | None:
+def degrade(plan: Plan, stage: str, left: Sequence[FilledRequest]) -> tuple[Plan, str] | None:
     """The plan with exactly one thing changed that makes `stage` take less, and what it is; None for no way left.
 
     `left` are the requests that it did not do. Fewer lanes first, then smaller tiles for the decoder where the job
@@ -60,7 +61,7 @@ def degrade(plan: Plan, stage: str, left: Sequence[Request]) -> tuple[Plan, str]
     return None if crowded else _placed_anew(plan, stage, free)
 
 
-def _tiled(plan: Plan, left: Sequence[Request]) -> tuple[Plan, str] | None:
+def _tiled(plan: Plan, left: Sequence[FilledRequest]) -> tuple[Plan, str] | None:
     """The decoder in tiles, or in smaller ones; the pictures that are left differ in their last bits."""
     tile = next(iter(smaller_tiles(plan.tile or 0, sizes_of(left))), None)
     vae = plan.stage("decode").components[0].name

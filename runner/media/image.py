@@ -1,10 +1,11 @@
-"""A picture as a PNG that says how it was made, and the way back from it to a request."""
+"""A picture's file that says how it was made, and the way back from it to a request."""
 
 import io
 import json
 import os
 import re
 import stat
+import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from runner.inputs import INPUTS, PIXELS
 from runner.job_fields import tile
+from runner.media.formats import NAMES, card_text, encoded, format_of
 from runner.request import FilledRequest
 from runner.text import shown
 from stages.errors import InvalidInput
@@ -25,6 +27,7 @@ from stages.models.scheduler import SchedulerRequest
 SCHEMA = 1
 PACKAGES = ("stagerun", "diffusers", "torch", "transformers")
 TEXT_BYTES = 256 * 2**10
+FILE_BYTES = 256 * 2**20
 # What says of a file that it is a preview, and may go when its picture is there.
 PREVIEW = "runner-preview"
 
@@ -64,22 +67,24 @@ def commit(identity: str, model: str) -> str | None:
 
 def png(pixels: Any, card: Mapping[str, Any] | None) -> bytes:
     """The PNG file of uint8 pixels [height, width, 3], with `card` in its `runner` and `parameters` texts."""
-    from PIL.PngImagePlugin import PngInfo
+    return encoded("PNG", pixels, card, "" if card is None else parameters(card))
 
-    info = PngInfo()
-    if card is not None:
-        info.add_text("parameters", parameters(card))
-        info.add_itxt("runner", json.dumps(card, ensure_ascii=False, allow_nan=False, sort_keys=True))
-    return _png(pixels, info)
+
+def picture_file(path: Path, pixels: Any, card: Mapping[str, Any] | None) -> bytes:
+    """The file for uint8 pixels [height, width, 3] that the suffix of `path` asks for, with `card` in it."""
+    return encoded(format_of(path), pixels, card, "" if card is None else parameters(card))
 
 
 def preview_png(pixels: Any) -> bytes:
     """The PNG file of a preview, uint8 pixels [height, width, 3], that `is_preview` knows again."""
+    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text(PREVIEW, "replaced by the finished picture")
-    return _png(pixels, info)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def is_preview(path: Path) -> bool:
@@ -131,17 +136,26 @@ def versions() -> dict[str, str]:
 
 
 def shows(path: Path, pixels: Any) -> bool:
-    """Whether the file at `path` is a picture of exactly these uint8 pixels [height, width, 3]."""
+    """Whether the file at `path` is a picture of exactly these uint8 pixels [height, width, 3].
+
+    A JPEG is where it has what a JPEG of them has.
+    """
     from PIL import Image, UnidentifiedImageError
 
     if not stat.S_ISREG(os.lstat(path).st_mode):
         return False
+    kind = format_of(path)
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with Image.open(path, formats=(kind,)) as image:
             height, width = pixels.shape[:2]
             # The size first: a file may claim more pixels than there is memory for.
-            return image.size == (width, height) and image.mode == "RGB" and image.tobytes() == pixels.tobytes()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+            if image.size != (width, height) or image.mode != "RGB":
+                return False
+            if kind != "JPEG":
+                return bool(image.tobytes() == pixels.tobytes())
+            with Image.open(io.BytesIO(encoded(kind, pixels)), formats=(kind,)) as same:
+                return bool(image.tobytes() == same.tobytes())
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
         return False
 
 
@@ -167,14 +181,6 @@ def read_card(path: str | Path) -> PictureCard:
         raise InvalidInput(f"{path}: {error}") from None
 
 
-def _png(pixels: Any, info: Any) -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", pnginfo=info)
-    return file.getvalue()
-
-
 def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if re.search("[,:\n]", value) else value
 
@@ -184,17 +190,19 @@ def _read(path: Path) -> dict[str, Any]:
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise InvalidInput("it is not a plain file")
+        if os.fstat(file.fileno()).st_size > FILE_BYTES:
+            raise InvalidInput(f"it has more than {FILE_BYTES:,} bytes: it is no picture of ours")
         from PIL import Image, UnidentifiedImageError
 
         try:
-            with Image.open(file, formats=("PNG",)) as image:
-                if "runner" not in image.info and image.width * image.height <= PIXELS:
+            with Image.open(file, formats=NAMES) as image:
+                if image.format == "PNG" and "runner" not in image.info and image.width * image.height <= PIXELS:
                     # Texts behind the pixels are read with them.
                     image.load()
-                text = image.info.get("runner")
-        except (UnidentifiedImageError, SyntaxError, OSError) as error:
-            raise InvalidInput("it is not a PNG, or a damaged one") from error
-    if not isinstance(text, str):
+                text = card_text(image)
+        except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, OSError, struct.error) as error:
+            raise InvalidInput("it is not a PNG, WebP or JPEG, or a damaged one") from error
+    if text is None:
         raise InvalidInput("it has no runner metadata: made by another program, or without them")
     if len(text) > TEXT_BYTES:
         raise InvalidInput(f"its metadata have {len(text):,} letters; the limit is {TEXT_BYTES:,}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from runner.artifacts import atomic_files, temp_files
+from runner.media.formats import FORMATS, SUFFIXES, check_room
 from runner.request import FilledRequest
 from runner.text import shown
 from stages.errors import InvalidInput, StoreError
@@ -17,7 +18,6 @@ ONE, MANY = "{prompt}-{seed}.png", "{index}-{prompt}-{seed}.png"
 FIELDS = ("id", "index", "prompt", "run", "seed")
 SLUG = 60
 NAME = 255
-SUFFIX = ".png"
 
 
 class Unnamed(InvalidInput):
@@ -25,7 +25,7 @@ class Unnamed(InvalidInput):
 
 
 class Naming:
-    """How `out` names the pictures of a run: a .png file, a folder, or a template with {index} {seed} {prompt} {run}.
+    """How `out` names the pictures of a run: a file, a folder, or a template with {index} {seed} {prompt} {run}.
 
     Only what `out` spells itself can name a folder; what replaces a field is a short ASCII slug. `total` is how many
     pictures there are, with those that are left out.
@@ -54,6 +54,8 @@ class Naming:
                 raise Unnamed("`out` has the field {id}, and there is no id -> give the line one")
             path = self._root.joinpath(*(_fill(part, self._fields(request, id)) for part in parts))
             self._check(path, parts[-1])
+            prompts = f"{request.prompt}{request.negative_prompt or ''}"
+            check_room(path, len(prompts.encode()), max(request.width, request.height))
         except InvalidInput as error:
             raise error if out is None else Unnamed(f"out {shown(out)}: {error.text}") from None
         self._taken.add(path)
@@ -86,16 +88,17 @@ class Naming:
             raise InvalidInput(taken(path))
 
 
+def check_out(out: str) -> None:
+    """Raise InvalidInput for an `out` that names no pictures, whatever they are."""
+    _, parts = _pattern(out, ONE)
+    for part in parts:
+        _fill(part, dict.fromkeys(FIELDS, ""))
+
+
 def slug(text: str) -> str:
     """At most 60 of the characters a-z, 0-9 and inner dashes that say `text` best; `picture` where none does."""
     plain = unicodedata.normalize("NFKD", text[:1000]).encode("ascii", "ignore").decode().lower()
     return re.sub("[^a-z0-9]+", "-", plain).strip("-")[:SLUG].strip("-") or "picture"
-
-
-def check_format(name: str) -> None:
-    """Raise InvalidInput for the name of a file that no picture is written as."""
-    if not name.lower().endswith(SUFFIX):
-        raise InvalidInput(f"a picture cannot be written as {shown(Path(name).name)} -> a name that ends in {SUFFIX}")
 
 
 def check_recorded(names: Sequence[str], folder: str) -> None:
@@ -145,8 +148,8 @@ def _pattern(out: str | None, default: str) -> tuple[Path, tuple[str, ...]]:
     at = next((i for i, part in enumerate(parts) if re.search("{.*}", part)), len(parts) - 1)
     if ".." in parts[at:]:
         raise InvalidInput(f"`out` {shown(out)} leaves its folder behind a field -> write .. before the first field")
-    if not parts[-1].lower().endswith(SUFFIX):
-        raise InvalidInput(f"`out` {shown(out)} must end in {SUFFIX}, or in / for a folder")
+    if Path(parts[-1]).suffix.lower() not in FORMATS:
+        raise InvalidInput(f"`out` {shown(out)} must end in {SUFFIXES}, or in / for a folder")
     return Path(*parts[:at]), parts[at:]
 
 

@@ -1,21 +1,23 @@
 """Pictures as PIL has them, which still say how they were made when they are saved."""
 
 import io
+import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.PngImagePlugin import PngImageFile
 
-from runner.media.image import png
-from runner.media.paths import check_format, write
+from runner.media.formats import NAMES, settings
+from runner.media.image import picture_file, png
+from runner.media.paths import write
 from stages.errors import InvalidInput
 
 
 class PictureImage(PngImageFile):
-    """A picture with how it was made in its `info`: saved as a PNG it says so, as one of the command line does.
+    """A picture with how it was made in its `info`: saved it says so, as a file of the command line does.
 
     What is made of it, such as a smaller one, is a plain image of PIL and says nothing, and neither does it say
     anything once somebody drew in it: that could not be repeated.
@@ -28,12 +30,9 @@ class PictureImage(PngImageFile):
              **params: Any) -> None:
         """Write the picture; see PIL for the rest."""
         name = fp if isinstance(fp, str | PathLike) else getattr(fp, "name", "")
-        kind = format or Image.registered_extensions().get(Path(str(name)).suffix.lower(), "")
-        if kind.upper() == "PNG" and self.tobytes() == self.made:
-            info = PngInfo()
-            info.add_text("parameters", self.info["parameters"])
-            info.add_itxt("runner", self.info["runner"])
-            params.setdefault("pnginfo", info)
+        kind = (format or Image.registered_extensions().get(Path(str(name)).suffix.lower(), "")).upper()
+        if kind in NAMES and self.tobytes() == self.made:
+            params = settings(kind, json.loads(self.info["runner"]), self.info["parameters"]) | params
         super().save(fp, format, **params)
 
 
@@ -54,6 +53,5 @@ def save(path: str | PathLike[str], pixels: Any, card: Mapping[str, Any], *, ove
     if not isinstance(path, str | PathLike):
         raise InvalidInput(f"a {type(path).__name__} is no path of a picture -> such as \"fox.png\"")
     target = Path(path)
-    check_format(str(target))
-    write(target, png(pixels, card), overwrite=overwrite)
+    write(target, picture_file(target, pixels, card), overwrite=overwrite)
     return target

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from runner.events import Emit
 from runner.job import Job
-from runner.media.image import card_of, png, shows
+from runner.media.image import card_of, picture_file, shows
 from runner.media.paths import write
 from runner.request import FilledRequest
 from stages.errors import InvalidInput
@@ -67,7 +67,7 @@ class PictureWriter:
         pixels, output = picture.read(), self._job.output
         if not output.overwrite and os.path.lexists(path) and shows(path, pixels):
             return True
-        write(path, png(pixels, card if output.metadata else None), overwrite=output.overwrite)
+        write(path, picture_file(path, pixels, card if output.metadata else None), overwrite=output.overwrite)
         return False
 
 

@@ -33,8 +33,8 @@ CALL: Mapping[str, str] = {
     "size": "height= and width=", "count": "num_images_per_prompt=", "text_tokens": "max_sequence_length=",
     "callback_on_step": _STEP, "seeds": "seed=, which takes a list, too",
     **{name: f"{name}= of the pipeline: Pipeline(..., {name}=...)" for name in (
-        "max_memory", "device_map", "place", "dtype", "torch_dtype", "store", "allow_offload", "lanes", "tile", "loras",
-        "scheduler", "devices", "gpus")},
+        "max_memory", "device_map", "place", "dtype", "torch_dtype", "store", "allow_offload", "lanes", "tile",
+        "loras", "scheduler", "devices", "gpus")},
 }
 
 # Of a pipeline.

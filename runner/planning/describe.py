@@ -9,7 +9,8 @@ import torch
 from runner.planning import disk
 from runner.planning.placed import concurrency
 from runner.planning.plan import Plan
-from runner.text import gib, table
+from runner.planning.verdict import rough_range, verdict
+from runner.text import gib, table, wrapped
 from stages.loading.load import host_bytes_while_loading
 
 Layout = dict[str, dict[str, dict[str, dict[str, int]]]]
@@ -19,15 +20,23 @@ REST = "outside blocks"
 SIZES = 6
 
 
-def lines(plan: Plan) -> list[str]:
-    """The plan as a table: per stage and device weights, activations and what stays free; then what was decided."""
-    return [*table([*needs(plan)], right=True), *choices(plan), *costs(plan, disk.look(plan)), *refusals(plan)]
+def lines(plan: Plan, *, verbose: bool = False, columns: int = 80) -> list[str]:
+    """The plan for people, in lines of so many columns: a verdict, a table per stage and device, what was decided.
+
+    With `verbose` also the arithmetic behind it: host memory, limits, and what was tried and refused.
+    """
+    found = disk.look(plan)
+    told = [*choices(plan, verbose=verbose), *costs(plan, found, verbose=verbose)]
+    told += refusals(plan) if verbose else ()
+    return [*wrapped(verdict(plan), columns), *table([*needs(plan)], right=True),
+            *(part for line in told for part in wrapped(line, columns))]
 
 
 def document(plan: Plan) -> dict[str, Any]:
     """The plan as one JSON object; bytes are whole numbers."""
     found = disk.look(plan)
     return {
+        "verdict": verdict(plan),
         "model": plan.checkpoint.source,
         "family": plan.family.name,
         "devices": {device.name: {"total": device.total, "free": device.free, "room": device.room,
@@ -76,10 +85,10 @@ def needs(plan: Plan) -> Iterator[tuple[str, ...]]:
             yield stage, device, gib(need.weights), gib(need.activations), left
 
 
-def choices(plan: Plan) -> Iterator[str]:
+def choices(plan: Plan, *, verbose: bool = True) -> Iterator[str]:
     """What was decided: type and placement of every component, the modulation table, tiles."""
     for part, place in plan.places.items():
-        reason = plan.reasons.get(part, "")
+        reason = plan.reasons.get(part, "") if verbose else ""
         why = f" ({reason})" if reason else ""
         yield (f"{plan.label(part)}: {gib(plan.weights[part].total)} in {dtype_name(place.dtype)}{why}, "
                f"{place.placement}")
@@ -87,7 +96,8 @@ def choices(plan: Plan) -> Iterator[str]:
         yield f"LoRA {lora.source} x {lora.scale:g}: merged into {' and '.join(names)} where weights are read"
     if plan.checkpoint.scheduler is not None:
         yield f"scheduler: {plan.checkpoint.scheduler} (asked for)"
-    yield from map(str, plan.savings.values())
+    if verbose:
+        yield from map(str, plan.savings.values())
     if plan.tile is not None:
         yield tiled(plan)
     if len(plan.requests) > 1:
@@ -120,24 +130,27 @@ def pace(plan: Plan) -> str:
     return f"denoise: {text}; each in a pass of its own, as in a shared one its bits may depend on the others"
 
 
-def costs(plan: Plan, found: disk.Disk) -> Iterator[str]:
+def costs(plan: Plan, found: disk.Disk, *, verbose: bool = True) -> Iterator[str]:
     """What the plan takes besides the devices: host memory, disk, the time to load; and the limits that were given."""
-    if limits := plan.machine.limits:
+    if verbose and (limits := plan.machine.limits):
         yield f"limits: {', '.join(f'{device} {gib(size)} ({size} bytes)' for device, size in limits.items())}"
     host = (f"{stage} {gib(need.loading)}" + (f" ({gib(need.held)} held)" if need.held else "")
             for stage, need in host_needs(plan).items())
-    if plan.machine.cards:
+    if verbose and plan.machine.cards:
         text = f"host memory while loading, at most: {', '.join(host)}"
         yield f"{text}, with pages of files, which the system can drop; {gib(plan.machine.host_free)} free"
     download = f"{gib(found.download)} to download" if found.download else "nothing to download"
     short = " (NOT ENOUGH)" if found.download > found.free else ""
     yield f"disk: {download}, {gib(found.free)} free{short}"
-    if found.rate is not None:
-        times = (f"{stage} {gib(size)} in {found.seconds(size):.1f} s" for stage, size in found.stored.items())
-        yield f"loading: {', '.join(times)}, at {gib(int(found.rate))}/s from the disk"
+    if (whole := found.seconds(sum(found.stored.values()))) is not None:
+        yield f"loading: roughly {rough_range(whole)} for {gib(sum(found.stored.values()))} from the disk"
+    if verbose and found.rate is not None:
+        parts = ", ".join(f"{stage} {gib(size)}" for stage, size in found.stored.items())
+        yield f"loading by stage: {parts}; the disk gave {gib(int(found.rate))}/s just now"
     for stage, size in plan.reads.items():
         if size:
-            each = "" if found.rate is None else f", {found.seconds(size):.1f} s each time"
+            seconds = found.seconds(size)
+            each = "" if seconds is None else f", roughly {rough_range(seconds)} each time"
             yield f"{stage} reads {gib(size)} from the disk for every pass{each}"
 
 

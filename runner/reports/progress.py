@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from runner.terminal import TolerantStream
-from runner.text import clean, gib, pictures
+from runner.text import clean, gib, pictures, wrapped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,11 +122,14 @@ class Progress:
             self._preview = data["pixels"]() if kind == "preview" else None
         if self._verbosity < 0:
             return
-        for line in self._summary.lines(kind, data):
-            self._say(line)
+        lines = [*self._summary.lines(kind, data)]
         if self._verbosity > 0:
-            for line in verbose(kind, data, self._status.line):
-                self._say(line)
+            lines += verbose(kind, data, self._status.line)
+        for line in lines:
+            # What somebody may look for, or paste, stays on one line.
+            whole = line.startswith(("warning: ", "failed: "))
+            for part in [line] if whole else wrapped(clean(line), self._stream.columns):
+                self._say(part)
 
     def __enter__(self) -> "Progress":
         if self._verbosity >= 0 and self._stream.isatty():
@@ -146,15 +149,20 @@ class Progress:
     def _say(self, line: str) -> None:
         self._told = time.monotonic()
         if self._live is not None:
-            self._live.console.print(clean(line), markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(_kept(line), markup=False, highlight=False, soft_wrap=True)
         else:
-            self._stream.write(clean(line) + "\n")
+            self._stream.write(_kept(line) + "\n")
             self._stream.flush()
 
     def _beat(self) -> None:
         while not self._over.wait(self._heartbeat / 10):
             if time.monotonic() - self._told >= self._heartbeat:
                 self._say(self._status.line())
+
+
+def _kept(line: str) -> str:
+    """A line with what is in front of it, without what moves a cursor or turns the reading direction."""
+    return f"{line[: len(line) - len(line.lstrip(' '))]}{clean(line)}"
 
 
 class Summary:
@@ -174,7 +182,9 @@ class Summary:
 
     def lines(self, kind: str, data: Mapping[str, Any]) -> Iterator[str]:
         """What everyone should read of this event."""
-        if kind == "run":
+        if kind == "plan":
+            yield str(data["text"])
+        elif kind == "run":
             count, seed = int(data["requests"]), int(data["seed"])
             yield f"run {data['run']}: {pictures(count)}, {data['model']}, {'first ' if count > 1 else ''}seed {seed}"
         elif kind == "warning":

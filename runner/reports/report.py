@@ -3,33 +3,52 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runner.text import gib, table
+from runner.text import gib, pictures, table, wrapped
 
 if TYPE_CHECKING:
     from runner.engine.report import Report, StageReport
 
 PARTS = ("load", "compute", "save", "flush")
+SHOWN = 20
 
 
-def lines(report: "Report", seconds: Mapping[str, float]) -> list[str]:
-    """The table at the end of a run: a line per stage, and one that splits the `total` of `seconds`.
+def closing(report: "Report", written: Sequence[tuple[str, int]], seconds: Mapping[str, float]) -> list[str]:
+    """What a run ends with: the path and the seed of each picture in `written`, and how long one took."""
+    total, count = seconds["total"], len(written)
+    if not count:
+        made = len(report.pictures) or max((stage.ran + stage.reused for stage in report.stages), default=0)
+        last = report.stages[-1].stage if report.stages else "nothing"
+        return [f"{last} is done for {pictures(made)}, {total:.1f} s in all"]
+    if count == 1:
+        (path, seed), = written
+        return [f"{path}: seed {seed}, {total:.1f} s"]
+    listed = [f"{path}: seed {seed}" for path, seed in written[:SHOWN]]
+    more = [f"... and {count - SHOWN:,} more"] if count > SHOWN else []
+    return [*listed, *more, f"{count:,} pictures in {total:.1f} s, {total / count:.1f} s per picture"]
+
+
+def lines(report: "Report", seconds: Mapping[str, float], columns: int = 80) -> list[str]:
+    """Where the time went, in lines of so many columns: a line per stage, its peaks, and the parts of the `total`.
 
     `seconds` are the parts outside of the stages, such as imports, and the `total`.
     """
-    return [*table(stages_table(report.stages), right=True), spent(report, seconds)]
+    peaks = (f"peak of {stage.stage}: {', '.join(f'{device} {gib(peak)}' for device, peak in stage.peak.items())}"
+             for stage in report.stages if stage.peak)
+    return [*table(stages_table(report.stages, peaks=False), right=True),
+            *(part for line in (*peaks, spent(report, seconds)) for part in wrapped(line, columns))]
 
 
-def stages_table(stages: "Sequence[StageReport]", *, flushes: bool = False) -> list[list[str]]:
+def stages_table(stages: "Sequence[StageReport]", *, flushes: bool = False, peaks: bool = True) -> list[list[str]]:
     """A head and a row per stage: seconds by part, peaks and, on request, what the flush of a card gave back."""
-    devices = list(dict.fromkeys(device for stage in stages for device in stage.peak))
+    devices = list(dict.fromkeys(device for stage in stages for device in stage.peak)) if peaks else []
     # Only cards are asked what a flush gave back.
     flushed = ("freed", "left") if flushes and not all(device.endswith("cpu") for device in devices) else ()
     rows = [["stage", "made", "re-used", *(f"{part} s" for part in PARTS), *(f"peak {d}" for d in devices), *flushed]]
     for stage in stages:
         times = [f"{stage.seconds[part]:.2f}" for part in PARTS]
-        peaks = [gib(stage.peak[device]) if device in stage.peak else "" for device in devices]
+        most = [gib(stage.peak[device]) if device in stage.peak else "" for device in devices]
         given = [gib(getattr(stage.flushed, name)) for name in flushed]
-        rows.append([stage.stage, str(stage.ran), str(stage.reused), *times, *peaks, *given])
+        rows.append([stage.stage, str(stage.ran), str(stage.reused), *times, *most, *given])
     return rows
 
 
@@ -43,14 +62,14 @@ def spent(report: "Report", seconds: Mapping[str, float]) -> str:
 
 def document(
     report: "Report",
-    pictures: Sequence[Mapping[str, Any]],
+    made: Sequence[Mapping[str, Any]],
     failed: Sequence[Mapping[str, Any]],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """The run as one JSON object: its pictures with what made them, its failures, artifacts, stages and seconds."""
     return {
         "run": report.run,
-        "pictures": list(pictures),
+        "pictures": list(made),
         "failed": list(failed),
         "artifacts": {stage.stage: list(report.keys[stage.stage]) for stage in report.stages},
         "stages": [

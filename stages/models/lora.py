@@ -85,6 +85,12 @@ def find_lora(request: LoraRequest, pipeline: str) -> Lora:
     return Lora(path, digest, float(request.scale), request.source, pipeline)
 
 
+def check_source(source: str) -> None:
+    """Raise ModelError where no LoRA can be at `source`, as far as that can be said without asking the hub."""
+    if _located(source) is None and source.count("/") > 1:
+        _check_suffix(source)
+
+
 def check_unchanged(lora: Lora) -> None:
     """Raise ModelError where the file is another than when it was found: what is made goes by the hash of that one."""
     if not lora.path.exists() or _digest_of(lora.path) != lora.digest:
@@ -107,19 +113,34 @@ def _digest(path: Path, size: int, modified: int) -> str:
 def _path(source: str) -> Path:
     from stages.models import hub
 
+    if (here := _located(source)) is not None:
+        return here
+    repo, name = _on_hub(source)
+    if name:
+        _check_suffix(source)
+    return hub.fetch_file(repo, name or _only(source, hub.list_files(repo)))
+
+
+def _located(source: str) -> Path | None:
+    """The file of this name, or in the folder of this name; None for one of the hub. ModelError for neither."""
+    from stages.models import hub
+
     try:
         if (here := _here(source)) is not None:
             return here
     except (OSError, RuntimeError) as error:  # of a folder or a name, and of a ~ that is nobody's
         why = error.strerror if isinstance(error, OSError) else error
         raise ModelError(f"{source} cannot be looked at ({why}) -> check its name and the permissions") from error
-    repo, name = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
+    repo, name = _on_hub(source)
     if not hub.is_id(repo) or source.startswith((".", "~")) or (source.endswith(SUFFIX) and not name):
         raise ModelError(f"no LoRA at {source} -> give a {SUFFIX} file, a folder with one, or one of the hub such as "
                          f"user/repo or user/repo/file{SUFFIX}")
-    if name:
-        _check_suffix(source)
-    return hub.fetch_file(repo, name or _only(source, hub.list_files(repo)))
+    return None
+
+
+def _on_hub(source: str) -> tuple[str, str]:
+    """The repository that a source would be of on the hub, and the file in it; "" for the only one."""
+    return "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
 
 
 def _here(source: str) -> Path | None:

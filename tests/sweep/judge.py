@@ -134,7 +134,8 @@ def refused(case: Case, first: Answer, models: Models) -> Verdict:
         return Verdict("exit code 4", first.err)
     if not commands:
         # A strategy that cannot be has no arithmetic, and always goes without it.
-        fault = "" if ARITHMETIC.search(first.err) and NEEDED.search(first.err) else "neither a way nor a need"
+        told = " ".join(first.err.split())
+        fault = "" if ARITHMETIC.search(told) and NEEDED.search(told) else "neither a way nor a need"
         if (better := overlooked(case.words)) is not None:
             fault = f"something fits: {better}"
         return Verdict("refused", fault and f"{fault}\n{first.err}")

@@ -31,6 +31,7 @@ from runner.events import Emit, from_wire, one_at_a_time
 from runner.job import STAGES, Job
 from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
+from runner.planning.verdict import verdict
 from stages.errors import BadResult, InvalidInput, from_json
 from stages.machine import Machine, probe
 
@@ -44,6 +45,7 @@ def run_job(job: Job, *, emit: Emit, done: Done | None = None, verbose: bool = F
     with connected(verbose=verbose) as ray:
         emit("begin", {"what": "planning"})
         plan = make_plan(job, machine=cluster_machine(ray, job.devices))
+        emit("plan", {"text": verdict(plan)})
         return run_all(ray, plan, store=store, emit=emit, done=done)
 
 

@@ -1,0 +1,96 @@
+"""Which family, or which command, a word means: other spellings, hub ids, and models that are not supported."""
+
+import re
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+
+from runner.commands.words import shell_line
+from runner.text import shown
+from stages.errors import InvalidInput
+from stages.families import FAMILIES
+
+_ALIASES = {
+    "flux1": "flux", "flux-dev": "flux", "flux1-dev": "flux", "flux-krea": "flux", "flux1-schnell": "flux-schnell",
+    "schnell": "flux-schnell", "flux2-dev": "flux2", "klein": "flux2-klein", "flux-klein": "flux2-klein",
+    "flux2-klein-4b": "flux2-klein", "flux2-klein-base-4b": "flux2-klein-base", "klein-base": "flux2-klein-base",
+    "qwen": "qwen-image", "qwenimage": "qwen-image", "sd35": "sd3", "sd35-large": "sd3", "sd3-large": "sd3",
+    "stable-diffusion-3": "sd3", "stable-diffusion-35": "sd3", "stable-diffusion-35-large": "sd3",
+    "zimage": "z-image", "z-image-turbo": "z-image", "zimage-turbo": "z-image",
+}
+# What others run, by how their names begin, as `_plain` has them.
+_OTHERS = (
+    "sdxl", "sd1", "sd2", "sd-1", "sd-2", "sd-xl", "sd-turbo", "sdxl-turbo", "stable-diffusion", "stable-cascade",
+    "pixart", "hunyuan", "wan", "kandinsky", "lumina", "sana", "auraflow", "cogview", "hidream", "chroma", "kolors",
+    "playground", "ltx", "kontext", "flux-kontext", "flux1-kontext", "flux-fill", "flux1-fill", "flux1-redux",
+    "flux1-canny", "flux1-depth", "qwen-image-edit", "omnigen", "deepfloyd", "dalle", "midjourney", "imagen",
+    "ideogram", "mochi", "cogvideo", "bria", "ovis",
+)
+# Which family the rest of a hub id is of, by what is in it; the first that fits.
+_HINTS = (
+    ("klein-base", "flux2-klein-base"), ("klein", "flux2-klein"), ("flux2", "flux2"), ("schnell", "flux-schnell"),
+    ("flux", "flux"), ("qwen-image", "qwen-image"), ("stable-diffusion-3", "sd3"), ("sd3", "sd3"),
+    ("z-image", "z-image"), ("zimage", "z-image"),
+)
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def first_word(words: Sequence[str], commands: Collection[str]) -> list[str]:
+    """The words with the family in its own spelling in front; InvalidInput where they begin with nothing known."""
+    if not words or words[0].startswith("-") or words[0] in commands:
+        return list(words)
+    word, rest = words[0], words[1:]
+    if word.lower() in commands:
+        return [word.lower(), *rest]
+    if " " in word.strip():
+        raise InvalidInput(f"{shown(word)} is no family and no command; to draw it -> "
+                           f"{shell_line(('flux', word, *rest))}")
+    if (family := named(word)) is None:
+        raise InvalidInput(unknown(word, rest, commands))
+    return [family, *rest]
+
+
+def family_of(word: str, words: Sequence[str] = ()) -> str:
+    """The family that a word means; InvalidInput where there is none, with the command of `words` that there is."""
+    if word in FAMILIES:
+        return word
+    if (family := named(word)) is not None:
+        return family
+    if " " in word.strip():
+        raise InvalidInput(f"{shown(word)} is no family -> name one before the prompt, such as flux")
+    raise InvalidInput(unknown(word, (), FAMILIES, command=words[0] if words else ""))
+
+
+def named(word: str) -> str | None:
+    """The family that a word names in another spelling, or by the hub id of its model; None where it names none."""
+    for family in FAMILIES.values():
+        if word.lower() in (family.name, family.repo.lower()):
+            return family.name
+    plain = _plain(word)
+    # "flux.2" is flux2, and "FLUX.1-schnell" flux-schnell.
+    return plain if plain in FAMILIES else _ALIASES.get(plain)
+
+
+def unknown(word: str, rest: Sequence[str], choices: Collection[str], command: str = "") -> str:
+    """What to say of a word that names no family: what it may be, and the command that would do."""
+    if word.endswith((".txt", ".jsonl")):
+        return f"{shown(word)} is no family -> name one, and the file with --prompt-file {word}"
+    last = _plain(word.rpartition("/")[2])
+    supported = f"supported are {', '.join(FAMILIES)}; python -m runner models tells more"
+    if last.startswith(_OTHERS) and not last.startswith("stable-diffusion-3"):
+        return f"{shown(word)} is not supported -> {supported}"
+    if _ID.fullmatch(word):
+        if (family := next((name for hint, name in _HINTS if hint in last), None)) is not None:
+            line = shell_line((*((command,) if command else ()), family, "--model", word, *rest))
+            return f"{shown(word)} is the default model of no family -> {line}"
+        return (f"{shown(word)} is the default model of no family -> name the family that it is of, and the model "
+                f"with --model {word}; {supported}")
+    close = get_close_matches(word.lower(), choices, 1)
+    if command or not close:
+        return (f"there is no family {shown(word)} -> choose from {', '.join(close or FAMILIES)}" if command else
+                f"there is no family and no command {shown(word)} -> python -m runner --help lists them")
+    return f"there is no family and no command {shown(word)}. Did you mean {close[0]!r}?"
+
+
+def _plain(word: str) -> str:
+    """A name in small letters without dots, its parts apart by dashes."""
+    return re.sub("[ _]", "-", word.lower()).replace(".", "")
