@@ -23,6 +23,7 @@ from runner.engine.session import open_job_store, recorded_job
 from runner.events import Emit, json_lines, tee
 from runner.job import Job
 from runner.job_defaults import default_store
+from runner.machine_option import MachineOption
 from runner.media.paths import remove_orphans
 from runner.media.previews import PreviewFiles
 from runner.media.writer import PictureWriter, labelled
@@ -138,11 +139,14 @@ def show_plan(family: str, options: PlanOptions) -> None:
     hush(options.verbose)
     check_engine(options, launched=False)
     distributed.check_ranks(options)
+    if options.machine is not None:
+        # Before anything heavy is imported.
+        MachineOption.read(options.machine)
     job = planned_job(family, options)
     from runner.planning import describe
     from runner.planning.planner import make_plan
 
-    plan = make_plan(job, machine=options.machine, download=False)
+    plan = make_plan(job, machine=options.machine, download=False, shapes=True)
     complain(plan.job.refused)
     say(sys.stdout, [json.dumps(describe.document(plan))] if options.json else describe.lines(plan))
 

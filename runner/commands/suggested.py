@@ -22,7 +22,7 @@ def leads_to_a_plan(options: RunOptions) -> bool:
         if count is not None and machine is None and job.tensor_parallel is None:
             make_plan(job, machine=own_part(usable_machine(job), Rank(0, count, 0, count)), download=False)
         else:
-            make_plan(job, machine=machine, download=False)
+            make_plan(job, machine=machine, download=False, shapes=isinstance(options, PlanOptions))
     except StagerunError:
         return False
     return True

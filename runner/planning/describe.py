@@ -10,6 +10,7 @@ from runner.planning import disk
 from runner.planning.placer import concurrency
 from runner.planning.plan import Plan
 from runner.text import gib, table
+from stages.machine import Machine
 from stages.loading.load import host_bytes_while_loading
 
 Layout = dict[str, dict[str, dict[str, dict[str, int]]]]
@@ -28,9 +29,11 @@ def document(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.checkpoint.source,
         "family": plan.family.name,
+        "shapes": plan.checkpoint.shapes or None,
         "devices": {device.name: {"total": device.total, "free": device.free, "room": device.room,
                                   "bfloat16": device.bfloat16} for device in plan.machine.devices},
-        "host": {"total": plan.machine.host_total, "free": plan.machine.host_free, "room": plan.machine.host_room,
+        "assumed": list(plan.machine.assumed),
+        "host": {**host(plan.machine),
                  "stages": {stage: asdict(need) for stage, need in host_needs(plan).items()}},
         "limits": dict(plan.machine.limits),
         "loras": loras(plan),
@@ -56,6 +59,13 @@ def document(plan: Plan) -> dict[str, Any]:
         "tile": plan.tile,
         "lanes": plan.lanes,
     }
+
+
+def host(machine: Machine) -> dict[str, int | None]:
+    """The host's memory as JSON; None for what nobody said."""
+    said = machine.counts_host
+    return {"total": machine.host_total if said else None, "free": machine.host_free if said else None,
+            "room": machine.host_room if said or machine.host_limit is not None else None}
 
 
 def loras(plan: Plan) -> list[dict[str, Any]]:
@@ -106,14 +116,19 @@ def costs(plan: Plan, found: disk.Disk) -> Iterator[str]:
     """What the plan takes besides the devices: host memory, disk, the time to load; and the limits that were given."""
     if limits := plan.machine.limits:
         yield f"limits: {', '.join(f'{device} {gib(size)} ({size} bytes)' for device, size in limits.items())}"
-    host = (f"{stage} {gib(need.loading)}" + (f" ({gib(need.held)} held)" if need.held else "")
-            for stage, need in host_needs(plan).items())
+    loading = (f"{stage} {gib(need.loading)}" + (f" ({gib(need.held)} held)" if need.held else "")
+               for stage, need in host_needs(plan).items())
     if plan.machine.cards:
-        text = f"host memory while loading, at most: {', '.join(host)}"
-        yield f"{text}, with pages of files, which the system can drop; {gib(plan.machine.host_free)} free"
+        text = f"host memory while loading, at most: {', '.join(loading)}"
+        free = f"; {gib(plan.machine.host_free)} free" if plan.machine.counts_host else ""
+        yield f"{text}, with pages of files, which the system can drop{free}"
     download = f"{gib(found.download)} to download" if found.download else "nothing to download"
-    short = " (NOT ENOUGH)" if found.download > found.free else ""
-    yield f"disk: {download}, {gib(found.free)} free{short}"
+    short = " (NOT ENOUGH)" if found.free is not None and found.download > found.free else ""
+    yield f"disk: {download}{'' if found.free is None else f', {gib(found.free)} free{short}'}"
+    if plan.checkpoint.shapes:
+        yield (f"planned from shapes that ship with stagerun, {plan.checkpoint.shapes}; once its files can be read, "
+               f"they are planned from instead")
+    yield from (f"assumed: {text}" for text in plan.machine.assumed)
     if found.rate is not None:
         times = (f"{stage} {gib(size)} in {found.seconds(size):.1f} s" for stage, size in found.stored.items())
         yield f"loading: {', '.join(times)}, at {gib(int(found.rate))}/s from the disk"

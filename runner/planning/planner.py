@@ -18,32 +18,35 @@ from runner.planning.placer import Placer
 from runner.planning.plan import Plan, largest
 from runner.planning.suggestions import with_fixes
 from runner.request import Request, nearest_sizes
-from runner.text import shown
-from stages.errors import InvalidInput, ModelError
+from runner.text import gib, shown
+from stages.errors import DoesNotFit, InvalidInput, ModelError
 from stages.estimate.rehearsal import UnusableSteps
 from stages.families import FAMILIES
 from stages.loading import lora_merge
 from stages.machine import Machine, check_cards, probe
-from stages.models.checkpoint import Checkpoint, check_family, find
+from stages.models.checkpoint import Checkpoint, check_family, find, find_shapes
+from stages.models.files import OutOfReach
 from stages.models.lora import LoraRequest, find_lora
 from stages.pipeline.split import require, split
 from stages.pipeline.stage import Stage
 
 
 def make_plan(
-    job: Job, *, machine: str | Machine | None = None, download: bool = True, cache: PlanCache | None = None
+    job: Job, *, machine: str | Machine | None = None, download: bool = True, cache: PlanCache | None = None,
+    shapes: bool = False,
 ) -> Plan:
     """Find and check the job's model, and place every component where it fits together with its activations.
 
     `machine` is one that need not be here, such as "2x16GB"; by default it is this one. Weights that are not here are
     downloaded when all of them are placed, unless `download` is False or the machine is not this one. Of a job whose
     requests come from the lines of a file, those of a size that the model does not make become refused lines. `cache`
-    has what other plans of the same model found out.
+    has what other plans of the same model found out. With `shapes`, and always for a machine that is not here, the
+    shapes that ship with the package stand in for a model of the hub that cannot be read: enough to plan, not to run.
 
     Raises ModelError, InvalidInput, or DoesNotFit with fixes that make all of the job fit, if there are any.
     """
     cache = cache or PlanCache()
-    plan = with_fixes(job, partial(_planned, machine=machine, cache=cache))
+    plan = with_fixes(job, partial(_planned, machine=machine, cache=cache, shapes=shapes))
     return fetched(plan) if download and plan.machine.here else plan
 
 
@@ -51,6 +54,9 @@ def fetched(plan: Plan) -> Plan:
     """The same plan with the model's weights on this machine: downloaded, where they are not; ModelError if not."""
     if not plan.checkpoint.bytes_to_download:
         return plan
+    if plan.checkpoint.shapes:
+        raise ModelError(f"this plan is made of shapes alone, as {plan.checkpoint.source} could not be read -> plan "
+                         f"again once it can be")
     # Of the commit that was planned for, whatever has become of its branch.
     checkpoint = find(plan.checkpoint.source, revision=plan.checkpoint.path.name)
     if plan.checkpoint.loras:
@@ -58,7 +64,7 @@ def fetched(plan: Plan) -> Plan:
     return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, largest(plan.requests).inputs))
 
 
-def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Plan:
+def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache, shapes: bool) -> Plan:
     if isinstance(machine, str):
         there = chosen(read_machine(machine), job.devices)
     else:
@@ -66,7 +72,8 @@ def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Pl
     there = limited(there, job.max_memory)
     if there.here:
         require(job.defaults.requires)
-    checkpoint = _checkpoint(job)
+    checkpoint = _checkpoint(job, shapes=shapes or not there.here)
+    _check_disk(checkpoint, there)
     stages = split(checkpoint, largest(job.requests).inputs)
     multiple = stages[1].scale_factor * job.defaults.patch
     job = _makeable(job, multiple)
@@ -98,20 +105,36 @@ def _placed(
     return _placed(job.without(lost), there, stages, longest_of, multiple, cache)
 
 
-def _checkpoint(job: Job) -> Checkpoint:
-    """The job's model, checked, with its LoRAs; its weights may be elsewhere."""
+def _checkpoint(job: Job, *, shapes: bool) -> Checkpoint:
+    """The job's model, checked, with its LoRAs; its weights may be elsewhere, and with `shapes` all of its files."""
     family = job.defaults
     is_demo = family.repo == "demo" and job.model in (None, "demo")
     source: str | Path = CHECKPOINT if is_demo else job.model or family.repo
-    named = find(source, revision=job.revision, components=())
-    check_family(replace(named, source="demo") if is_demo else named, family=FAMILIES[job.family])
-    checkpoint = find(source, revision=job.revision, weights=False)
+    try:
+        named = find(source, revision=job.revision, components=())
+        check_family(replace(named, source="demo") if is_demo else named, family=FAMILIES[job.family])
+        checkpoint = find(source, revision=job.revision, weights=False)
+    except OutOfReach as error:
+        # What names a commit, or repeats a picture of one, is about that one alone.
+        known = find_shapes(str(source)) if shapes and job.revision is job.origin is None else None
+        if known is None:
+            raise
+        check_family(known, family=FAMILIES[job.family])
+        checkpoint = replace(known, shapes=f"{known.shapes}, as the model cannot be read ({error.text})")
     if job.origin is not None and job.origin.identity != checkpoint.identity:
         raise ModelError(f"{job.origin.what} was made by {job.origin.identity}, but {job.model or family.repo} is now "
                          f"{checkpoint.identity} -> {job.origin.advice}")
     if job.loras:
         checkpoint = with_loras(checkpoint, job.loras)
     return replace(checkpoint, source="demo") if is_demo else checkpoint
+
+
+def _check_disk(checkpoint: Checkpoint, there: Machine) -> None:
+    """Raise DoesNotFit where another machine's disk, as far as it is said, does not hold the model."""
+    needed = checkpoint.bytes_elsewhere
+    if there.disk_free is not None and needed > there.disk_free:
+        raise DoesNotFit(f"{checkpoint.source} has {gib(needed)} of weights to download, and the disk of the machine "
+                         f"has {gib(there.disk_free)} free -> disk={-(-needed // 10**9)}GB or more")
 
 
 def with_loras(checkpoint: Checkpoint, asked: Sequence[LoraRequest]) -> Checkpoint:

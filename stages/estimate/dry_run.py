@@ -169,6 +169,7 @@ class FakeTokenizer:
     """
 
     model_max_length = 77
+    added_tokens_encoder: Mapping[str, int] = {}
 
     def __call__(self, text: Any = None, max_length: int | None = None, **options: Any) -> BatchEncoding:
         rows, length = 1 if isinstance(text, str) else len(text), max_length or self.model_max_length
@@ -178,6 +179,10 @@ class FakeTokenizer:
     def apply_chat_template(self, messages: Any, tokenize: bool = True, **options: Any) -> Any:
         """The messages as tokens, or as they are."""
         return self(messages, **options) if tokenize else str(messages)
+
+    def tokenize(self, text: str) -> list[str]:
+        """No words, as pipelines look among them for those that a textual inversion added."""
+        return []
 
     def num_special_tokens_to_add(self) -> int:
         """None."""
