@@ -7,6 +7,7 @@ simulated accelerator of the tests alike.
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,6 +28,8 @@ UNCOUNTED = 2**60
 CARD_TAKEN, HOST_TAKEN = 512 * MIB, 1024 * MIB
 # Rows and columns of the matrix that shows whether a card computes.
 SIDE = 64
+# And of those that show how fast a host computes.
+HOST_SIDE = 512
 OTHER_TORCH = ("install a torch with kernels for it: its builds for CUDA 12.6 still have the old ones (on Kaggle "
                "choose the accelerator GPU T4 x2)")
 
@@ -268,6 +271,17 @@ def computes(device: str) -> bool:
     """
     numbers = torch.arange(SIDE * SIDE, dtype=torch.float32).remainder(7).reshape(SIDE, SIDE)
     return torch.equal((numbers.to(device) @ numbers.to(device)).cpu(), numbers @ numbers)
+
+
+def host_rate(dtype: torch.dtype, seconds: float = 0.05) -> float:
+    """Floating point operations a second of this host's processor in a type, measured on matrices for a moment."""
+    matrix = torch.ones((HOST_SIDE, HOST_SIDE), dtype=dtype)
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < seconds or best == float("inf"):
+        before = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - before)
+    return 2.0 * HOST_SIDE**3 / best
 
 
 def check_cards(machine: Machine) -> Machine:

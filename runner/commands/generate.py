@@ -15,7 +15,7 @@ from runner.artifacts.garbage import tidy
 from runner.commands import distributed
 from runner.commands.options import FamilyOptions, PlanOptions, ResumeOptions, RunOptions
 from runner.commands.parse import check_display, check_engine, job_of, resumed
-from runner.commands.refusal import complain, in_options, lasts, resumable, resume_command
+from runner.commands.refusal import as_option, complain, in_options, lasts, resumable, resume_command
 from runner.commands.results import Results
 from runner.distributed.env import launched
 from runner.engine.report import Failure, Report
@@ -33,7 +33,7 @@ from runner.reports.report import lines
 from runner.startup import hush, untracked
 from runner.terminal import say
 from runner.text import shown
-from stages.errors import InvalidInput, StoreError
+from stages.errors import InvalidInput, StoreError, worded
 
 
 def make(family: str, options: FamilyOptions) -> int:
@@ -106,6 +106,7 @@ def in_this_process(options: RunOptions, job: Job, emit: Emit, results: Results,
     store, begin = open_job_store(job, emit), time.perf_counter()
     with timed(seconds, "imports"), untracked():
         emit("begin", {"what": "importing torch and diffusers"})
+        from runner.distributed.idle import idle_lines, used_devices
         from runner.engine.run import run_all
         from runner.planning.describe import lines as plan_lines
         from runner.planning.planner import fetched, make_plan
@@ -114,7 +115,8 @@ def in_this_process(options: RunOptions, job: Job, emit: Emit, results: Results,
     complain(plan.job.refused)
     results.refuse(plan.job.refused)
     if not options.quiet and (options.verbose or plan.machine.cards):
-        say(sys.stderr, plan_lines(plan))
+        idle = idle_lines(job, plan.machine, used_devices([plan]))
+        say(sys.stderr, [worded(line, as_option) for line in (*plan_lines(plan), *idle)])
     if plan.checkpoint.bytes_to_download:
         with timed(seconds, "download"):
             plan = fetched(plan)
@@ -138,17 +140,17 @@ def show_plan(family: str, options: PlanOptions) -> None:
     """Print the plan that the options lead to."""
     hush(options.verbose)
     check_engine(options, launched=False)
-    distributed.check_ranks(options)
+    count = distributed.check_ranks(options)
     if options.machine is not None:
         # Before anything heavy is imported.
         MachineOption.read(options.machine)
     job = planned_job(family, options)
-    from runner.planning import describe
-    from runner.planning.planner import make_plan
+    from runner.distributed.plans import planned
 
-    plan = make_plan(job, machine=options.machine, download=False, shapes=True)
-    complain(plan.job.refused)
-    say(sys.stdout, [json.dumps(describe.document(plan))] if options.json else describe.lines(plan))
+    found = planned(job, options.machine, count)
+    complain(found.job.refused)
+    told = [json.dumps(found.document())] if options.json else [worded(line, as_option) for line in found.lines()]
+    say(sys.stdout, told)
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from runner.planning import disk
+from runner.planning.outlook import outlook
+from runner.planning.picture_time import picture_time
 from runner.planning.placer import concurrency
 from runner.planning.plan import Plan
 from runner.text import gib, table
-from stages.machine import Machine
+from stages.machine import UNCOUNTED, Machine
 from stages.loading.load import host_bytes_while_loading
 
 Layout = dict[str, dict[str, dict[str, dict[str, int]]]]
@@ -56,6 +58,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "modulation_table": {name: {"whole": saving.whole, "left": saving.left, "row": saving.row,
                                     "layers": sorted(saving.layers), "refused": saving.refused}
                              for name, saving in plan.savings.items()},
+        "picture": picture(plan, found.rate),
         "tile": plan.tile,
         "lanes": plan.lanes,
     }
@@ -66,6 +69,13 @@ def host(machine: Machine) -> dict[str, int | None]:
     said = machine.counts_host
     return {"total": machine.host_total if said else None, "free": machine.host_free if said else None,
             "room": machine.host_room if said or machine.host_limit is not None else None}
+
+
+def picture(plan: Plan, disk_rate: float | None) -> dict[str, Any] | None:
+    """The time of a picture as JSON, in seconds and operations; None where it is not estimated."""
+    found = picture_time(plan, disk_rate)
+    return None if found is None else {"seconds": [found.shortest, found.longest], "steps": found.steps,
+                                       "step_flops": found.step, "rests_on": list(found.rates)}
 
 
 def loras(plan: Plan) -> list[dict[str, Any]]:
@@ -79,7 +89,8 @@ def needs(plan: Plan) -> Iterator[tuple[str, ...]]:
     for stage, needs in plan.needs.items():
         for device, need in needs.items():
             room = plan.machine.room(device)
-            left = "" if room is None else gib(room - need.total)
+            counted = room is not None and room < UNCOUNTED // 2
+            left = gib(room - need.total) if room is not None and counted else ""
             yield stage, device, gib(need.weights), gib(need.activations), left
 
 
@@ -125,13 +136,10 @@ def costs(plan: Plan, found: disk.Disk) -> Iterator[str]:
     download = f"{gib(found.download)} to download" if found.download else "nothing to download"
     short = " (NOT ENOUGH)" if found.free is not None and found.download > found.free else ""
     yield f"disk: {download}{'' if found.free is None else f', {gib(found.free)} free{short}'}"
-    if plan.checkpoint.shapes:
-        yield (f"planned from shapes that ship with stagerun, {plan.checkpoint.shapes}; once its files can be read, "
-               f"they are planned from instead")
-    yield from (f"assumed: {text}" for text in plan.machine.assumed)
     if found.rate is not None:
         times = (f"{stage} {gib(size)} in {found.seconds(size):.1f} s" for stage, size in found.stored.items())
         yield f"loading: {', '.join(times)}, at {gib(int(found.rate))}/s from the disk"
+    yield from outlook(plan, found.rate)
     for stage, size in plan.reads.items():
         if size:
             each = "" if found.rate is None else f", {found.seconds(size):.1f} s each time"

@@ -12,6 +12,7 @@ from runner.planning.ladder import NoStrategyFits, PlacementProblem, Strategy, c
 from runner.planning.place_option import StagePlaces, resolve
 from runner.planning.placed import Need, Placed, Tried
 from runner.planning.precompute import table_saving
+from runner.planning.work import work_of
 from runner.text import gib
 from stages.errors import DoesNotFit, Fix, InvalidInput
 from stages.estimate.dry_run import Estimate, dry_run, one_thread
@@ -90,8 +91,10 @@ class Placer:
         tiles = tried if tile is None else (Strategy(f"tiles of {tile} pixels"),)
         done.places |= {(stage.name, name): place for name, place in places.items()}
         done.weights |= {(stage.name, name): weight for name, weight in weights.items()}
-        done.reads[stage.name] = sum(
-            bytes_read_per_pass(component, places[component.name]) for component in stage.components)
+        reads = {component.name: bytes_read_per_pass(component, places[component.name])
+                 for component in stage.components}
+        done.reads[stage.name] = sum(reads.values())
+        done.work[stage.name] = work_of(places, weights, estimate, reads, max(self.counts, default=1))
         done.needs[stage.name] = task.needs(places, estimate)
         done.strategies[stage.name] = (*refused, *tiles)
         return estimate.state

@@ -83,7 +83,7 @@ def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache, shape
     _check_components(job, [component for _, component in places])
     loras = tuple(LoraRequest(lora.source, lora.scale, lora.digest) for lora in checkpoint.loras)
     return Plan(replace(job, loras=loras), checkpoint, there, stages, places, placed.weights, placed.needs,
-                placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, placer)
+                placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, placed.work, placer)
 
 
 def _placed(
@@ -120,7 +120,7 @@ def _checkpoint(job: Job, *, shapes: bool) -> Checkpoint:
         if known is None:
             raise
         check_family(known, family=FAMILIES[job.family])
-        checkpoint = replace(known, shapes=f"{known.shapes}, as the model cannot be read ({error.text})")
+        checkpoint = replace(known, unread=error.text)
     if job.origin is not None and job.origin.identity != checkpoint.identity:
         raise ModelError(f"{job.origin.what} was made by {job.origin.identity}, but {job.model or family.repo} is now "
                          f"{checkpoint.identity} -> {job.origin.advice}")

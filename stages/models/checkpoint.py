@@ -76,6 +76,8 @@ class Checkpoint:
     """What names its content but for its schedulers, which no stage before the denoise reads; empty: its identity."""
     shapes: str = ""
     """Of which shapes it is known, where no file of the model was read; empty where its own files were."""
+    unread: str = ""
+    """Why no file of it was read, where none was."""
 
     @property
     def bytes_to_download(self) -> int:
