@@ -106,6 +106,8 @@ def _assumed(card: CardOption, said: bool | None) -> str:
     kind = card.card
     half = "bfloat16" if kind.bfloat16 else "no bfloat16 of its own"
     text = f"{kind.full_name}: {gib(kind.memory)} as torch sees it, {half}, {kind.link / 1e9:.0f} GB/s from the host"
+    if kind.nvlink:
+        text += f", {kind.nvlink / 1e9:.0f} GB/s over NVLink"
     others = [other.full_name for other in variants(kind.name) if other is not kind]
     known = f"; {' and '.join(others)} would be another" if others else ""
     return text + known + (f"; taken {'with' if said else 'without'} bfloat16, as was said"

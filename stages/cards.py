@@ -1,9 +1,10 @@
 """The cards that people know by name: what torch sees of their memory, and how fast they compute and copy.
 
 Memory is what torch reports on Linux (`torch.cuda.get_device_properties`), as printed in public issues and logs; where
-none was found, the least part of the memory on the box that cards of this kind report. Rates are those of NVIDIA's data
-sheets and architecture papers: multiplied matrices of 16 bit with sums in float32, dense, and float32 outside of the
-tensor cores. Links are four fifths of what the generation of PCI Express can carry one way. docs/machines.md has it all.
+none was found, the least part of the memory on the box that other cards of the kind report. Rates are those of
+NVIDIA's data sheets and architecture papers: products of matrices of 16 bit with sums in float32, dense, and float32
+outside of the tensor cores. Links are four fifths of what the generation of PCI Express can carry one way.
+docs/machines.md says more.
 """
 
 import re

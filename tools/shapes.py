@@ -6,7 +6,6 @@ its license was accepted. `configs` needs no network: it makes the libraries' ow
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,7 +81,8 @@ def main(words: Sequence[str] | None = None) -> None:
         shapes = made(family, options.source)
         path = options.out / file_name(shapes.model)
         path.write_bytes(shapes.packed())
-        print(json.dumps({"family": family, "bytes": path.stat().st_size, "tensors": sum(map(len, shapes.weights.values()))}))
+        count = sum(map(len, shapes.weights.values()))
+        print(f"{family}: {count} tensors, {path.stat().st_size} bytes, {shapes}")
 
 
 if __name__ == "__main__":

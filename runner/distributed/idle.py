@@ -66,8 +66,9 @@ def idle_lines(
         *([(by_ranks, "ranks={}", "a share of the pictures for each rank")] if job.store != "memory" else []),
         *([(by_lanes, "lanes={}", "as many pictures in flight")] if ranks is None else []),
     ]
-    ways = [*several, *([(together, "place=denoise=tensor_parallel:{}", "a part of every layer on each, within rounding")]
-                        if ranks is None and job.tensor_parallel is None else [])]
+    alone = ranks is None and job.tensor_parallel is None
+    layers = (together, "place=denoise=tensor_parallel:{}", "a part of every layer on each, within rounding")
+    ways = [*several, *([layers] if alone else [])]
     named = f"idle: {listed(idle)} ({len(idle)} of {len(cards)} cards)"
     for way, words, why in ways:
         most = len(cards) if way is together else min(len(cards), count)

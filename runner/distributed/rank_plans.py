@@ -32,7 +32,7 @@ class RankPlan:
 def rank_plans(
     job: Job, machine: Machine, count: int, *, cache: PlanCache | None = None, shapes: bool = False
 ) -> list[RankPlan]:
-    """The plans of so many ranks on one machine; those whose cards are alike have one. Raises what `make_plan` raises."""
+    """The plans of so many ranks on one machine; ranks with cards alike have one. Raises what `make_plan` does."""
     cache = cache or PlanCache()
     parts = [own_part(machine, Rank(rank, count, rank, count)) for rank in range(count)]
     alike: dict[object, list[int]] = {}

@@ -12,8 +12,8 @@ from runner.planning.picture_time import picture_time
 from runner.planning.placer import concurrency
 from runner.planning.plan import Plan
 from runner.text import gib, table
-from stages.machine import UNCOUNTED, Machine
 from stages.loading.load import host_bytes_while_loading
+from stages.machine import UNCOUNTED, Machine
 
 Layout = dict[str, dict[str, dict[str, dict[str, int]]]]
 # What is in no block, in a layout.

@@ -1,4 +1,4 @@
-"""What a plan rests on, and how long a picture will take: the part of a plan that is assumed or estimated, in words."""
+"""What a plan rests on, and how long a picture will take: the part of it that is assumed or estimated, in words."""
 
 from collections.abc import Iterator
 

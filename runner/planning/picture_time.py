@@ -1,7 +1,7 @@
 """How long a picture takes, as a range: the plan's operations and copies, at what the devices do of them in a second.
 
-An estimate, and called so: a transformer reaches a part of the rate in a card's data sheet; docs/machines.md says which,
-and where that is from. For a card that is not in the table there is none.
+An estimate, and called so: a transformer reaches a part of the rate in a card's data sheet; docs/machines.md says
+which, and where that is from. For a card that is not in the table there is none.
 """
 
 from dataclasses import dataclass
@@ -112,7 +112,8 @@ def _rate(device: Device, dtype: torch.dtype, *, here: bool) -> _Rate | None:
     rate = None if card is None else card.rate(kind)
     if card is None or rate is None:
         return None
-    return _Rate(rate, CARD_PART if card.bfloat16 else OLD_CARD_PART, f"{rate / 1e12:.3g} TFLOP/s in {kind} ({card.name})")
+    parts = CARD_PART if card.bfloat16 else OLD_CARD_PART
+    return _Rate(rate, parts, f"{rate / 1e12:.3g} TFLOP/s in {kind} ({card.name})")
 
 
 def _cards(plan: Plan) -> list[Card]:

@@ -116,7 +116,7 @@ def _checkpoint(job: Job, *, shapes: bool) -> Checkpoint:
         checkpoint = find(source, revision=job.revision, weights=False)
     except OutOfReach as error:
         # What names a commit, or repeats a picture of one, is about that one alone.
-        known = find_shapes(str(source)) if shapes and job.revision is job.origin is None else None
+        known = find_shapes(str(source)) if shapes and job.revision is None and job.origin is None else None
         if known is None:
             raise
         check_family(known, family=FAMILIES[job.family])

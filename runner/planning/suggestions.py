@@ -9,8 +9,8 @@ import torch
 
 from runner.inputs import read_size
 from runner.job import Job
-from runner.planning.lighter import smaller
 from runner.planning.ladder import NoStrategyFits, PlacementProblem, Placements, attempt, usable
+from runner.planning.lighter import smaller
 from runner.planning.plan import Plan
 from runner.text import gib
 from stages.errors import DoesNotFit, Fix, Fixes
