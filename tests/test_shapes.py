@@ -173,6 +173,6 @@ def test_an_unreachable_hub_is_asked_once_and_says_nothing_itself(
     monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(settings, "ENDPOINT", "http://127.0.0.1:9")
     assert not answers()
-    with pytest.raises(ModelError, match="is not in the cache and http://127[.]0[.]0[.]1:9 cannot be reached"):
+    with pytest.raises(ModelError, match=r"is not in the cache and http://127[.]0[.]0[.]1:9 cannot be reached"):
         find("org/open")
     assert not caplog.records

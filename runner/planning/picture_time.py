@@ -14,7 +14,7 @@ from stages.cards import Card, find_card
 from stages.machine import Device, host_rate
 
 # The parts that are reached, at least and at most, of a card's rate, of that of a card before bfloat16, which has no
-# fused attention in torch and less power, of the rate measured on a host, and of a link.
+# flash attention in torch, of the rate measured on a host, and of a link.
 CARD_PART, OLD_CARD_PART, HOST_PART, LINK_PART = (0.25, 0.7), (0.12, 0.5), (0.3, 1.0), (0.5, 1.0)
 
 
