@@ -33,7 +33,7 @@ CONFIGS: dict[str, Callable[[Path], Path]] = {
     "sd3": sparse.sd35_large,
     "z-image": sparse.z_image,
 }
-# A tokenizer's vocabulary says nothing of shapes.
+# Stands for all files of a tokenizer, which say nothing of shapes.
 STAND_IN = "tokenizer.json"
 
 
@@ -53,10 +53,11 @@ def shapes_of(checkpoint: Checkpoint, model: str, source: str, commit: str | Non
     weights = {}
     for component in checkpoint.components.values():
         names = [path.name for path in component.files]
-        for path in sorted(component.folder.glob("*config.json")):
-            small[f"{component.name}/{path.name}"] = read_json(path)
         if not component.files and not component.class_name.endswith("Scheduler"):
             small[f"{component.name}/{STAND_IN}"] = {}
+            continue
+        for path in sorted(component.folder.glob("*config.json")):
+            small[f"{component.name}/{path.name}"] = read_json(path)
         for name, path in zip(names, component.files, strict=True):
             weights[f"{component.name}/{name.removesuffix('.header')}"] = {
                 tensor: (entry.dtype, entry.shape) for tensor, entry in read_header(path).items()}

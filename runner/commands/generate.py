@@ -106,17 +106,16 @@ def in_this_process(options: RunOptions, job: Job, emit: Emit, results: Results,
     store, begin = open_job_store(job, emit), time.perf_counter()
     with timed(seconds, "imports"), untracked():
         emit("begin", {"what": "importing torch and diffusers"})
-        from runner.distributed.idle import idle_lines, used_devices
+        from runner.distributed.plans import planned
         from runner.engine.run import run_all
-        from runner.planning.describe import lines as plan_lines
-        from runner.planning.planner import fetched, make_plan
+        from runner.planning.planner import fetched
     with timed(seconds, "plan"):
-        plan = make_plan(job, download=False)
+        found = planned(job, hints=not options.quiet, shapes=False)
+    plan = found.plan
     complain(plan.job.refused)
     results.refuse(plan.job.refused)
     if not options.quiet and (options.verbose or plan.machine.cards):
-        idle = idle_lines(job, plan.machine, used_devices([plan]))
-        say(sys.stderr, [worded(line, as_option) for line in (*plan_lines(plan), *idle)])
+        say(sys.stderr, [worded(line, as_option) for line in found.lines()])
     if plan.checkpoint.bytes_to_download:
         with timed(seconds, "download"):
             plan = fetched(plan)

@@ -48,34 +48,38 @@ class Planned:
         return {**document, "idle": list(self.idle)}
 
 
-def planned(job: Job, machine: str | None, count: int | None, *, hints: bool = True) -> Planned:
+def planned(
+    job: Job, machine: str | None = None, count: int | None = None, *, hints: bool = True, shapes: bool = True
+) -> Planned:
     """The job planned for a machine that need not be here, or for this one, by one process or by `count` ranks.
 
-    Where the model cannot be read, from the shapes that ship with the package. Without `hints` nothing is planned
-    beyond that. Raises what `make_plan` raises, and InvalidInput for more ranks than cards.
+    With `shapes` from those that ship with the package where the model cannot be read. Without `hints` nothing is
+    planned beyond that. Raises what `make_plan` raises, and InvalidInput for more ranks than cards.
     """
     cache, ranks = PlanCache(), tuple[RankPlan, ...]()
     if count is None or job.tensor_parallel is not None:
-        plan = make_plan(job, machine=machine, download=False, cache=cache, shapes=True)
+        plan = make_plan(job, machine=machine, download=False, cache=cache, shapes=shapes)
         there, used = plan.machine, used_devices([plan])
     else:
         there = machine_of(job, machine)
-        ranks = _of_ranks(job, there, count, cache, hints=hints)
+        ranks = _of_ranks(job, there, count, cache, hints=hints, shapes=shapes)
         plan, used = ranks[0].plan, used_by_ranks(ranks)
         hints = hints and not rank_plans.without_picture(ranks)
-    lines = idle_lines(job, there, used, ranks=count, cache=cache, shapes=True) if hints else ()
+    lines = idle_lines(job, there, used, ranks=count, cache=cache, shapes=shapes) if hints else ()
     return Planned(plan, ranks, tuple(idle_cards(there, used)), tuple(lines))
 
 
-def _of_ranks(job: Job, machine: Machine, count: int, cache: PlanCache, *, hints: bool) -> tuple[RankPlan, ...]:
+def _of_ranks(
+    job: Job, machine: Machine, count: int, cache: PlanCache, *, hints: bool, shapes: bool
+) -> tuple[RankPlan, ...]:
     """The plans of ranks; DoesNotFit says whether one process with all of the cards would have room."""
     try:
-        return tuple(rank_plans.rank_plans(job, machine, count, cache=cache, shapes=True))
+        return tuple(rank_plans.rank_plans(job, machine, count, cache=cache, shapes=shapes))
     except DoesNotFit as error:
         if not hints:
             raise
         with suppress(StagerunError):
-            make_plan(job, machine=machine, download=False, cache=cache, shapes=True)
+            make_plan(job, machine=machine, download=False, cache=cache, shapes=shapes)
             error.text += "\n-> it fits without `ranks`: one process with all of the cards"
             error.fixes = (Fix("ranks"),)
         raise

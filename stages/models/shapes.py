@@ -71,7 +71,7 @@ def laid_out(shapes: Shapes) -> Path:
 
     It is made once in the hub library's cache for what is no part of a model, and whole from the moment it is there.
     """
-    digest = hashlib.sha256(shapes.packed()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(vars(shapes)).encode()).hexdigest()[:12]
     folder = Path(settings.HF_ASSETS_CACHE, "stagerun", "shapes", f"{shapes.model.replace('/', '--')}-{digest}")
     if folder.is_dir():
         return folder
