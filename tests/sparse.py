@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -151,7 +152,7 @@ def z_image(folder: Path) -> Path:
 
 
 def write(
-    folder: Path, model: nn.Module, *, shard: int = 10**12, rename: Rename = str, dtype: str = "BF16"
+    folder: Path, model: Any, *, shard: int = 10**12, rename: Rename = str, dtype: str = "BF16"
 ) -> list[str]:
     """Write the model's config and its tensors as holes, in files of at most `shard` bytes; the index entry."""
     library = "diffusers" if hasattr(model, "save_config") else "transformers"
