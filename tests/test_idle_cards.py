@@ -1,6 +1,7 @@
 """Ranks are planned, and cards that a plan leaves idle are named with what would use them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants as settings
@@ -91,3 +92,14 @@ def test_cards_in_words() -> None:
     assert listed(["cuda:1"]) == "cuda:1" and listed(["cuda:1", "cuda:2"]) == "cuda:1 and cuda:2"
     assert listed(["cuda:1", "cuda:2", "cuda:3"]) == "cuda:1 to cuda:3"
     assert listed(["cuda:0", "cuda:2", "cuda:3"]) == "cuda:0, cuda:2 and cuda:3"
+
+
+def test_a_run_says_it_too(
+    flux: Path, cards: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = cards(2**30, 2**30)
+    words = ["flux", "--model", str(flux), "--prompt", "a fox", "--seed", "1", "--size", "64x48", "--steps", "1",
+             "--count", "2", "--device", first, "--device", second, "--artifacts", str(tmp_path / "store")]
+    assert answer([*words, "--verbose", "--out", str(tmp_path / "out") + "/"]) == 0
+    err = capsys.readouterr().err
+    assert f"idle: {second} (1 of 2 cards) -> --ranks 2 uses all of them: a share of the pictures for each rank" in err
