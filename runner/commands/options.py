@@ -115,7 +115,7 @@ class PlanOptions(FamilyOptions):
 
     family: Annotated[str, typer.Argument(metavar="FAMILY", help="Such as flux.")] = field(kw_only=True)
     machine: Annotated[
-        str | None, typer.Option(metavar="CARDS", help="Cards that need not be here: 2x16GB, 16GB+8GB.")
+        str | None, typer.Option(metavar="CARDS", help="Cards that need not be here: 2xT4, 3090+4060, 2x16GB.")
     ] = None
 
 
