@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 def hush(verbose: bool = False) -> None:
     """Keep the libraries' own warnings and progress bars off the terminal, unless everything is asked for."""
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "warning" if verbose else "error")
     if not verbose:
         warnings.simplefilter("ignore")

@@ -21,6 +21,7 @@ from typing import Any
 
 _NUMBERS = frozenset(("count", "guidance", "lanes", "preview", "ranks", "seed", "step_every", "steps", "tile"))
 # Not part of a path or of what stands in quotes: that is a user's own.
+Word = Callable[[str, str | None], str | None]
 _REFERENCE = re.compile(r"(?<![\w'\"/.])`([a-z_]+)(?:=([^`]*))?`(?![\w'\"/]|\.\w)")
 _OWN = "`\u2060"
 
@@ -130,7 +131,7 @@ def from_json(document: Mapping[str, Any]) -> StagerunError:
                                [tuple(Fix(**fix) for fix in fixes) for fixes in document["alternatives"]], **more)
 
 
-def worded(text: str, word: Callable[[str, str | None], str | None]) -> str:
+def worded(text: str, word: Word) -> str:
     """A message in somebody's words: `word` gives what stands for a name of the job and its value, if it has one.
 
     Where it gives None the reference stays as it is.

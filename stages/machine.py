@@ -7,6 +7,7 @@ simulated accelerator of the tests alike.
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,8 +22,14 @@ MIB = 2**20
 _SPARE = {"cuda": 512 * MIB, "xpu": 512 * MIB, "cpu": 256 * MIB}
 # A convolution may turn its operands into another layout, in as many bytes again as they have.
 _SCRATCH = {"cuda": 1.0, "xpu": 1.0, "cpu": 1.0}
+# Bytes of host memory where nobody said how many there are: more than anything takes.
+UNCOUNTED = 2**60
+# Bytes of a card, and of a host, that its system takes where the machine is not here to be asked.
+CARD_TAKEN, HOST_TAKEN = 512 * MIB, 1024 * MIB
 # Rows and columns of the matrix that shows whether a card computes.
 SIDE = 64
+# And of those that show how fast a host computes.
+HOST_SIDE = 512
 OTHER_TORCH = ("install a torch with kernels for it: its builds for CUDA 12.6 still have the old ones (on Kaggle "
                "choose the accelerator GPU T4 x2)")
 
@@ -80,6 +87,10 @@ class Machine:
     """Whether this is the machine that the process runs on; another one can be planned for, and nothing else."""
     host_limit: int | None = None
     """The most bytes that the user allows to wait in host memory; None for all."""
+    disk_free: int | None = None
+    """Bytes that are free on the disk of a machine that is not here; None where nobody said."""
+    assumed: tuple[str, ...] = ()
+    """What nobody said of a machine that is not here, and what is taken for it, as people read it."""
 
     def __getitem__(self, name: str) -> Device:
         return next(device for device in self.devices if device.name == name)
@@ -100,6 +111,11 @@ class Machine:
         return Device("cpu", self.host_total, self.host_free, bfloat16=False, limit=self.host_limit).room
 
     @property
+    def counts_host(self) -> bool:
+        """Whether it is known how much memory the host has."""
+        return self.host_total < UNCOUNTED
+
+    @property
     def limits(self) -> dict[str, int]:
         """The bytes that the user allows at most, by device; "cpu" is what may wait in host memory."""
         found = {device.name: device.limit for device in self.devices if device.limit is not None}
@@ -117,7 +133,8 @@ class Machine:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Machine":
         """The machine that `to_json` wrote."""
-        return cls(**{**document, "devices": tuple(Device(**device) for device in document["devices"])})
+        return cls(**{**document, "devices": tuple(Device(**device) for device in document["devices"]),
+                      "assumed": tuple(document["assumed"])})
 
 
 def probe(names: Sequence[str] = ()) -> Machine:
@@ -137,12 +154,19 @@ def probe(names: Sequence[str] = ()) -> Machine:
     return Machine(tuple(_device(name, total, free) for name in chosen), total, free)
 
 
-def hypothetical(sizes: Sequence[int]) -> Machine:
-    """A machine with this host and cards of so many bytes, of which 512 MiB are taken already."""
-    total, free = host_memory()
-    cards = (Device(f"cuda:{index}", size, max(0, size - 512 * MIB), True, "hypothetical")
-             for index, size in enumerate(sizes))
-    return Machine(tuple(cards), total, free, here=False)
+def elsewhere(
+    cards: Sequence[Device], ram: int | None = None, disk: int | None = None, assumed: Sequence[str] = ()
+) -> Machine:
+    """A machine that is not here, with these cards, or none; `ram` and `disk` in bytes, None where nobody said."""
+    total = UNCOUNTED if ram is None else ram
+    free = max(0, total - HOST_TAKEN)
+    return Machine(tuple(cards) or (_host(total, free),), total, free, here=False, disk_free=disk,
+                   assumed=tuple(assumed))
+
+
+def card_elsewhere(index: int, size: int, bfloat16: bool, label: str) -> Device:
+    """A card of `size` bytes in a machine that is not here, of which its system takes 512 MiB."""
+    return Device(f"cuda:{index}", size, max(0, size - CARD_TAKEN), bfloat16, label)
 
 
 def _accelerators() -> list[tuple[str, int]]:
@@ -164,10 +188,14 @@ def _full_name(name: str, known: Mapping[str, int]) -> str:
 
 def _device(name: str, host_total: int, host_free: int) -> Device:
     if name == "cpu":
-        # Most CPUs only emulate bfloat16, a hundred times slower than float32.
-        return Device("cpu", host_total, host_free, bfloat16=False, label="CPU")
+        return _host(host_total, host_free)
     free, total = torch.accelerator.get_memory_info(name)
     return Device(name, total, free, _has_bfloat16(name), _label(name))
+
+
+def _host(total: int, free: int) -> Device:
+    # Most CPUs only emulate bfloat16, a hundred times slower than float32.
+    return Device("cpu", total, free, bfloat16=False, label="CPU")
 
 
 def _has_bfloat16(name: str) -> bool:
@@ -243,6 +271,17 @@ def computes(device: str) -> bool:
     """
     numbers = torch.arange(SIDE * SIDE, dtype=torch.float32).remainder(7).reshape(SIDE, SIDE)
     return torch.equal((numbers.to(device) @ numbers.to(device)).cpu(), numbers @ numbers)
+
+
+def host_rate(dtype: torch.dtype, seconds: float = 0.05) -> float:
+    """Floating point operations a second of this host's processor in a type, measured on matrices for a moment."""
+    matrix = torch.ones((HOST_SIDE, HOST_SIDE), dtype=dtype)
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < seconds or best == float("inf"):
+        before = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - before)
+    return 2.0 * HOST_SIDE**3 / best
 
 
 def check_cards(machine: Machine) -> Machine:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -18,6 +19,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
@@ -28,6 +30,9 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -46,6 +51,16 @@ QWEN_7B = {
     },
     "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "depth": 32},
     "tie_word_embeddings": False,
+}
+
+QWEN3_4B = {
+    "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-06, "tie_word_embeddings": True,
+}
+KLEIN_4B = {
+    "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+    "guidance_embeds": False,
 }
 
 Rename = Callable[[str], str]
@@ -112,8 +127,32 @@ def qwen_image(folder: Path) -> Path:
     return _finish(folder, index, {"tokenizer": "Qwen2Tokenizer"})
 
 
+def flux2_klein(folder: Path, *, distilled: bool = True) -> Path:
+    """FLUX.2-klein-4B: a transformer of 7.75 GB, Qwen3 4B of 8.04 GB and the VAE; or the base model that it is of."""
+    index = _index(folder, "Flux2KleinPipeline", scheduler=_scheduler(folder))
+    with torch.device("meta"):
+        transformer, vae = Flux2Transformer2DModel(**KLEIN_4B), AutoencoderKLFlux2()
+        encoder = Qwen3ForCausalLM(Qwen3Config(**QWEN3_4B))
+    index |= {"is_distilled": distilled}
+    index["transformer"] = write(folder / "transformer", transformer)
+    index["vae"] = write(folder / "vae", vae)
+    index["text_encoder"] = write(folder / "text_encoder", encoder, shard=4_990_000_000)
+    return _finish(folder, index, {"tokenizer": "Qwen2TokenizerFast"})
+
+
+def z_image(folder: Path) -> Path:
+    """Z-Image-Turbo: a transformer of 24.62 GB in float32, Qwen3 4B of 8.04 GB and the VAE of FLUX.1."""
+    index = _index(folder, "ZImagePipeline", scheduler=_scheduler(folder), vae=_vae(folder))
+    with torch.device("meta"):
+        transformer, encoder = ZImageTransformer2DModel(), Qwen3Model(Qwen3Config(**QWEN3_4B))
+    index["transformer"] = write(folder / "transformer", transformer, shard=9_990_000_000, dtype="F32")
+    index["text_encoder"] = write(folder / "text_encoder", encoder, shard=4_990_000_000,
+                                  rename=lambda name: f"model.{name}")
+    return _finish(folder, index, {"tokenizer": "Qwen2Tokenizer"})
+
+
 def write(
-    folder: Path, model: nn.Module, *, shard: int = 10**12, rename: Rename = str, dtype: str = "BF16"
+    folder: Path, model: Any, *, shard: int = 10**12, rename: Rename = str, dtype: str = "BF16"
 ) -> list[str]:
     """Write the model's config and its tensors as holes, in files of at most `shard` bytes; the index entry."""
     library = "diffusers" if hasattr(model, "save_config") else "transformers"

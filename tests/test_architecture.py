@@ -18,8 +18,8 @@ TOOLS = sorted((ROOT / "tools").rglob("*.py"))
 # From the top to the bottom: a layer imports those below it, and nothing above.
 LAYERS = (
     {"commands"}, {"pipeline"}, {"distributed"}, {"engine"}, {"planning"}, {"media"}, {"artifacts"},
-    {"job", "job_defaults", "job_fields", "events", "inputs", "placement_options", "request", "startup", "terminal",
-     "text", "demo"},
+    {"job", "job_defaults", "job_fields", "events", "inputs", "machine_option", "placement_options", "request",
+     "startup", "terminal", "text", "demo"},
 )
 LONGEST = 350
 

@@ -19,8 +19,7 @@ from runner.planning.ladder import NoStrategyFits
 from runner.planning.plan import largest
 from stages.errors import DoesNotFit, Fix, ModelError
 from stages.families import FAMILIES
-from stages.machine import MIB, Machine
-from stages.machine import hypothetical as imagined_machine
+from stages.machine import MIB
 from stages.placement.placement import Resident
 from stages.placement.sharded import Sharded
 from stages.placement.transfers import PATTERN_BYTES, corrupted_pairs
@@ -215,8 +214,7 @@ def test_flux_at_2048_decodes_in_tiles_only_where_it_must(flux_dev: Path) -> Non
 
 def test_types_follow_the_cards(flux_dev: Path) -> None:
     """Without bfloat16 T5 has 19 GB in float32, and is dealt over both cards; only the denoiser is in float16."""
-    cards = [replace(card, bfloat16=False) for card in imagined_machine([16 * GB] * 2).devices]
-    old = Machine(tuple(cards), 64 * GB, 64 * GB, here=False)
+    old = "2x16GB,ram=64GB,no-bf16"
     job = make_plan(Job("flux", [asked()], model=flux_dev, modulation_table=False), machine=old)
     assert {name: place.dtype for (_, name), place in job.places.items()} == {
         "text_encoder": torch.float32, "text_encoder_2": torch.float32, "transformer": torch.float16,

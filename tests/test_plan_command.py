@@ -120,7 +120,7 @@ def test_a_plan_tells_what_host_and_disk_must_give(flux_dev: str, capsys: pytest
     assert 3.2 * 2**30 < host["denoise"]["held"] <= 4 * 2**30 == found["host"]["room"]
     assert host["denoise"]["loading"] == pytest.approx(host["denoise"]["held"] + 9.98 * GB, rel=0.01)
     assert found["limits"] == {"cpu": 4 * 2**30, "cuda:0": 14 * GB}
-    assert disk["download"] == 0 < disk["free"]
+    assert disk["download"] == 0 and disk["free"] is disk["rate"] is None
     assert disk["stages"]["denoise"]["every_pass"] == found["stages"]["denoise"]["disk"]["weights"] > 5 * GB
     assert disk["stages"]["denoise"]["bytes"] == pytest.approx(23.80 * GB, rel=0.001)
     assert disk["stages"]["denoise"]["seconds"] == pytest.approx(disk["stages"]["denoise"]["bytes"] / disk["rate"])
@@ -137,3 +137,11 @@ def test_what_cannot_be_planned_is_refused(flux: Path, capsys: pytest.CaptureFix
     assert answer(["plan", "flux", "--model", str(flux), "--machine", "two"]) == 2
     assert answer(["plan", "flux", "--model", str(flux), "--gpus", "0,x"]) == 2
     assert answer(["plan", "flux", "--model", str(flux), "--max-memory", "0=16G", "--machine", "1x16GB"]) == 2
+
+
+def test_on_this_machine_the_disk_is_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    disk = planned(capsys, "demo", "--device", "cpu")["disk"]
+    assert disk["free"] > disk["download"] == 0
+    assert disk["stages"]["denoise"]["seconds"] == pytest.approx(disk["stages"]["denoise"]["bytes"] / disk["rate"])
+    assert answer(["plan", "demo", "--device", "cpu"]) == 0
+    assert "loading: encode " in (out := capsys.readouterr().out) and "assumed" not in out

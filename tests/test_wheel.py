@@ -41,3 +41,9 @@ def test_the_demo_is_in_it_whole(wheel: zipfile.ZipFile) -> None:
     assert len(files) > 10
     for path in files:
         assert wheel.read(path.relative_to(ROOT).as_posix()) == path.read_bytes(), path
+
+
+def test_the_shapes_are_in_it_and_take_little(wheel: zipfile.ZipFile) -> None:
+    there = {name: wheel.getinfo(name).compress_size for name in wheel.namelist() if name.endswith(".json.xz")}
+    kept = {path.relative_to(ROOT).as_posix() for path in (ROOT / "stages" / "models" / "shipped").iterdir()}
+    assert there.keys() == kept and len(kept) == 8 and sum(there.values()) < 100_000

@@ -15,7 +15,7 @@ from runner.artifacts.garbage import tidy
 from runner.commands import distributed
 from runner.commands.options import FamilyOptions, PlanOptions, ResumeOptions, RunOptions
 from runner.commands.parse import check_display, check_engine, job_of, resumed
-from runner.commands.refusal import complain, in_options, lasts, resumable, resume_command
+from runner.commands.refusal import as_option, complain, in_options, lasts, resumable, resume_command
 from runner.commands.results import Results
 from runner.distributed.env import launched
 from runner.engine.report import Failure, Report
@@ -23,6 +23,7 @@ from runner.engine.session import open_job_store, recorded_job
 from runner.events import Emit, json_lines, tee
 from runner.job import Job
 from runner.job_defaults import default_store
+from runner.machine_option import MachineOption
 from runner.media.paths import remove_orphans
 from runner.media.previews import PreviewFiles
 from runner.media.writer import PictureWriter, labelled
@@ -107,18 +108,21 @@ def in_this_process(options: RunOptions, job: Job, emit: Emit, results: Results,
     store, begin = open_job_store(job, emit), time.perf_counter()
     with timed(seconds, "imports"), untracked():
         emit("begin", {"what": "importing torch and diffusers"})
+        from runner.distributed.plans import planned
         from runner.engine.run import run_all
-        from runner.planning.describe import lines as plan_lines
-        from runner.planning.planner import fetched, make_plan
+        from runner.planning.planner import fetched
         from runner.planning.verdict import verdict
     with timed(seconds, "plan"):
-        plan = make_plan(job, download=False)
+        found = planned(job, hints=not options.quiet, shapes=False)
+    plan = found.plan
     complain(plan.job.refused)
     results.refuse(plan.job.refused)
     if options.verbose:
-        say(sys.stderr, plan_lines(plan, verbose=True, columns=columns(sys.stderr)))
+        say(sys.stderr, found.lines(verbose=True, columns=columns(sys.stderr), word=as_option))
     else:
         emit("plan", {"text": verdict(plan)})
+        if not options.quiet:
+            say(sys.stderr, found.remarks(columns(sys.stderr), as_option))
     if plan.checkpoint.bytes_to_download:
         with timed(seconds, "download"):
             plan = fetched(plan)
@@ -143,17 +147,19 @@ def show_plan(family: str, options: PlanOptions) -> None:
     """Print the plan that the options lead to."""
     hush(options.verbose)
     check_engine(options, launched=False)
-    distributed.check_ranks(options)
+    count = distributed.check_ranks(options)
+    if options.machine is not None:
+        # Before anything heavy is imported.
+        MachineOption.read(options.machine)
     job = planned_job(family, options)
-    from runner.planning import describe
-    from runner.planning.planner import make_plan
+    from runner.distributed.plans import planned
 
-    plan = make_plan(job, machine=options.machine, download=False)
-    complain(plan.job.refused)
+    found = planned(job, options.machine, count)
+    complain(found.job.refused)
     if options.json:
-        say(sys.stdout, [json.dumps(describe.document(plan))])
+        say(sys.stdout, [json.dumps(found.document())])
     else:
-        say(sys.stdout, describe.lines(plan, verbose=options.verbose, columns=columns(sys.stdout)))
+        say(sys.stdout, found.lines(verbose=options.verbose, columns=columns(sys.stdout), word=as_option))
 
 
 @contextmanager

@@ -261,7 +261,7 @@ class PlanOptions(FamilyOptions, SomeFamily):
     """The options of a family, for a plan that is printed and not run."""
 
     machine: Annotated[
-        str | None, typer.Option(metavar="CARDS", help="Cards that need not be here: 2x16GB, 16GB+8GB.",
+        str | None, typer.Option(metavar="CARDS", help="Cards that need not be here: 2xT4, 3090+4060, 2x16GB.",
                                  show_default="this machine", rich_help_panel=PLACEMENT)
     ] = None
 

@@ -12,17 +12,19 @@ from stages.errors import StagerunError
 def leads_to_a_plan(options: RunOptions, family: str) -> bool:
     """Whether what the options of a family ask for can be planned, on the machine that would run it."""
     # Where something was refused by its plan, this is here already.
-    from runner.distributed.rank import own_part, usable_machine
+    from runner.distributed.plans import machine_of, planned
+    from runner.distributed.rank import own_part
     from runner.planning.planner import make_plan
 
     try:
         job = _job(options, family)
         count = check_ranks(options)
-        machine = options.machine if isinstance(options, PlanOptions) else None
-        if count is not None and machine is None and job.tensor_parallel is None:
-            make_plan(job, machine=own_part(usable_machine(job), Rank(0, count, 0, count)), download=False)
+        if isinstance(options, PlanOptions):
+            planned(job, options.machine, count, hints=False)
+        elif count is not None and job.tensor_parallel is None:
+            make_plan(job, machine=own_part(machine_of(job, None), Rank(0, count, 0, count)), download=False)
         else:
-            make_plan(job, machine=machine, download=False)
+            make_plan(job, download=False)
     except StagerunError:
         return False
     return True

@@ -64,7 +64,7 @@ def own_part(machine: Machine, rank: Rank) -> Machine:
     if len(cards) < parts:
         raise InvalidInput(
             f"{parts} ranks on this host, and {len(cards)} cards for them: {', '.join(card.name for card in cards)} "
-            f"-> start {len(cards)} ranks, or choose `devices=cpu`"
+            f"-> start {len(cards)} ranks{', or choose `devices=cpu`' if machine.here else ''}"
         )
     mine = tuple(cards[index] for index in share(len(cards), rank.local, parts))
     return replace(machine, devices=mine, host_free=machine.host_free // parts)

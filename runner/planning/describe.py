@@ -7,11 +7,15 @@ from typing import Any
 import torch
 
 from runner.planning import disk
+from runner.planning.outlook import outlook
+from runner.planning.picture_time import picture_time
 from runner.planning.placed import concurrency
 from runner.planning.plan import Plan
 from runner.planning.verdict import rough_range, verdict
 from runner.text import gib, table, wrapped
+from stages.errors import Word, as_keyword, worded
 from stages.loading.load import host_bytes_while_loading
+from stages.machine import UNCOUNTED, Machine
 
 Layout = dict[str, dict[str, dict[str, dict[str, int]]]]
 # What is in no block, in a layout.
@@ -20,16 +24,17 @@ REST = "outside blocks"
 SIZES = 6
 
 
-def lines(plan: Plan, *, verbose: bool = False, columns: int = 80) -> list[str]:
+def lines(plan: Plan, *, verbose: bool = False, columns: int = 80, word: Word = as_keyword) -> list[str]:
     """The plan for people, in lines of so many columns: a verdict, a table per stage and device, what was decided.
 
-    With `verbose` also the arithmetic behind it: host memory, limits, and what was tried and refused.
+    With `verbose` also the arithmetic behind it: host memory, limits, and what was tried and refused. `word` says what
+    the job's fields are called.
     """
     found = disk.look(plan)
     told = [*choices(plan, verbose=verbose), *costs(plan, found, verbose=verbose)]
     told += refusals(plan) if verbose else ()
     return [*wrapped(verdict(plan), columns), *table([*needs(plan)], right=True),
-            *(part for line in told for part in wrapped(line, columns))]
+            *(part for line in told for part in wrapped(worded(line, word), columns))]
 
 
 def document(plan: Plan) -> dict[str, Any]:
@@ -39,9 +44,11 @@ def document(plan: Plan) -> dict[str, Any]:
         "verdict": verdict(plan),
         "model": plan.checkpoint.source,
         "family": plan.family.name,
+        "shapes": plan.checkpoint.shapes or None,
         "devices": {device.name: {"total": device.total, "free": device.free, "room": device.room,
                                   "bfloat16": device.bfloat16} for device in plan.machine.devices},
-        "host": {"total": plan.machine.host_total, "free": plan.machine.host_free, "room": plan.machine.host_room,
+        "assumed": list(plan.machine.assumed),
+        "host": {**host(plan.machine),
                  "stages": {stage: asdict(need) for stage, need in host_needs(plan).items()}},
         "limits": dict(plan.machine.limits),
         "loras": loras(plan),
@@ -64,10 +71,25 @@ def document(plan: Plan) -> dict[str, Any]:
         "modulation_table": {name: {"whole": saving.whole, "left": saving.left, "row": saving.row,
                                     "layers": sorted(saving.layers), "refused": saving.refused}
                              for name, saving in plan.savings.items()},
+        "picture": picture(plan, found.rate),
         "tile": plan.tile,
         "tiles": plan.tiles,
         "lanes": plan.lanes,
     }
+
+
+def host(machine: Machine) -> dict[str, int | None]:
+    """The host's memory as JSON; None for what nobody said."""
+    said = machine.counts_host
+    return {"total": machine.host_total if said else None, "free": machine.host_free if said else None,
+            "room": machine.host_room if said or machine.host_limit is not None else None}
+
+
+def picture(plan: Plan, disk_rate: float | None) -> dict[str, Any] | None:
+    """The time of a picture as JSON, in seconds and operations; None where it is not estimated."""
+    found = picture_time(plan, disk_rate)
+    return None if found is None else {"seconds": [found.shortest, found.longest], "steps": found.steps,
+                                       "step_flops": found.step, "rests_on": list(found.rates)}
 
 
 def loras(plan: Plan) -> list[dict[str, Any]]:
@@ -81,7 +103,8 @@ def needs(plan: Plan) -> Iterator[tuple[str, ...]]:
     for stage, needs in plan.needs.items():
         for device, need in needs.items():
             room = plan.machine.room(device)
-            left = "" if room is None else gib(room - need.total)
+            counted = room is not None and room < UNCOUNTED // 2
+            left = gib(room - need.total) if room is not None and counted else ""
             yield stage, device, gib(need.weights), gib(need.activations), left
 
 
@@ -134,19 +157,21 @@ def costs(plan: Plan, found: disk.Disk, *, verbose: bool = True) -> Iterator[str
     """What the plan takes besides the devices: host memory, disk, the time to load; and the limits that were given."""
     if verbose and (limits := plan.machine.limits):
         yield f"limits: {', '.join(f'{device} {gib(size)} ({size} bytes)' for device, size in limits.items())}"
-    host = (f"{stage} {gib(need.loading)}" + (f" ({gib(need.held)} held)" if need.held else "")
-            for stage, need in host_needs(plan).items())
+    loading = (f"{stage} {gib(need.loading)}" + (f" ({gib(need.held)} held)" if need.held else "")
+               for stage, need in host_needs(plan).items())
     if verbose and plan.machine.cards:
-        text = f"host memory while loading, at most: {', '.join(host)}"
-        yield f"{text}, with pages of files, which the system can drop; {gib(plan.machine.host_free)} free"
+        text = f"host memory while loading, at most: {', '.join(loading)}"
+        free = f"; {gib(plan.machine.host_free)} free" if plan.machine.counts_host else ""
+        yield f"{text}, with pages of files, which the system can drop{free}"
     download = f"{gib(found.download)} to download" if found.download else "nothing to download"
-    short = " (NOT ENOUGH)" if found.download > found.free else ""
-    yield f"disk: {download}, {gib(found.free)} free{short}"
+    short = " (NOT ENOUGH)" if found.free is not None and found.download > found.free else ""
+    yield f"disk: {download}{'' if found.free is None else f', {gib(found.free)} free{short}'}"
     if (whole := found.seconds(sum(found.stored.values()))) is not None:
         yield f"loading: roughly {rough_range(whole)} for {gib(sum(found.stored.values()))} from the disk"
     if verbose and found.rate is not None:
         parts = ", ".join(f"{stage} {gib(size)}" for stage, size in found.stored.items())
         yield f"loading by stage: {parts}; the disk gave {gib(int(found.rate))}/s just now"
+    yield from outlook(plan, found.rate)
     for stage, size in plan.reads.items():
         if size:
             seconds = found.seconds(size)

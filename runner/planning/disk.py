@@ -39,8 +39,8 @@ def read_rate(files: Iterable[Path]) -> float | None:
 class Disk:
     """What a plan takes from the disk."""
 
-    free: int
-    """Bytes that are free where the model lies."""
+    free: int | None
+    """Bytes that are free where the model lies; None where that is another machine, and nobody said."""
     download: int
     """Bytes that are to be downloaded."""
     stored: Mapping[str, int]
@@ -54,11 +54,14 @@ class Disk:
 
 
 def look(plan: Plan) -> Disk:
-    """What the plan takes from the disk; the rate is measured."""
-    files = [file for component in plan.checkpoint.components.values() for file in component.files]
-    free = shutil.disk_usage(plan.checkpoint.path).free
+    """What the plan takes from the disk; the rate is measured, but not for a machine that is not here."""
+    checkpoint, machine = plan.checkpoint, plan.machine
+    if not machine.here:
+        return Disk(machine.disk_free, checkpoint.bytes_elsewhere, stored(plan.stages), None)
+    files = [file for component in checkpoint.components.values() for file in component.files]
     here = [file for file in files if file.suffix == ".safetensors"]
-    return Disk(free, plan.checkpoint.bytes_to_download, stored(plan.stages), read_rate(here))
+    return Disk(shutil.disk_usage(checkpoint.path).free, checkpoint.bytes_to_download, stored(plan.stages),
+                read_rate(here))
 
 
 def stored(stages: Sequence[Stage]) -> Mapping[str, int]:

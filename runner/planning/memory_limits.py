@@ -1,32 +1,20 @@
 """Memory limits held against a machine, and machines that are not here."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from runner.placement_options import MemoryLimit, MemoryLimits, read_bytes
+from runner.machine_option import MachineOption
+from runner.placement_options import MemoryLimit, MemoryLimits
 from runner.text import shown
 from stages.errors import DoesNotFit, Fix, InvalidInput
-from stages.machine import Device, Machine, hypothetical
-
-CARDS = 64
+from stages.machine import UNCOUNTED, Device, Machine, card_elsewhere, elsewhere
 
 
 def read_machine(text: str) -> Machine:
-    """A machine with this host and the cards of `text`, such as `2x16GB` or `16GB+8GB`; InvalidInput for another."""
-    sizes: list[int] = []
-    for part in text.split("+"):
-        count, _, size = part.rpartition("x")
-        if not re.fullmatch(r"[0-9]{0,2}", count) or count in ("0", "00") or (part.startswith("x")):
-            raise InvalidInput(f"{text!r} is no machine: write cards such as 2x16GB, 1x24GB, or 16GB+8GB")
-        try:
-            sizes += [read_bytes(size)] * int(count or 1)
-        except InvalidInput:
-            raise InvalidInput(f"{text!r} is no machine: write cards such as 2x16GB, 1x24GB, or 16GB+8GB, by their "
-                               f"memory") from None
-    if len(sizes) > CARDS:
-        raise InvalidInput(f"{text!r} has {len(sizes)} cards; the limit is {CARDS}")
-    return hypothetical(sizes)
+    """The machine that a text such as `2xT4`, `16GB+8GB` or `2x16GB,ram=30GB` spells; InvalidInput for another."""
+    option = MachineOption.read(text)
+    cards = [card_elsewhere(index, card.size, card.bfloat16, card.label) for index, card in enumerate(option.cards)]
+    return elsewhere(cards, option.ram, option.disk, option.assumed)
 
 
 def chosen(machine: Machine, names: Sequence[str]) -> Machine:
@@ -73,6 +61,9 @@ def _device(machine: Machine, name: str) -> str:
 def _bytes(device: Device, limit: MemoryLimit, limits: MemoryLimits) -> int:
     """The bytes that a limit allows of a device."""
     fix = Fix("max_memory", str(limits.without(device.name.rpartition(":")[2]).without(device.name)) or None)
+    if limit.kind != "bytes" and device.total >= UNCOUNTED:
+        raise InvalidInput(f"`max_memory` {limit.text} of host memory, and nobody says how much the machine has -> "
+                           f"say it with ram=32GB behind its cards, or give bytes")
     if limit.kind == "percent":
         return int(device.total * limit.amount / 100)
     if limit.kind == "free":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from runner.planning.ladder import Strategy
 from runner.planning.precompute import TableSaving
+from runner.planning.work import Work
 from stages.models.weights import Weights
 from stages.placement.placement import Place
 
@@ -48,6 +49,8 @@ class Placed:
     """Requests that are denoised at a time."""
     reads: dict[str, int] = field(default_factory=dict)
     """Bytes that a pass reads from the disk, by stage."""
+    work: dict[str, Work] = field(default_factory=dict)
+    """What the largest picture computes, copies and reads, by stage."""
 
 
 def concurrency(places: Mapping[str, Place]) -> int:

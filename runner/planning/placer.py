@@ -16,6 +16,7 @@ from runner.planning.placed import Placed, Tried, concurrency
 from runner.planning.precompute import table_saving
 from runner.planning.stage_task import StageTask, branches
 from runner.planning.tiles import Size, by_pixels, heaviest, smaller_tiles, tiled, tilings
+from runner.planning.work import work_of
 from runner.text import gib
 from stages.errors import DoesNotFit, Fix, InvalidInput
 from stages.estimate.dry_run import Estimate, dry_run, one_thread
@@ -96,8 +97,10 @@ class Placer:
         tasks.append(task)
         done.places |= {(stage.name, name): place for name, place in places.items()}
         done.weights |= {(stage.name, name): weight for name, weight in weights.items()}
-        done.reads[stage.name] = sum(
-            bytes_read_per_pass(component, places[component.name]) for component in stage.components)
+        reads = {component.name: bytes_read_per_pass(component, places[component.name])
+                 for component in stage.components}
+        done.reads[stage.name] = sum(reads.values())
+        done.work[stage.name] = work_of(places, weights, estimate, reads, max(self.counts, default=1))
         done.needs[stage.name] = task.needs(places, estimate)
         done.strategies[stage.name] = tried
         return estimate.state

@@ -8,6 +8,7 @@ from runner.planning.ladder import Strategy
 from runner.planning.placed import Need, Part
 from runner.planning.placer import Placer
 from runner.planning.precompute import TableSaving
+from runner.planning.work import Work
 from runner.request import FilledRequest
 from runner.text import clean, pictures
 from stages.families import Family
@@ -50,6 +51,8 @@ class Plan:
     """By component, what the modulation table saves."""
     reads: Mapping[str, int] = field(default_factory=dict)
     """By stage, the bytes that every pass reads from the disk."""
+    work: Mapping[str, Work] = field(default_factory=dict)
+    """By stage, what the largest picture computes, copies and reads."""
     describe: Callable[["Plan"], Sequence[str]] = field(default=lambda plan: [repr(plan)], repr=False, compare=False)
     """Gives its lines as people read them: what `print` shows of it."""
     placer: Placer | None = field(default=None, repr=False, compare=False)

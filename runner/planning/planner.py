@@ -21,13 +21,14 @@ from runner.planning.placer import Placer
 from runner.planning.plan import Plan, largest, sizes_of
 from runner.planning.suggestions import with_fixes
 from runner.request import FilledRequest, nearest_sizes
-from runner.text import shown
-from stages.errors import InvalidInput, ModelError
+from runner.text import gib, shown
+from stages.errors import DoesNotFit, InvalidInput, ModelError
 from stages.estimate.rehearsal import UnusableSteps
 from stages.families import FAMILIES
 from stages.loading import lora_merge
 from stages.machine import Machine, check_cards, probe
-from stages.models.checkpoint import Checkpoint, check_family, find
+from stages.models.checkpoint import Checkpoint, check_family, find, find_shapes
+from stages.models.files import OutOfReach
 from stages.models.lora import LoraRequest, find_lora
 from stages.pipeline.split import require, split
 from stages.pipeline.stage import Stage
@@ -35,7 +36,7 @@ from stages.pipeline.stage import Stage
 
 def make_plan(
     job: Job | str, requests: Any = (), *, machine: str | Machine | None = None, download: bool = True,
-    cache: PlanCache | None = None, **options: Any,
+    cache: PlanCache | None = None, shapes: bool = False, **options: Any,
 ) -> Plan:
     """Find and check the job's model, and place every component where it fits together with its activations.
 
@@ -43,13 +44,14 @@ def make_plan(
     `machine` is one that need not be here, such as "2x16GB"; by default it is this one. Weights that are not here are
     downloaded when all of them are placed, unless `download` is False or the machine is not this one. Of a job whose
     requests come from the lines of a file, those of a size that the model does not make become refused lines. `cache`
-    has what other plans of the same model found out.
+    has what other plans of the same model found out. With `shapes`, and always for a machine that is not here, the
+    shapes that ship with the package stand in for a model of the hub that cannot be read: enough to plan, not to run.
 
     Raises ModelError, InvalidInput, or DoesNotFit with fixes that make all of the job fit, if there are any.
     """
     job = job_of(job, requests, options)
     cache = cache or PlanCache()
-    plan = with_fixes(job, partial(_planned, machine=machine, cache=cache))
+    plan = with_fixes(job, partial(_planned, machine=machine, cache=cache, shapes=shapes))
     return fetched(plan) if download and plan.machine.here else plan
 
 
@@ -69,6 +71,9 @@ def fetched(plan: Plan) -> Plan:
     """The same plan with the model's weights on this machine: downloaded, where they are not; ModelError if not."""
     if not plan.checkpoint.bytes_to_download:
         return plan
+    if plan.checkpoint.shapes:
+        raise ModelError(f"this plan is made of shapes alone, as {plan.checkpoint.source} could not be read -> plan "
+                         f"again once it can be")
     # Of the commit that was planned for, whatever has become of its branch.
     checkpoint = replace(find(plan.checkpoint.source, revision=plan.checkpoint.path.name),
                          scheduler=plan.checkpoint.scheduler)
@@ -77,7 +82,7 @@ def fetched(plan: Plan) -> Plan:
     return replace(plan, checkpoint=checkpoint, stages=split(checkpoint, largest(plan.requests).inputs))
 
 
-def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Plan:
+def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache, shapes: bool) -> Plan:
     if not isinstance(machine, str | Machine | None):
         raise InvalidInput(f"a {type(machine).__name__} is no machine -> such as machine=\"2x16GB\"")
     if isinstance(machine, str):
@@ -87,7 +92,8 @@ def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Pl
     there = limited(there, job.max_memory)
     if there.here:
         require(job.defaults.requires)
-    checkpoint = _checkpoint(job)
+    checkpoint = _checkpoint(job, shapes=shapes or not there.here)
+    _check_disk(checkpoint, there)
     stages = split(checkpoint, largest(job.requests).inputs)
     multiple = stages[1].scale_factor * job.defaults.patch
     job = _makeable(job, multiple)
@@ -97,7 +103,8 @@ def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache) -> Pl
     _check_components(job, [component for _, component in places])
     loras = tuple(LoraRequest(lora.source, lora.scale, lora.digest) for lora in checkpoint.loras)
     return Plan(replace(job, loras=loras), checkpoint, there, stages, places, placed.weights, placed.needs,
-                placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, describe.lines, placer)
+                placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, placed.work,
+                describe.lines, placer)
 
 
 def _placed(
@@ -119,20 +126,37 @@ def _placed(
     return _placed(job.without(lost), there, stages, longest_of, multiple, cache)
 
 
-def _checkpoint(job: Job) -> Checkpoint:
-    """The job's model, checked, with its LoRAs; its weights may be elsewhere."""
+def _checkpoint(job: Job, *, shapes: bool) -> Checkpoint:
+    """The job's model, checked, with its LoRAs; its weights may be elsewhere, and with `shapes` all of its files."""
     family = job.defaults
     is_demo = family.repo == "demo" and job.model in (None, "demo")
     source: str | Path = CHECKPOINT if is_demo else job.model or family.repo
-    named = find(source, revision=job.revision, components=())
-    check_family(replace(named, source="demo") if is_demo else named, family=FAMILIES[job.family])
-    checkpoint = replace(find(source, revision=job.revision, weights=False), scheduler=job.scheduler)
+    try:
+        named = find(source, revision=job.revision, components=())
+        check_family(replace(named, source="demo") if is_demo else named, family=FAMILIES[job.family])
+        checkpoint = find(source, revision=job.revision, weights=False)
+    except OutOfReach as error:
+        # What names a commit, or repeats a picture of one, is about that one alone.
+        known = find_shapes(str(source)) if shapes and job.revision is None and job.origin is None else None
+        if known is None:
+            raise
+        check_family(known, family=FAMILIES[job.family])
+        checkpoint = replace(known, unread=error.text)
+    checkpoint = replace(checkpoint, scheduler=job.scheduler)
     if job.origin is not None and job.origin.identity != checkpoint.identity:
         raise ModelError(f"{job.origin.what} was made by {job.origin.identity}, but {job.model or family.repo} is now "
                          f"{checkpoint.identity} -> {job.origin.advice}")
     if job.loras:
         checkpoint = with_loras(checkpoint, job.loras)
     return replace(checkpoint, source="demo") if is_demo else checkpoint
+
+
+def _check_disk(checkpoint: Checkpoint, there: Machine) -> None:
+    """Raise DoesNotFit where another machine's disk, as far as it is said, does not hold the model."""
+    needed = checkpoint.bytes_elsewhere
+    if there.disk_free is not None and needed > there.disk_free:
+        raise DoesNotFit(f"{checkpoint.source} has {gib(needed)} of weights to download, and the disk of the machine "
+                         f"has {gib(there.disk_free)} free -> disk={-(-needed // 10**9)}GB or more")
 
 
 def with_loras(checkpoint: Checkpoint, asked: Sequence[LoraRequest]) -> Checkpoint:

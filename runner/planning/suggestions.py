@@ -10,6 +10,7 @@ import torch
 from runner.inputs import read_size
 from runner.job import Job
 from runner.planning.ladder import NoStrategyFits, PlacementProblem, Placements, attempt, usable
+from runner.planning.lighter import smaller
 from runner.planning.plan import Plan, sizes_of
 from runner.planning.tiles import smaller_tiles
 from runner.text import gib
@@ -21,6 +22,7 @@ OFFLOADS = (None, "cpu", "disk")
 ROUNDS = 6
 WAYS = 3
 LESS = 0.75
+HALF = "half of the bytes, fast on a processor that has it, and slow on another"
 
 Replan = Callable[[Job], Plan]
 
@@ -51,6 +53,9 @@ def with_fixes(job: Job, plan: Replan) -> Plan:
             error.fixes = together
         elif refused is not None:
             error.fixes = ()
+        if isinstance(error, NoStrategyFits) and error.machine is not None and not error.machine.cards:
+            names = smaller(job.defaults.name)
+            error.text += f"\nsmaller models: {', '.join(names)}" if names else ""
         raise
 
 
@@ -159,7 +164,10 @@ def least_change(problem: PlacementProblem, machine: Machine, only: str | None =
     for offload in OFFLOADS[OFFLOADS.index(problem.offload) + 1 :]:
         streamed = attempt(replace(problem, offload=offload), machine)[0]
         if streamed is not None:
-            return f"`allow_offload={offload}`: {_waiting(problem, streamed)}", (Fix("allow_offload", offload),)
+            words = _waiting(problem, streamed, machine)
+            if _fits_in_bfloat16(problem, machine):
+                words += f"; or `dtype=bfloat16`: {HALF}"
+            return f"`allow_offload={offload}`: {words}", (Fix("allow_offload", offload),)
     if problem.tile:
         return (f"`tile={problem.tile}`: what is decoded in tiles needs less, and is another picture in its last bits",
                 (Fix("tile", problem.tile),))
@@ -168,6 +176,8 @@ def least_change(problem: PlacementProblem, machine: Machine, only: str | None =
         reserve = {name: int(held * min(1, part + 0.1)) for name, held in problem.reserve.items()}
         if _fits(replace(problem, reserve=reserve), machine):
             return f"`size={size}`: a smaller picture needs less for activations", (Fix("size", size),)
+    if _fits_in_bfloat16(problem, machine):
+        return f"`dtype=bfloat16`: {HALF}", (Fix("dtype", "bfloat16"),)
     return f"it would fit with {gib(lacking(problem, machine))} more on {usable(machine)[0].name}", ()
 
 
@@ -194,12 +204,22 @@ def _fits(problem: PlacementProblem, machine: Machine) -> bool:
     return attempt(problem, machine)[0] is not None
 
 
-def _waiting(problem: PlacementProblem, streamed: Placements) -> str:
+def _fits_in_bfloat16(problem: PlacementProblem, machine: Machine) -> bool:
+    """Whether a host that computes, which does so in float32 unless told otherwise, has room for half of the bytes."""
+    half = {name: replace(weights, blocks={block: size // 2 for block, size in weights.blocks.items()},
+                          rest={part: size // 2 for part, size in weights.rest.items()})
+            for name, weights in problem.weights.items()}
+    return not machine.cards and _fits(replace(problem, weights=half), machine)
+
+
+def _waiting(problem: PlacementProblem, streamed: Placements, machine: Machine) -> str:
     waiting = Counter[str]()
     for name, weights in problem.weights.items():
         waiting.update(streamed[name].share(weights))
     disk = f"{gib(waiting[DISK])} would be read from the disk" if waiting[DISK] else ""
-    host = f"{gib(waiting['cpu'])} would wait in host memory and be copied to the card" if waiting["cpu"] else ""
+    # Where there is no card, what is in host memory computes there.
+    held = waiting["cpu"] if machine.cards else 0
+    host = f"{gib(held)} would wait in host memory and be copied to the card" if held else ""
     return f"{' and '.join(filter(None, (host, disk)))} for every pass"
 
 

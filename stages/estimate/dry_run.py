@@ -36,6 +36,12 @@ class Estimate:
     """The most bytes besides the weights, by device."""
     work: Mapping[str, Mapping[str, int]]
     """Floating point operations by component and block."""
+    flops: int
+    """All floating point operations, also of what is in no block."""
+    passes: Mapping[str, int]
+    """How often each component is called."""
+    steps: int
+    """The steps of a denoise that were gone through; 0 for a stage without."""
     state: State
     """The state after the stage: its shapes are right, its numbers mean nothing."""
 
@@ -51,13 +57,14 @@ def dry_run(
     MixedDevices where a placement makes tensors of two devices meet.
     """
     home, work = stage.home(places), {component.name: Counter[str]() for component in stage.components}
-    tracker = MemoryTracker(home, scratch)
+    tracker, passes = MemoryTracker(home, scratch), Counter[str]()
     models = {}
     for component in stage.components:
         place = places[component.name]
         known = {} if costs is None else costs.setdefault((component.name, place.dtype, place.precomputed), {})
         memo = BlockMemo(tracker, work[component.name], known)
-        models[component.name] = tracked(component, place, weights[component.name], home, memo, tracker)
+        model = models[component.name] = tracked(component, place, weights[component.name], home, memo, tracker)
+        model.register_forward_pre_hook(lambda *call, name=component.name: passes.update([name]))
     to_host = moved_to("cpu", places[stage.components[0].name].dtype)
 
     def receive(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +76,8 @@ def dry_run(
     loaded = Loaded(stage, stage.pipeline(models, FakeTokenizer), receive, places)
     with suspected(stage), tracker, FusedAttention(tracker), torch.no_grad(), stage.shortened(_STEPS):
         after = loaded.run(state, inputs)
-        return Estimate(dict(tracker.peak), work, after)
+        steps = min(_STEPS, int(str(inputs["num_inference_steps"]))) if stage.name == "denoise" else 0
+        return Estimate(dict(tracker.peak), work, tracker.flops, passes, steps, after)
 
 
 @contextmanager
@@ -169,6 +177,7 @@ class FakeTokenizer:
     """
 
     model_max_length = 77
+    added_tokens_encoder: Mapping[str, int] = {}
 
     def __call__(self, text: Any = None, max_length: int | None = None, **options: Any) -> BatchEncoding:
         rows, length = 1 if isinstance(text, str) else len(text), max_length or self.model_max_length
@@ -178,6 +187,10 @@ class FakeTokenizer:
     def apply_chat_template(self, messages: Any, tokenize: bool = True, **options: Any) -> Any:
         """The messages as tokens, or as they are."""
         return self(messages, **options) if tokenize else str(messages)
+
+    def tokenize(self, text: str) -> list[str]:
+        """No words, as pipelines look among them for those that a textual inversion added."""
+        return []
 
     def num_special_tokens_to_add(self) -> int:
         """None."""

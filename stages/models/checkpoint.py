@@ -19,6 +19,7 @@ from stages.models.index import BLOCKS, INDEX, MODULAR, Index, read_index
 from stages.models.lora import Lora
 from stages.models.safetensors_header import file_bytes, read_header
 from stages.models.scheduler import SchedulerRequest
+from stages.models.shapes import HEADERS, laid_out, shipped
 
 # Files of so many bytes are told apart by size, time and header: to hash all of a model takes minutes.
 LARGE = 64 * 2**20
@@ -76,11 +77,21 @@ class Checkpoint:
     """What takes the place of its own scheduler."""
     unscheduled: str = ""
     """What names its content but for its schedulers, which no stage before the denoise reads; empty: its identity."""
+    shapes: str = ""
+    """Of which shapes it is known, where no file of the model was read; empty where its own files were."""
+    unread: str = ""
+    """Why no file of it was read, where none was."""
 
     @property
     def bytes_to_download(self) -> int:
         """Bytes of the weights that are not here: to be downloaded before anything is loaded."""
         return sum(component.bytes_to_download for component in self.components.values())
+
+    @property
+    def bytes_elsewhere(self) -> int:
+        """Bytes of the weights that another machine has to download: all of a model of the hub."""
+        whole = sum(component.bytes for component in self.components.values())
+        return whole if self.identity.startswith(f"{self.source}@") else self.bytes_to_download
 
     def with_loras(self, loras: Mapping[Lora, Collection[str]]) -> "Checkpoint":
         """The same checkpoint with LoRAs, each for the components that it adds to."""
@@ -117,6 +128,17 @@ def _find(model: str | Path, revision: str | None, components: Collection[str] |
     if not folder.is_dir():
         raise hub.no_folder_error(str(model), folder)
     return _checked(folder.resolve(), str(model), None, components)
+
+
+def find_shapes(model: str) -> Checkpoint | None:
+    """The model as far as the shapes that ship with the package tell: enough to plan; None where none ship."""
+    shapes = shipped(model)
+    if shapes is None:
+        return None
+    with _looked_at():
+        folder = laid_out(shapes)
+        found = _checked(folder, model, f"{model}@shapes", None, folder / HEADERS)
+    return replace(found, shapes=str(shapes))
 
 
 @contextmanager

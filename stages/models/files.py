@@ -27,6 +27,10 @@ class Incomplete(ModelError):
     """A file or folder that is simply not there: for a model of the hub, downloading it is the answer."""
 
 
+class OutOfReach(ModelError):
+    """A model of the hub that cannot be read from here: there is no network, or it is gated, or another's."""
+
+
 def is_small(name: str) -> bool:
     """Whether a library may read a file of this name besides the weights; notes and licenses it does not."""
     return name.endswith(_SMALL) and not is_hidden(name)

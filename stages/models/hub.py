@@ -17,13 +17,14 @@ from stages.models.files import (
     LARGEST_CONFIG,
     LARGEST_SMALL,
     Incomplete,
+    OutOfReach,
     hub_id,
     is_hidden,
     is_small,
     opened_first,
     weight_files,
 )
-from stages.models.hub_answers import bounded
+from stages.models.hub_answers import answers, bounded
 from stages.models.index import INDEX, MODULAR
 
 MOST_ENTRIES = 100_000
@@ -64,10 +65,11 @@ def fetch_index(model: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
+    there = answers()
     with _explained(model, revision, largest=LARGEST_CONFIG):
         for name in (INDEX, MODULAR):
             try:
-                return Path(hf_hub_download(model, name, revision=revision)).parent
+                return Path(hf_hub_download(model, name, revision=revision, local_files_only=not there)).parent
             except RemoteEntryNotFoundError:
                 continue
     raise ModelError(f"{model} has no {INDEX}, so it is no model in the diffusers layout; give the id of one that has")
@@ -78,7 +80,11 @@ def fetch_small(model: str, root: Path, names: Collection[str], libraries: Mappi
 
     `libraries` has the library of those that have weights. Raises ModelError when theirs are not safetensors.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     with _explained(model, root.name):
+        if not answers():
+            raise LocalEntryNotFoundError("the hub does not answer")
         sizes = _listed(model, root.name)
     small = []
     for name in names:
@@ -177,6 +183,8 @@ def list_files(model: str) -> list[str]:
             root = Path(snapshot_download(model, local_files_only=True))
             return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     with _explained(model, None, "*.safetensors"):
+        if not answers():
+            raise LocalEntryNotFoundError("the hub does not answer")
         return list(_listed(model, None))
 
 
@@ -187,7 +195,7 @@ def fetch_file(model: str, name: str) -> Path:
 
     with _explained(model, None, name):
         try:
-            return Path(hf_hub_download(model, name))
+            return Path(hf_hub_download(model, name, local_files_only=not answers()))
         except RemoteEntryNotFoundError as error:
             raise ModelError(f"{model} has no file {name}; its files: {', '.join(list_files(model)[:9])}") from error
 
@@ -195,7 +203,7 @@ def fetch_file(model: str, name: str) -> Path:
 def refuse_offline(model: str, revision: str | None, missing: Incomplete) -> None:
     """Raises ModelError about a half cached model when HF_HUB_OFFLINE forbids to fetch the rest."""
     if settings.HF_HUB_OFFLINE:
-        raise ModelError(f"{model} is in the cache only in part ({missing}), and HF_HUB_OFFLINE is set; "
+        raise OutOfReach(f"{model} is in the cache only in part ({missing}), and HF_HUB_OFFLINE is set; "
                          f"{_download_advice(model, revision)}") from missing
 
 
@@ -214,12 +222,12 @@ def _explained(
         with bounded(model, commit, largest):
             yield
     except errors.GatedRepoError as error:
-        raise ModelError(_gated(model)) from error
+        raise OutOfReach(_gated(model)) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{model} has no revision {revision}; choose one of "
                          f"https://huggingface.co/{model}/commits/main, or leave `revision` out") from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"the hub knows no model {model}{_nearest(model)}, or it is private: check the spelling at "
+        raise OutOfReach(f"the hub knows no model {model}{_nearest(model)}, or it is private: check the spelling at "
                          f"https://huggingface.co/{model}, and for a private model: {_token()}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         why = "HF_HUB_OFFLINE is set" if settings.HF_HUB_OFFLINE else f"{settings.ENDPOINT} cannot be reached"
@@ -227,11 +235,11 @@ def _explained(
             why = _answered(model, error.__cause__.response.status_code)
         what, near = (model, _nearest(model)) if file is None else (f"{model}/{file}", "")
         advice = _download_advice(model, revision, file)
-        raise ModelError(f"{what} is not in the cache{near} and {why}; {advice}") from error
+        raise OutOfReach(f"{what} is not in the cache{near} and {why}; {advice}") from error
     except errors.HfHubHTTPError as error:
-        raise ModelError(_answered(model, error.response.status_code)) from error
+        raise OutOfReach(_answered(model, error.response.status_code)) from error
     except errors.HTTPError as error:  # the HTTP library's own, which differs between versions of the hub's
-        raise ModelError(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
+        raise OutOfReach(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
                          f"again: what has arrived is kept") from error
 
 

@@ -13,6 +13,8 @@ from stages.errors import ModelError
 
 # Seconds for an answer that is no file.
 SLOWEST = 60.0
+# Seconds for the hub to take a connection.
+LONGEST_CONNECT = 4.0
 LARGEST_ANSWER = 16 * 2**20
 # Seconds that it may ask to be left alone; its own limits are counted in five minutes.
 LONGEST_PAUSE = 600.0
@@ -20,6 +22,24 @@ _SECONDS = re.compile(r"(?:^|t=)([0-9]{1,300})")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TAG = re.compile(r"[\w.:+=-]{1,200}", re.ASCII)
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+
+
+def answers() -> bool:
+    """Whether the hub can be reached: asked once, where its client would ask for half a minute, and tell of each time.
+
+    One that takes a connection and then says nothing is left to the client's own limits.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import HTTPError
+
+    if settings.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(settings.ENDPOINT, timeout=min(LONGEST_CONNECT, settings.HF_HUB_ETAG_TIMEOUT))
+    except HTTPError as error:
+        # The HTTP library differs between versions of the hub's; these have the same names in each.
+        return type(error).__name__ not in ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
+    return True
 
 
 @contextmanager

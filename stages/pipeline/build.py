@@ -45,6 +45,10 @@ def build_pipeline(
     pipe.update_components(**components)
     known = set(pipe.pretrained_component_names) - set(checkpoint.absent)
     for name in [name for name in pipe.null_component_names if name in known]:
+        if checkpoint.shapes and tokenizer is not None and _reads(name):
+            # Shapes have no vocabulary.
+            pipe.update_components(**{name: tokenizer()})
+            continue
         # load_components reads a dict as "per component" and hands plain values to every tokenizer, so it is called
         # for one name at a time; it only logs its failures, so the result is looked at.
         with explained(f"{checkpoint.path / name} cannot be read", _again(checkpoint, name)):
@@ -52,7 +56,7 @@ def build_pipeline(
         if name not in pipe.null_component_names:
             continue
         needs_package = _refuse_damaged(checkpoint, name)
-        if tokenizer is None or not needs_package or not ("tokenizer" in name or "processor" in name):
+        if tokenizer is None or not needs_package or not _reads(name):
             kind = checkpoint.components[name].class_name
             raise ModelError(f"{name} of {checkpoint.source}, a {kind}, could not be loaded ({_cause(pipe, name)}) -> "
                              f"look at {checkpoint.path / name}")
@@ -60,6 +64,11 @@ def build_pipeline(
     if checkpoint.scheduler is not None and getattr(pipe, "scheduler", None) is not None:
         pipe.update_components(scheduler=exchanged(pipe.scheduler, checkpoint.scheduler))
     return pipe
+
+
+def _reads(name: str) -> bool:
+    """Whether a component of this name reads prompts: a tokenizer, or a processor with one."""
+    return "tokenizer" in name or "processor" in name
 
 
 def told(error: BaseException) -> str:

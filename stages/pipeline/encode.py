@@ -46,7 +46,7 @@ class Encode(Stage):
     def longest(self, prompts: Iterable[str]) -> str:
         """The prompt of which the tokenizers make most tokens; where they cannot be loaded, the one of most bytes."""
         first, *others = sorted({*prompts}, key=lambda prompt: len(prompt.encode()), reverse=True)
-        if not others:
+        if not others or self.checkpoint.shapes:
             return first
         pipe = empty_pipeline(self.blocks, self.checkpoint)
         pipe.load_components(names=[name for name in pipe.null_component_names if name.startswith("tokenizer")])
