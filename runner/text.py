@@ -1,5 +1,6 @@
 """Words and numbers as people read them: bytes, counts, and text of others without what it could do to a terminal."""
 
+import shlex
 import unicodedata
 from collections.abc import Sequence
 
@@ -39,6 +40,19 @@ def visible(value: object, most: int = 2000) -> str:
 def shown(text: str) -> str:
     """`text` quoted for an error message: ASCII, and cut where it is long."""
     return ascii(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def quoted(word: str) -> str:
+    """A word as shells read it; what would move the cursor or turn the reading direction is spelled out."""
+    if word.isprintable():
+        return shlex.quote(word)
+    spelled = (f"\\{c}" if c in "\\'" else c if c.isprintable() else f"\\U{ord(c):08x}" for c in word)
+    return f"$'{''.join(spelled)}'"
+
+
+def cut(text: str, most: int) -> str:
+    """`text` in at most so many characters, with three dots where some are left out."""
+    return text if len(text) <= most else f"{text[: max(0, most - 3)]}..."[:most]
 
 
 def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:

@@ -23,6 +23,10 @@ class MemoryStore(Store):
         self._files: dict[str, tuple[bytes, float]] = {}
         self._working: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
+    @property
+    def where(self) -> str:
+        return "memory"
+
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> bytearray | None:
         """A copy of the bytes at `path`: who reads a state may change its tensors."""
         found = self._files.get(path)
@@ -62,6 +66,10 @@ class FolderStore(Store):
     ) -> None:
         super().__init__(warn, strict)
         self.path = folder.open_root(Path(path), ("objects", "stages", "runs"), readonly=readonly)
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
 
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> Buffer | None:
         return atomic_files.read(self.path, path, max_bytes=max_bytes, first=first)
@@ -104,6 +112,10 @@ class ForwardingStore(Store):
     def __init__(self, store: Store) -> None:
         super().__init__(store.warn, store.strict)
         self._store = store
+
+    @property
+    def where(self) -> str:
+        return self._store.where
 
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> Buffer | None:
         return self._store.fetch(path, max_bytes, first=first)

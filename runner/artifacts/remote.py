@@ -43,6 +43,10 @@ class RemoteStore(Store):
         self._whole = not WHOLE.isdisjoint((protocols,) if isinstance(protocols, str) else protocols)
         self._check_ours(readonly)
 
+    @property
+    def where(self) -> str:
+        return self.url
+
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> bytearray | None:
         return next(self.fetch_all([path], max_bytes, first=first))
 

@@ -15,7 +15,7 @@ from runner.artifacts.garbage import tidy
 from runner.commands import distributed
 from runner.commands.options import FamilyOptions, PlanOptions, ResumeOptions, RunOptions
 from runner.commands.parse import check_display, check_engine, job_of, resumed
-from runner.commands.refusal import complain, in_options, lasts, resumable, resume_command
+from runner.commands.refusal import complain, in_options, lasts, resumable
 from runner.commands.results import Results
 from runner.distributed.env import launched
 from runner.engine.report import Failure, Report
@@ -28,6 +28,7 @@ from runner.media.previews import PreviewFiles
 from runner.media.writer import PictureWriter, labelled
 from runner.reports.history import find_run
 from runner.reports.progress import Progress
+from runner.reports.repeat import resume_line
 from runner.reports.report import lines
 from runner.startup import hush, untracked
 from runner.terminal import say
@@ -94,7 +95,7 @@ def produce(job: Job, engine: distributed.Engine, *, options: RunOptions) -> int
         say(sys.stderr, lines(report, seconds))
     results.finish(report, report.failures, seconds)
     if report.failures:
-        again = f" -> {resume_command(job.run, job.store)}" if lasts(job.store) else ""
+        again = f" -> {resume_line(job.run, job.store)}" if lasts(job.store) else ""
         say(sys.stderr, [f"error: {len(report.failures):,} of {len(report.job.requests):,} pictures failed{again}"])
     return 1 if report.failures or report.job.refused else 0
 

@@ -5,7 +5,6 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import typer
 from typer.core import TyperGroup
@@ -13,9 +12,9 @@ from typer.main import get_command
 
 from runner.events import Emit
 from runner.job import RefusedLine
-from runner.job_defaults import default_store
+from runner.reports.repeat import resume_line
 from runner.terminal import TolerantStream, say
-from runner.text import clean
+from runner.text import clean, quoted
 from stages.errors import (
     BadResult,
     DoesNotFit,
@@ -155,20 +154,6 @@ def again(words: Sequence[str], changes: Mapping[str, str], flags: Collection[st
     return " ".join(map(quoted, line))
 
 
-def quoted(word: str) -> str:
-    """A word as shells read it; what would move the cursor or turn the reading direction is spelled out."""
-    if word.isprintable():
-        return shlex.quote(word)
-    spelled = (f"\\{c}" if c in "\\'" else c if c.isprintable() else f"\\U{ord(c):08x}" for c in word)
-    return f"$'{''.join(spelled)}'"
-
-
-def resume_command(run: str, store: str) -> str:
-    """What to type to go on with a run."""
-    program = ["stagerun"] if Path(sys.argv[0]).name == "stagerun" else ["python", "-m", "runner"]
-    return shlex.join([*program, "resume", run, *(() if store == str(default_store()) else ("--artifacts", store))])
-
-
 @contextmanager
 def resumable(run: str, store: str, emit: Emit) -> Iterator[Emit]:
     """The emit; an error that comes once the run is recorded leaves with a note that says how to go on."""
@@ -183,7 +168,7 @@ def resumable(run: str, store: str, emit: Emit) -> Iterator[Emit]:
         yield heard
     except BaseException as error:
         if recorded and lasts(store):
-            error.add_note(RESUME + resume_command(run, store))
+            error.add_note(RESUME + resume_line(run, store))
         raise
 
 
