@@ -89,7 +89,7 @@ def test_the_command_replaces_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
     (beside,) = asked_for(repeat_line(one), tmp_path, monkeypatch).output.paths
     assert Path(beside).parent == fox.parent and Path(beside).name.startswith("fox-2") and beside != str(fox)
     paths = (str(tmp_path / "out" / "a" / "1.png"), str(tmp_path / "out" / "b" / "2.png"))
-    several = job(inputs={"count": 2}, output=Output(paths))
+    several = job(inputs={"count": 2}, output=Output(paths, folder=str(tmp_path / "out")))
     again = asked_for(repeat_line(several), tmp_path, monkeypatch).output.paths
     assert {Path(path).parent for path in again} == {fox.parent} and len({*again}) == 2
 

@@ -138,7 +138,7 @@ def _out(job: Job) -> str:
     if len(paths) == 1:
         return str(paths[0].with_name(f"{paths[0].stem}-{{run}}{paths[0].suffix}"))
     usual = Path(ONE if len(job.requests) == 1 else MANY)
-    folder = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+    folder = Path(job.output.folder) if job.output.folder else paths[0].parent if paths else Path()
     return str(folder / f"{usual.stem}-{{run}}{paths[0].suffix if paths else usual.suffix}")
 
 
