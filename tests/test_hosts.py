@@ -75,7 +75,7 @@ def test_a_cluster_that_lets_nobody_in_is_one_line() -> None:
     for error in (ConnectionError("no answer\nand more"), RuntimeError("no answer")):
         with pytest.raises(InvalidInput, match=said), reached("host0:6379"):
             raise error
-    with pytest.raises(RuntimeError, match="^another$"), reached(None):
+    with pytest.raises(RuntimeError, match="another"), reached(None):
         raise RuntimeError("another")
 
 
