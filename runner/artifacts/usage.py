@@ -21,8 +21,6 @@ class Kept:
     """The stage that it is the result of; empty where its manifest is damaged."""
     files: tuple[Entry, ...]
     """Its manifest, and its object where that is there."""
-    of: str | None = None
-    """For an unfinished denoise, the key of what it is to become."""
 
     @property
     def bytes(self) -> int:
@@ -98,8 +96,7 @@ def usage_of(store: Store, needed: Mapping[str, Collection[str]]) -> Usage:
     for key, entry, artifact in manifests(store):
         of = None if artifact is None else artifact.note.get("of")
         there = None if artifact is None else objects.get(artifact.object)
-        artifacts[key] = Kept("" if artifact is None else artifact.stage, (entry, *([there] if there else [])),
-                              of if isinstance(of, str) else None)
+        artifacts[key] = Kept("" if artifact is None else artifact.stage, (entry, *([there] if there else [])))
         if isinstance(of, str):
             midway.setdefault(of, []).append(key)
     # An unfinished denoise is held until what it is to become is there.

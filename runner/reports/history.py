@@ -16,7 +16,6 @@ from stages.errors import StagerunError, StoreError
 
 SHOWN = 10
 HEAD = ("run", "age", "status", "pictures", "alone", "shared")
-PROMPT = 300
 # With less room than this beside the other columns a prompt has a line of its own.
 LEAST = 24
 
