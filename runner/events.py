@@ -16,6 +16,8 @@ EVENTS: Mapping[str, Mapping[str, str]] = {
               "workers": "of Ray alone: by stage, the worker that did it last"},
     "plan": {"text": "whether it fits, in a line"},
     "run": {"run": "its name", "requests": "how many", "model": "where it comes from", "seed": "of the first request"},
+    "ranks": {"ranks": "how many share the run", "stage": "in which the last of them is; empty before the first",
+              "done": "pictures of all ranks that are through it, parts of pictures counted"},
     "warning": {"text": "what to know"},
     "stage": {"stage": "its name", "requests": "how many", "reused": "how many of them the store has"},
     "table": {"stage": "its name", "layers": "how many were computed ahead", "bytes": "of the table",

@@ -1,5 +1,6 @@
 """Words and numbers as people read them: bytes, counts, and text of others without what it could do to a terminal."""
 
+import shlex
 import textwrap
 import unicodedata
 from collections.abc import Sequence
@@ -49,6 +50,17 @@ def wrapped(line: str, columns: int, indent: str = "") -> list[str]:
     """
     return textwrap.wrap(line, columns, initial_indent=indent, subsequent_indent=f"{indent}  ",
                          break_long_words=False, break_on_hyphens=False) or [indent]
+def quoted(word: str) -> str:
+    """A word as shells read it; what would move the cursor or turn the reading direction is spelled out."""
+    if word.isprintable():
+        return shlex.quote(word)
+    spelled = (f"\\{c}" if c in "\\'" else c if c.isprintable() else f"\\U{ord(c):08x}" for c in word)
+    return f"$'{''.join(spelled)}'"
+
+
+def cut(text: str, most: int) -> str:
+    """`text` in at most so many characters, with three dots where some are left out."""
+    return text if len(text) <= most else f"{text[: max(0, most - 3)]}..."[:most]
 
 
 def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:

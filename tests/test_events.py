@@ -1,27 +1,34 @@
 """A run is told to people in few lines, to programs in JSON lines, and to nobody once nobody listens."""
 
+import ast
 import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from runner import Job, RunPolicy, make_plan, run_all
+from runner.artifacts import MemoryStore
+from runner.engine.signals import Interrupted
 from runner.events import EVENTS, from_wire, json_lines, silent, tee, to_wire
+from runner.job import Output
 from runner.reports.progress import Progress, Status, minutes
 from runner.request import requests_for
 from runner.terminal import TolerantStream
 from runner.text import clean, gib
 from stages.families import FAMILIES
 
+ROOT = Path(__file__).parent.parent
 GIB = 2**30
 RUN: list[tuple[str, Mapping[str, Any]]] = [
     ("begin", {"what": "importing torch and diffusers"}),
@@ -148,14 +155,64 @@ def test_json_lines_hold_every_event() -> None:
     assert lines[1]["seed"] == 7 and abs(lines[1]["time"] - time.time()) < 60
 
 
-def test_what_a_run_tells_is_what_the_table_of_events_says() -> None:
+# Fields that are there in some runs alone: of a prompt file, of a scheduler that draws noise, of Ray.
+SOMETIMES = {"line", "id", "generator", "workers"}
+
+
+def test_what_a_run_tells_is_what_the_table_of_events_says(tmp_path: Path) -> None:
     told: list[tuple[str, Mapping[str, Any]]] = []
-    plan = make_plan(Job("demo", requests_for("a red circle", FAMILIES["demo"], steps=2, seed=1), devices=["cpu"]))
-    run_all(plan, RunPolicy(preview=1), emit=lambda kind, data: told.append((kind, data)))
-    assert {kind for kind, _ in told} >= {
-        "run", "stage", "load", "loaded", "item", "step", "preview", "part", "flush", "end"}
+    asked = requests_for("a red circle", FAMILIES["demo"], steps=2, seed=1)
+    job = Job("demo", asked, devices=["cpu"], output=Output((str(tmp_path / "circle.png"),)),
+              policy=RunPolicy(preview=1, step_every=0))
+    store = MemoryStore()
+    steps: list[str] = []
+
+    def emit(kind: str, data: Mapping[str, Any]) -> None:
+        told.append((kind, data))
+        steps.extend([kind] if kind == "step" else [])
+
+    with pytest.raises(Interrupted):
+        run_all(make_plan(job), store=store, emit=emit, stop=lambda: len(steps) == 1)
+    run_all(make_plan(job), store=store, emit=emit)
+    seen = {kind: {name for found, data in told if found == kind for name in data} for kind, _ in told}
+    # The rest takes several processes, damage, or a picture that fails.
+    assert EVENTS.keys() - seen.keys() == {"begin", "ranks", "warning", "failure"}
     for kind, data in [*RUN, *told]:
         assert data.keys() <= EVENTS[kind].keys(), kind
+    for kind, names in seen.items():
+        assert EVENTS[kind].keys() - names <= SOMETIMES, kind
+
+
+def emitted() -> Iterator[tuple[str, set[str]]]:
+    """Every kind of event that the sources tell, with the fields that stand there."""
+    for path in (path for package in ("stages", "runner") for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2].strip("_") == "emit"
+                    and node.args and isinstance(kind := node.args[0], ast.Constant)):
+                data = node.args[1]
+                keys = data.keys if isinstance(data, ast.Dict) else []
+                yield str(kind.value), {str(key.value) for key in keys if isinstance(key, ast.Constant)}
+
+
+def test_every_event_of_the_sources_is_in_the_table_and_the_other_way_round() -> None:
+    found = list(emitted())
+    assert {kind for kind, _ in found} == EVENTS.keys()
+    assert not [(kind, names) for kind, names in found if not names <= EVENTS[kind].keys()]
+
+
+def test_the_page_on_events_is_the_table_of_events() -> None:
+    page = (ROOT / "docs" / "events.md").read_text()
+    sections = re.split("^## (.*)$", page, flags=re.MULTILINE)[1:]
+    said = {kind: dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE))
+            for kind, text in zip(sections[::2], sections[1::2], strict=True)}
+    assert said == EVENTS
+    assert all(text.strip().splitlines()[0] for text in sections[1::2])
+
+
+def test_the_code_of_the_page_on_events_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall("```python\n(.*?)```", (ROOT / "docs" / "events.md").read_text(), re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out == "".join(f"step {step} of 4\n" for step in range(1, 5))
 
 
 def test_events_cross_to_another_process() -> None:

@@ -1,5 +1,7 @@
 """The recipes of CONTRIBUTING, followed: a family and a placement that the project does not have, from end to end."""
 
+import ast
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +32,8 @@ from tests import tiny
 from tests.staging import run_whole
 from tests.tiny_families import WIDTH, qwen_tokenizer
 
+ROOT = Path(__file__).parent.parent
+KINDS = {"Resident", "Sharded", "Streamed", "TensorParallel"}
 Cards = Callable[..., list[str]]
 
 # "Add a family": a line in FAMILIES, and a tiny checkpoint of its classes.
@@ -175,10 +179,29 @@ def test_a_placement_that_does_not_fit_says_why_among_the_others(
     assert f"alternating: {first} has " in capsys.readouterr().err
 
 
+def test_the_files_that_name_a_placement_are_those_of_the_recipe() -> None:
+    """And each names the kinds that stand beside it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (`[a-z].*?`) \| (.*) \|$", text[text.index("These files alone name a kind") :
+                                                         text.index("## Add an option")], re.MULTILINE)
+    told = {file: set(re.findall(r"`([A-Z]\w+)`", kinds)) or KINDS for files, kinds in rows
+            for file in re.findall(r"`([a-z_/]+\.py)`", files)}
+    found: dict[str, set[str]] = {}
+    for path in (path for package in ("stages", "runner") for path in (ROOT / package).rglob("*.py")):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {alias.name for node in nodes for alias in node.names} & KINDS
+        if names and path.parent.name != "placement":
+            found[str(path.relative_to(ROOT))] = names
+    assert found.keys() == told.keys() and all(names <= told[path] for path, names in found.items()), found
+
+
 def test_the_recipes_name_what_is_done_here() -> None:
-    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     recipes = text[text.index("## Add a family") : text.index("## What a promise is")]
     for word in ("`FAMILIES`", "stages/families.py", "tests/tiny_families.py", "tests/test_families.py", "`Placement`",
                  "`entry`", "`compute_devices`", "`share`", "`attach`", "`renamed`", "`LADDER`",
-                 "runner/planning/ladder.py", "tests/test_recipes.py"):
+                 "runner/planning/ladder.py", "tests/test_recipes.py", "`README.md`", "`INPUTS`", "`KEYS`",
+                 "`_OPTIONS`", "`placed`", "`job_of`", "`facts_of`", "runner/reports/repeat.py"):
         assert word in recipes, word
+    for path in re.findall(r"`((?:runner|stages|tests)/[a-z_/]+\.py)`", recipes):
+        assert (ROOT / path).is_file(), path

@@ -1,7 +1,9 @@
 """The report of a run is one page that needs nothing else, runs nothing, and can be read at every width."""
 
+import re
 import shutil
 from collections.abc import Iterator
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,13 @@ from PIL import Image
 
 from runner.artifacts import FolderStore, MemoryStore
 from runner.commands.cli import answer
+from runner.job import Job
 from runner.reports.page import page
+from runner.request import requests_for
+from stages.families import FAMILIES
 from stages.state import State
 from tests.records import HOSTILE, record
+from tests.test_repeat import bash_words
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 OVERLAPS = """() => {
@@ -30,6 +36,14 @@ OVERLAPS = """() => {
   }
   const out = boxes.filter(([, box]) => box.left < 0 || box.right > innerWidth + 1).map(([text]) => text);
   return [found, out, document.documentElement.scrollWidth, boxes.length];
+}"""
+
+CUT = """() => {
+  const inside = [...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth + 1);
+  const shown = [...document.querySelectorAll('main *')].filter(one => one.getClientRects().length);
+  const outside = shown.filter(one => one.getBoundingClientRect().right > innerWidth + 1);
+  const cells = shown.filter(one => one.tagName == 'TD').map(one => getComputedStyle(one, '::before').content);
+  return [[...inside, ...outside].map(one => one.outerHTML.slice(0, 200)), cells];
 }"""
 
 
@@ -84,11 +98,37 @@ def test_a_page_loads_nothing_and_runs_nothing_whatever_the_prompt_says() -> Non
 
 def test_a_page_tells_of_everything_in_the_record() -> None:
     text = read(page("r1", record("a red circle"), store())).text
-    for words in ("Run r1", "1 picture, some/<model>, family flux, 10.0 s", "careful <b>now</b>", "a red circle",
+    for words in ("a red circle - flux", "run r1, 1 picture, some/<model>, family flux, 10.0 s", "careful <b>now</b>",
                   "Where every block lay", "Memory over time", "Where the time went", "Plan against measurement",
                   "denoise not resident: 23.0 MiB on one device", "torch 2.13.0, diffusers 0.42.1"):
         assert words in text, words
     assert "12.0 MiB" in text and "0.0 %" in text and "-0.0" not in text
+
+
+def test_a_page_is_named_by_what_was_drawn_and_says_how_to_draw_it_again() -> None:
+    asked = record("a red circle")
+    asked["requests"] = [asked["requests"][0] | {"prompt": prompt} for prompt in ("a fox", "a dog", "a fox")]
+    text = page("r1", asked, store())
+    assert "<title>a fox and 1 more - flux</title>" in text and "Do it again" not in text
+    drawn = requests_for(HOSTILE + 3000 * " long", FAMILIES["flux"], seed=3)
+    asked["job"] = Job("flux", drawn, run="r1", store="/a store").to_json()
+    text = page("r1", asked, store())
+    (command,) = re.findall('<pre class="command">(.*?)</pre>', text, re.DOTALL)
+    words = bash_words(unescape(command))
+    assert words[:5] == ["python", "-m", "runner", "flux", "--prompt"] and words[5] == drawn[0].prompt
+    assert words[words.index("--artifacts") + 1] == "/a store" and "<script>" not in text
+
+
+def test_every_cell_knows_its_column_for_windows_that_are_too_narrow_for_rows() -> None:
+    text = page("r1", record("a red circle"), store())
+    tables = re.findall('<div class="scroll">(.*?)</div>', text, re.DOTALL)
+    assert len(tables) == 3
+    for each in tables:
+        heads = re.findall('<th class="[a-z]*">(.*?)</th>', each)
+        for row in re.findall("<tr>(<td.*?)</tr>", each, re.DOTALL):
+            assert re.findall('data-label="(.*?)"', row) == heads
+    narrow = text[text.index("@media (max-width: 679px)") :]
+    assert ".stagerun .scroll td {\n    display: flex" in narrow and "content: attr(data-label)" in narrow
 
 
 def test_a_page_does_without_what_is_gone() -> None:
@@ -135,7 +175,8 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (800, "light"), (390, "light"), (1280, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (800, "light"), (680, "light"), (400, "light"),
+                                                (1280, "dark")])
 def test_a_page_can_be_read_in_a_browser(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
     path, shot = tmp_path / "page.html", tmp_path / "page.png"
     path.write_text(page("20250131-120000-0f3a2b", record(), store()))
@@ -144,9 +185,11 @@ def test_a_page_can_be_read_in_a_browser(browser: Any, tmp_path: Path, width: in
     window.on("dialog", lambda dialog: complaints.append(dialog.message))
     window.goto(path.as_uri())
     overlapping, outside, taken, words = window.evaluate(OVERLAPS)
+    cut, heads = window.evaluate(CUT)
     window.screenshot(path=str(shot), full_page=True)
     window.close()
     assert (overlapping, outside, complaints) == ([], [], []) and taken <= width and words > 50
+    assert cut == [] and (heads.count('"steps"') == 1) == (width == 400)
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     assert pixels[5, 5].tolist() == ([255, 255, 255] if scheme == "light" else [15, 19, 24])
     # The transformer's blocks weigh twice the second text encoder's, and take as much more of the page.

@@ -31,6 +31,9 @@ class MemoryStore(Store):
     def __repr__(self) -> str:
         held = sum(entry.bytes for entry in self.entries("objects"))
         return f"MemoryStore({len(self.names('stages'))} artifacts in memory, {gib(held)})"
+    @property
+    def where(self) -> str:
+        return "memory"
 
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> bytearray | None:
         """A copy of the bytes at `path`: who reads a state may change its tensors."""
@@ -74,6 +77,9 @@ class FolderStore(Store):
 
     def __repr__(self) -> str:
         return f"FolderStore({str(self.path)!r})"
+    @property
+    def where(self) -> str:
+        return str(self.path)
 
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> Buffer | None:
         return atomic_files.read(self.path, path, max_bytes=max_bytes, first=first)
@@ -119,6 +125,9 @@ class ForwardingStore(Store):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._store!r})"
+    @property
+    def where(self) -> str:
+        return self._store.where
 
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> Buffer | None:
         return self._store.fetch(path, max_bytes, first=first)

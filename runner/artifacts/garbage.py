@@ -1,13 +1,12 @@
 """What a store keeps for nobody: artifacts that no run names, objects that no manifest names, halves of files."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from runner.artifacts.atomic_files import Entry
 from runner.artifacts.folder import ORPHAN_AFTER
-from runner.artifacts.manifest import Artifact, is_key, read_manifest
-from runner.artifacts.signed_json import JSON, MAX_DOCUMENT_BYTES, Damaged
+from runner.artifacts.manifest import Artifact
 from runner.artifacts.store import Store
+from runner.artifacts.usage import keys_in, manifests
 from stages.errors import StoreError
 
 
@@ -61,7 +60,7 @@ def tidy(store: Store, *, min_age: float) -> None:
             return  # for `collect` to tell
         if going_on:
             return
-        found = {key: artifact for key, _, artifact in _artifacts(store) if artifact is not None}
+        found = {key: artifact for key, _, artifact in manifests(store) if artifact is not None}
         for key in [key for key, artifact in found.items() if artifact.note.get("of") in found]:
             store.drop(key)
             del found[key]
@@ -76,7 +75,7 @@ def _sorted_out(
     """The manifests to remove, by key, and the objects of the others."""
     unneeded: dict[str, tuple[Entry, Artifact | None]] = {}
     kept: set[str] = set()
-    found = list(_artifacts(store))
+    found = list(manifests(store))
     unfinished = needed - {key for key, _, artifact in found if artifact is not None}
     for key, entry, artifact in found:
         of = None if artifact is None else artifact.note.get("of")
@@ -97,31 +96,6 @@ def _needed(store: Store) -> tuple[set[str], bool]:
         except StoreError as error:
             text = f"{error.text}; what it needs is not known -> runner runs rm {run}, then collect"
             raise StoreError(text) from error
-        needed.update(_keys(record))
+        needed.update(keys_in(record))
         going_on |= record.get("status") == "running" and store.is_running(run) is not False
     return needed, going_on
-
-
-def _keys(value: JSON) -> Iterator[str]:
-    if isinstance(value, str):
-        if is_key(value):
-            yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _keys(inner)
-
-
-def _artifacts(store: Store) -> Iterator[tuple[str, Entry, Artifact | None]]:
-    """Every key that has a manifest, and what it says; None where it is damaged."""
-    entries = [entry for entry in store.entries("stages") if is_key(_key(entry)) and entry.path.endswith(".json")]
-    found = store.fetch_all([entry.path for entry in entries], MAX_DOCUMENT_BYTES)
-    for entry, data in zip(entries, found, strict=True):
-        try:
-            artifact = None if data is None else read_manifest(bytes(data), _key(entry))
-        except Damaged:
-            artifact = None
-        yield _key(entry), entry, artifact
-
-
-def _key(entry: Entry) -> str:
-    return entry.path.rpartition("/")[2].removesuffix(".json")

@@ -45,6 +45,9 @@ class RemoteStore(Store):
 
     def __repr__(self) -> str:
         return f"RemoteStore({self.url!r})"
+    @property
+    def where(self) -> str:
+        return self.url
 
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> bytearray | None:
         return next(self.fetch_all([path], max_bytes, first=first))

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Warn = Callable[[str], None]
 _HEAD = re.compile(rb'\{\s*"schema": \d+,\s*"sequence": (\d{1,18}),\s*"begun": (\d{1,18}\.\d+),')
 _HEAD_BYTES = 128
+# How many runs there were, also after they are forgotten.
+COUNTER = "runs/.sequence"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Store(ABC):
     def __init__(self, warn: Warn, strict: bool) -> None:
         self.warn = warn
         self.strict = strict
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """The place that it was opened at: "memory", a folder, or a URL."""
 
     @abstractmethod
     def fetch(self, path: str, max_bytes: int, *, first: int | None = None) -> Buffer | None:
@@ -244,12 +251,12 @@ class Store(ABC):
     def _next_sequence(self) -> int:
         # Counted, not timed: clocks jump. Where there are no locks, two runs that start at once may share a number;
         # their times and names then order them.
-        data = self.fetch("runs/.sequence", 64)
+        data = self.fetch(COUNTER, 64)
         if data is not None and bytes(data).isdigit():
             last = int(bytes(data))
         else:
             last = next((head[0] for run in reversed(self.runs()) if (head := self._head(run)) is not None), 0)
-        self.publish([File.of("runs/.sequence", str(last + 1).encode())])
+        self.publish([File.of(COUNTER, str(last + 1).encode())])
         return last + 1
 
     def _not_done(self, what: str, error: Damaged) -> None:

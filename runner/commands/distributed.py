@@ -18,7 +18,7 @@ from runner.distributed.results import joined
 from runner.distributed.watchdog import TIMEOUT
 from runner.engine.report import Report
 from runner.engine.session import open_job_store, prepared
-from runner.events import Emit, tee
+from runner.events import Emit, one_at_a_time, tee
 from runner.job import Job
 from runner.media.previews import PreviewFiles
 from runner.startup import untracked
@@ -127,6 +127,9 @@ def _as_rank0(
     with untracked():
         emit("begin", {"what": "importing torch and diffusers"})
         from runner.distributed.tensor_parallel import worker_for
+    # How far the others are is told by the thread that hears of them.
+    emit = one_at_a_time(emit)
+    channel.follow(emit)
     made, found = worker_for(job, rank, channel, heartbeat, emit).run_rank0(job)
     complain(made.refused)
     return joined(made, found, open_job_store(made, emit))

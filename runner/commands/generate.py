@@ -15,8 +15,9 @@ from runner.artifacts.garbage import tidy
 from runner.commands import distributed
 from runner.commands.options import FamilyOptions, PlanOptions, ResumeOptions, RunOptions
 from runner.commands.parse import check_display, check_engine, job_of, resumed
-from runner.commands.refusal import as_option, complain, in_options, lasts, resumable, resume_command
+from runner.commands.refusal import as_option, complain, in_options, lasts, resumable
 from runner.commands.results import Results
+from runner.commands.settings import safe_usual_store
 from runner.distributed.env import launched
 from runner.engine.report import Failure, Report
 from runner.engine.session import open_job_store, recorded_job
@@ -29,6 +30,7 @@ from runner.media.previews import PreviewFiles
 from runner.media.writer import PictureWriter, labelled
 from runner.reports.history import find_run
 from runner.reports.progress import Progress
+from runner.reports.repeat import resume_line
 from runner.reports.report import SHOWN, closing, lines
 from runner.startup import hush, untracked
 from runner.terminal import columns, say
@@ -97,7 +99,7 @@ def produce(job: Job, engine: distributed.Engine, *, options: RunOptions) -> int
     told = not options.quiet and sys.stderr.isatty() and len(results.written) <= SHOWN
     results.finish(report, report.failures, seconds, told=told)
     if report.failures:
-        again = f" -> {resume_command(job.run, job.store)}" if lasts(job.store) else ""
+        again = f" -> {resume_line(job.run, job.store, safe_usual_store())}" if lasts(job.store) else ""
         say(sys.stderr, [f"error: {len(report.failures):,} of {len(report.job.requests):,} pictures failed{again}"])
     return 1 if report.failures or report.job.refused else 0
 

@@ -4,8 +4,8 @@ import os
 from collections.abc import Collection, Sequence
 
 from runner.commands.options import FamilyOptions, PlanOptions, RunOptions
-from runner.commands.words import Said, Spellings, quoted, read, shell_line
-from runner.text import shown
+from runner.commands.words import Said, Spellings, read, shell_line
+from runner.text import quoted, shown
 from stages.errors import InvalidInput
 
 

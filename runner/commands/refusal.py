@@ -6,14 +6,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 import typer
 
-from runner.commands.settings import usual_store
+from runner.commands.settings import safe_usual_store
 from runner.commands.words import Spellings, again, line_words, read, reads_input, spellings
 from runner.events import Emit
 from runner.job import RefusedLine
+from runner.reports.repeat import resume_line
 from runner.terminal import TolerantStream, say, say_json
 from runner.text import clean, wrapped
 from stages.errors import (
@@ -156,17 +156,6 @@ def lifted(options: Mapping[str, str], words: Sequence[str], known: Spellings) -
             if not value and name.partition(" ")[0] not in said and (name in found or name.startswith("--place "))}
 
 
-def resume_command(run: str, store: str) -> str:
-    """What to type to go on with a run."""
-    try:
-        usual = usual_store()
-    except InvalidInput:
-        # The file of settings was changed meanwhile, and an error is under way already.
-        usual = ""
-    program = ["stagerun"] if Path(sys.argv[0]).name == "stagerun" else ["python", "-m", "runner"]
-    return shlex.join([*program, "resume", run, *(() if store == usual else ("--artifacts", store))])
-
-
 @contextmanager
 def resumable(run: str, store: str, emit: Emit) -> Iterator[Emit]:
     """The emit; an error that comes once the run is recorded leaves with a note that says how to go on."""
@@ -181,7 +170,7 @@ def resumable(run: str, store: str, emit: Emit) -> Iterator[Emit]:
         yield heard
     except BaseException as error:
         if recorded and lasts(store):
-            error.add_note(RESUME + resume_command(run, store))
+            error.add_note(RESUME + resume_line(run, store, safe_usual_store()))
         raise
 
 

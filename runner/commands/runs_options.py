@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,7 @@ app = typer.Typer(cls=Group, rich_markup_mode="rich",
 Store = Annotated[str | None, typer.Option("--artifacts", metavar="DIR|URL", help="The store.",
                                                show_default="in the user's cache")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Status = Literal["done", "interrupted", "failed", "running", "damaged"]
 Run = Annotated[str, typer.Argument(metavar="RUN|last", help="A run's name, or the start of it.")]
 
 
@@ -21,18 +22,22 @@ def list_runs(
     artifacts: Store = None,
     json: AsJson = False,
     last: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Only the N last ones.", show_default="all")
+        int | None, typer.Option(metavar="N", min=1, help="Only the N newest.", show_default="all")
+    ] = None,
+    status: Annotated[Status | None, typer.Option(help="Only those that stand so.", show_default="all")] = None,
+    match: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Only those with TEXT in prompt, model or name.")
     ] = None,
 ) -> Callable[[], None]:
-    """List the runs, the first started first."""
+    """List the runs, the newest first: prompts, pictures, and the bytes that each holds alone and shares."""
     from runner.commands.runs import ls
 
-    return partial(ls, artifacts, as_json=json, last=last)
+    return partial(ls, artifacts, as_json=json, last=last, status=status, match=match)
 
 
 @app.command("show", cls=Command)
 def show_run(run: Run, artifacts: Store = None, json: AsJson = False) -> Callable[[], None]:
-    """Show what a run was asked, what is finished of it, and its warnings."""
+    """Show what a run was asked, what is finished of it, its pictures, and the commands that repeat it and go on."""
     from runner.commands.runs import show
 
     return partial(show, run, artifacts, as_json=json)
@@ -44,7 +49,7 @@ def remove_runs(
     artifacts: Store = None,
     json: AsJson = False,
 ) -> Callable[[], None]:
-    """Forget runs. What they made stays until gc."""
+    """Forget runs, and say what they held. That stays until gc; prune does both."""
     from runner.commands.runs import rm
 
     return partial(rm, runs, artifacts, as_json=json)
@@ -61,6 +66,35 @@ def collect_garbage(
     from runner.commands.runs import gc
 
     return partial(gc, artifacts, as_json=json, older=older_than, dry=dry_run)
+
+
+@app.command("prune", cls=Command)
+def prune_runs(
+    artifacts: Store = None,
+    json: AsJson = False,
+    older_than: Annotated[
+        str | None, typer.Option(metavar="AGE", help="Runs that began so long ago, such as 12h, 30d, 8w.")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Runs that are not among the N newest.")
+    ] = None,
+    free: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Only as many, oldest first, as free so much: 10GiB.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove them; without it nothing is removed.")] = False,
+) -> Callable[[], None]:
+    """Show which runs would go, and what that frees; with --yes remove them and what they alone hold."""
+    from runner.commands.space import prune_runs
+
+    return partial(prune_runs, artifacts, as_json=json, older=older_than, keep=keep, free=free, yes=yes)
+
+
+@app.command("du", cls=Command)
+def disk_usage(artifacts: Store = None, json: AsJson = False) -> Callable[[], None]:
+    """Show where the bytes are: by run, by stage, shared, garbage, and the hub's cache of models."""
+    from runner.commands.space import du
+
+    return partial(du, artifacts, as_json=json)
 
 
 @app.command("verify", cls=Command)

@@ -121,6 +121,14 @@ def usual_store() -> str:
     return str(default_store()) if setting is None else str(setting.value)
 
 
+def safe_usual_store() -> str:
+    """The same, and nothing where the settings cannot be read: an error is under way already."""
+    try:
+        return usual_store()
+    except InvalidInput:
+        return ""
+
+
 def config_path() -> Path | None:
     """The file of settings, whether it is there or not; None where STAGERUN_CONFIG is set to nothing."""
     named = os.environ.get(CONFIG)

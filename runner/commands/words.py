@@ -8,6 +8,8 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from runner.text import quoted
+
 # By each spelling of an option, its first long one, and whether it takes no value.
 Spellings = Mapping[str, tuple[str, bool]]
 
@@ -81,14 +83,6 @@ def shell_line(words: Iterable[str]) -> str:
 def line_words(line: str) -> list[str]:
     """The words behind the program's, of a line that `shell_line` made."""
     return shlex.split(line)[3:]
-
-
-def quoted(word: str) -> str:
-    """A word as shells read it; what would move the cursor or turn the reading direction is spelled out."""
-    if word.isprintable():
-        return shlex.quote(word)
-    spelled = (f"\\{c}" if c in "\\'" else c if c.isprintable() else f"\\U{ord(c):08x}" for c in word)
-    return f"$'{''.join(spelled)}'"
 
 
 def with_prompt(words: Sequence[str], prompt: str, known: Spellings) -> list[str]:

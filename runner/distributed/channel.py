@@ -18,7 +18,9 @@ from typing import Any, NoReturn, Protocol
 import psutil
 
 from runner.distributed.env import Rank
+from runner.distributed.shares import Shares
 from runner.distributed.watchdog import TIMEOUT, Watchdog
+from runner.events import Emit, silent
 from stages.errors import RankLost
 
 PIPE = "STAGERUN_PIPE"
@@ -117,6 +119,7 @@ class Launcher:
         from torch.distributed.rendezvous import rendezvous
 
         self._rank, self._tell = rank, tell
+        self._shares = Shares(rank.size, silent)
         try:
             self._store = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))[0]
         except (ValueError, RuntimeError) as error:
@@ -124,6 +127,10 @@ class Launcher:
             raise RankLost(f"rank {rank.rank} cannot reach the others: {text}") from None
         self._others = range(1, rank.size) if rank.first else range(1)
         self._watchdog = Watchdog(self._others, timeout)
+
+    def follow(self, emit: Emit) -> None:
+        """From now on tell `emit` how far all ranks are; for the first rank, which hears of all."""
+        self._shares = Shares(self._rank.size, emit)
 
     def publish(self, job: Message) -> None:
         self._set("job", job)
@@ -142,6 +149,7 @@ class Launcher:
 
     def beat(self, beat: Message) -> None:
         self._set(f"beat/{self._rank.rank}", {**beat, "pid": os.getpid()})
+        self._shares.see(self._rank.rank, beat)
         self._look()
         lost = self._watchdog.lost()
         if lost is None:
@@ -185,6 +193,7 @@ class Launcher:
         for rank in self._others:
             if (beat := self._get(f"beat/{rank}")) is not None:
                 self._watchdog.see(rank, beat)
+                self._shares.see(rank, beat)
             if self._get(f"end/{rank}") is not None:
                 self._watchdog.end(rank)
 

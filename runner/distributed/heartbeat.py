@@ -9,6 +9,8 @@ from typing import Any
 
 import psutil
 
+from runner.distributed.shares import Share
+
 EVERY = 1.0
 ORPHAN = 7
 # Less of the processor than this is what threads take that only wait.
@@ -18,12 +20,14 @@ _BUSY = 0.02
 class Heartbeat:
     """An emit that follows a rank through its events, and, inside of `with`, tells `beat` of it every second.
 
-    A beat is `{"beat": number, "where": text, "idle": seconds without a sign of work}`. The process ends at once when
-    its parent does, so that no rank is left behind with a card.
+    A beat is `{"beat": number, "where": text, "idle": seconds without a sign of work, "share": how far it is}`, None
+    where a rank has no share of its own. The process ends at once when its parent does, so that no rank is left behind
+    with a card.
     """
 
     def __init__(self, beat: Callable[[Mapping[str, Any]], None]) -> None:
         self.where, self.stage = "at the start", ""
+        self.share: Share | None = None
         self._beat = beat
         self._item = ""
         self._worked = time.monotonic()
@@ -34,6 +38,8 @@ class Heartbeat:
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         self._worked = time.monotonic()
+        if self.share is not None:
+            self.share(kind, data)
         if kind == "begin":
             self.where = str(data["what"])
         elif kind == "stage":
@@ -75,7 +81,8 @@ class Heartbeat:
             if self._waiting or now[0] - used[0] > _BUSY * EVERY or now[1] != used[1]:
                 self._worked = time.monotonic()
             number, used = number + 1, now
-            self._beat({"beat": number, "where": self.where, "idle": time.monotonic() - self._worked})
+            self._beat({"beat": number, "where": self.where, "idle": time.monotonic() - self._worked,
+                        "share": None if self.share is None else self.share.document()})
 
 
 def effort() -> tuple[float, int]:

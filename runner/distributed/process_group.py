@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, BinaryIO
 
 from runner.distributed.channel import PIPE
+from runner.distributed.shares import Shares
 from runner.distributed.watchdog import TIMEOUT, Watchdog
-from runner.events import Emit, from_wire
+from runner.events import Emit, from_wire, silent
 from runner.text import clean
 from stages.errors import RankLost, from_json
 
@@ -78,6 +79,7 @@ class RankProcesses:
         """A rank is lost after `timeout` seconds in which it does nothing."""
         self.size, self._timeout, self._verbose, self._command = size, timeout, verbose, tuple(command)
         self.members: list[RankProcess] = []
+        self._shares = Shares(size, silent)
 
     def __enter__(self) -> "RankProcesses":
         try:
@@ -101,7 +103,7 @@ class RankProcesses:
         `emit` hears what the ranks have to tell meanwhile. Raises RankLost naming the first rank that was killed,
         failed, left or hangs.
         """
-        watchdog = Watchdog(range(self.size), self._timeout)
+        watchdog, self._shares = Watchdog(range(self.size), self._timeout), Shares(self.size, emit)
         for member in self.members:
             member.messages.clear()
         self.members[0].send("job", job)
@@ -131,6 +133,7 @@ class RankProcesses:
         member.messages[kind] = message
         if kind == "beat":
             watchdog.see(member.rank, message)
+            self._shares.see(member.rank, message)
         elif kind == "failed":
             raise from_json(message)
         elif kind == "published":

@@ -10,6 +10,7 @@ from runner.distributed.channel import Channel
 from runner.distributed.env import Rank, share
 from runner.distributed.heartbeat import Heartbeat
 from runner.distributed.results import RankResult, differing, recorded
+from runner.distributed.shares import Share
 from runner.engine.keys import artifact_keys
 from runner.engine.report import Failure
 from runner.engine.run import record_of, run_all
@@ -75,7 +76,12 @@ class RankWorker:
 
     def __init__(self, rank: Rank, channel: Channel, heartbeat: Heartbeat, emit: Emit) -> None:
         self.rank, self.channel, self.heartbeat = rank, channel, heartbeat
+        heartbeat.share = self.share()
         self.emit = tee(heartbeat, emit)
+
+    def share(self) -> Share | None:
+        """What follows this rank through its share of the job; None where it has none of its own."""
+        return Share()
 
     def run_rank0(self, job: Job) -> tuple[Job, list[RankResult]]:
         """Have all ranks do the job, this one its share of it; the job as it was done, and all results.

@@ -44,6 +44,9 @@ class ReadOnlyStore(ForwardingStore):
 class TensorParallelWorker(RankWorker):
     """A rank that denoises together with all others."""
 
+    def share(self) -> None:
+        """None: every picture is everybody's."""
+
     def run_rank0(self, job: Job) -> tuple[Job, list[RankResult]]:
         """As `RankWorker.run_rank0`, with the others at every step of the denoise."""
         if self.rank.local_size != self.rank.size:

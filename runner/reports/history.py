@@ -4,18 +4,20 @@ import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.artifacts.manifest import checked_run, is_run
 from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store, StoredRun
-from runner.text import clean, gib, shown
+from runner.artifacts.usage import Usage
+from runner.text import clean, cut, gib, shown, table
 from stages.errors import StagerunError, StoreError
 
 SHOWN = 10
-MODEL = 40
-HEAD = ("run", "age", "status", "model", "pictures", "stages done")
+HEAD = ("run", "age", "status", "pictures", "alone", "shared")
+# With less room than this beside the other columns a prompt has a line of its own.
+LEAST = 24
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class RunSummary:
     """How many pictures it was asked for."""
     stages: Mapping[str, tuple[int, int]]
     """Finished artifacts and all, by stage."""
+    prompt: str = ""
+    """What its first picture shows."""
+    alone: int | None = None
+    """The bytes that it alone holds, its record among them; None where its record is damaged."""
+    shared: int | None = None
+    """The bytes that other runs hold as well; None where its record is damaged."""
 
     def document(self) -> dict[str, Any]:
         """The summary as JSON."""
@@ -42,9 +50,33 @@ class RunSummary:
 
     def cells(self) -> tuple[str, ...]:
         """The summary as text, one cell per word of `HEAD`."""
-        done = [name if done == of else f"{name} {done}/{of}" for name, (done, of) in self.stages.items() if done]
-        model = clean(self.model)[:MODEL]
-        return self.run, age(self.begun), self.status, model, str(self.pictures), ", ".join(done) or "-"
+        held = ("-" if size is None else gib(size) for size in (self.alone, self.shared))
+        return self.run, age(self.begun), self.status, f"{self.pictures:,}", *held
+
+    def measured(self, usage: Usage) -> "RunSummary":
+        """The summary with the bytes that the run holds."""
+        known = self.run in usage.held
+        return replace(self, alone=usage.alone(self.run) if known else None,
+                       shared=usage.shared(self.run) if known else None)
+
+    def has(self, text: str) -> bool:
+        """Whether its name, its model or its prompt has this text in it, whatever the case."""
+        return any(text.casefold() in value.casefold() for value in (self.run, self.model, self.prompt))
+
+
+def list_runs(rows: Sequence[RunSummary], width: int) -> list[str]:
+    """The lines of `runs ls`, none wider than `width` columns where names allow: prompts behind the other columns, or
+    below them where there is no room.
+    """
+    first, *others = table([HEAD, *(row.cells() for row in rows)])
+    taken = max(map(len, [first, *others])) + 2
+    prompts = [clean(row.prompt) for row in rows]
+    if width - taken >= LEAST:
+        told = (f"{line:{taken}}{cut(prompt, width - taken)}".rstrip()
+                for line, prompt in zip(others, prompts, strict=True))
+        return [f"{first:{taken}}prompt", *told]
+    return [first, *(line for pair in zip(others, prompts, strict=True)
+                     for line in (pair[0], f"  {cut(pair[1], width - 2)}") if line.strip())]
 
 
 def find_run(store: Store, text: str) -> str:
@@ -52,7 +84,8 @@ def find_run(store: Store, text: str) -> str:
     if text == "last":
         runs = store.runs()
         if not runs:
-            raise StoreError("there is no run in the store yet -> make a picture first, or name another `store`")
+            raise StoreError(f"there is no run in the store yet, so none is the last: {store.where} -> make a picture "
+                             f"first, or name another `store`")
         return runs[-1]
     try:
         checked_run(text)
@@ -90,8 +123,11 @@ def summarize(store: Store, run: str, done: Collection[str], stored: StoredRun |
     plan, requests = record.get("plan"), record.get("requests")
     model = plan.get("model") if isinstance(plan, dict) else None
     stages = {name: (sum(key in done for key in keys), len(keys)) for name, keys in stages_of(record).items()}
-    return RunSummary(run, found.begun, status(store, found), str(model or record.get("model", "-")),
-                      len(requests) if isinstance(requests, list) else 0, stages)
+    requests = requests if isinstance(requests, list) else []
+    first = requests[0] if requests else None
+    prompt = first.get("prompt") if isinstance(first, dict) else None
+    return RunSummary(run, found.begun, status(store, found), str(model or record.get("model", "-")), len(requests),
+                      stages, prompt if isinstance(prompt, str) else "")
 
 
 def status(store: Store, found: StoredRun) -> str:
@@ -112,6 +148,8 @@ def describe_run(facts: RunSummary, found: StoredRun, sizes: Mapping[str, int | 
     record = found.record
     begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.begun)) if facts.begun else "at an unknown time"
     lines = [f"{facts.run}: {facts.status}, begun {begun} ({age(facts.begun)} ago)", f"model {clean(facts.model)}"]
+    if facts.alone is not None and facts.shared is not None:
+        lines.append(f"holds {gib(facts.alone)} alone, {gib(facts.shared)} together with other runs")
     lines += [f"LoRA {_text(lora)}" for lora in loras(record)]
     for name, keys in stages_of(record).items():
         done, of = facts.stages[name]

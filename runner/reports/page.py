@@ -3,16 +3,18 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from runner.artifacts import Store
+from runner.job_defaults import default_store
 from runner.media.previews import strips
 from runner.reports.charts.blocks import blocks
 from runner.reports.charts.gantt import gantt
 from runner.reports.charts.timeline import memory
 from runner.reports.history import loras
+from runner.reports.repeat import recorded, repeat_line
 from runner.reports.templates import render, thumbnail
-from runner.text import gib, pictures
+from runner.text import clean, cut, gib, pictures
 
 # A chart is as wide as the window: words that shrink with a drawing cannot be read.
 WIDTHS = {"wide": 960, "medium": 640, "narrow": 350}
@@ -24,6 +26,7 @@ CHARTS = (
     ("Where the time went", "On the scale of the memory above.", gantt),
 )
 MOST_PICTURES, MOST_REQUESTS, SIDE, SMALL = 24, 100, 192, 72
+TITLE = 80
 _BAR = Markup('<svg class="bar" width="124" height="16" viewBox="0 0 124 16" role="img" aria-label="measured, framed '
               'by the plan"><rect class="measured" x="1" y="4" width="{:.1f}" height="8"/>'
               '<rect class="planned" x="1" y="1" width="{:.1f}" height="14"/></svg>')
@@ -34,7 +37,8 @@ def page(run: str, record: Mapping[str, Any], store: Store) -> str:
     plan, keys, requests = record.get("plan") or {}, record["stages"].get("decode", []), record["requests"]
     versions = record.get("versions") or {}
     return render(
-        "page.html.j2", run=run, status=record.get("status", "unknown"), facts=", ".join(_facts(record)),
+        "page.html.j2", title=_title(record), repeat=_repeat(record), run=run,
+        status=record.get("status", "unknown"), facts=", ".join(_facts(record)),
         warnings=[*_warnings(record)],
         pictures=[_picture(store, key, asked) for key, asked in zip(keys[:MOST_PICTURES], requests, strict=False)],
         pictures_left=max(0, len(keys) - MOST_PICTURES),
@@ -51,6 +55,22 @@ def page(run: str, record: Mapping[str, Any], store: Store) -> str:
                  for strategy, why in strategies.items()],
         versions=", ".join(f"{name} {version}" for name, version in versions.items()), model=record["model"],
     )
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    """What the pictures show and the family that drew them, such as `a fox and 2 more - flux`."""
+    prompts = list(dict.fromkeys(str(asked["prompt"]) for asked in record["requests"]))
+    family = (record.get("plan") or {}).get("family")
+    first = cut(clean(prompts[0]), TITLE) if prompts else "no pictures"
+    more = f" and {len(prompts) - 1:,} more" if len(prompts) > 1 else ""
+    return f"{first}{more}{'' if family is None else f' - {family}'}"
+
+
+def _repeat(record: Mapping[str, Any]) -> Markup | None:
+    """The command that repeats the run, where its record keeps a job; whole, however long its prompt is."""
+    document = record.get("job")
+    job = recorded(record, str(document.get("store", ""))) if isinstance(document, Mapping) else None
+    return None if job is None else escape(repeat_line(job, str(default_store())))
 
 
 def _facts(record: Mapping[str, Any]) -> Iterator[str]:

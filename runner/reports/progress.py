@@ -25,6 +25,7 @@ class Status:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._stage = ""
+        self._requests, self._ranks = 0, Together()
         self._reset("starting")
 
     def _reset(self, doing: str) -> None:
@@ -39,6 +40,10 @@ class Status:
         """Take an event in."""
         if kind == "begin":
             self._now(str(data["what"]))
+        elif kind == "run":
+            self._requests = int(data["requests"])
+        elif kind == "ranks":
+            self._ranks.see(data, self._clock())
         elif kind == "stage":
             self._stage = str(data["stage"])
             self._reset("starting")
@@ -65,7 +70,13 @@ class Status:
             self._done = self._item = 0
 
     def line(self) -> str:
-        """Such as `denoise: picture 1/2, step 3/28, 1.20 s/step, 0:53 left`."""
+        """Such as `denoise: picture 1/2, step 3/28, 1.20 s/step, 0:53 left`, or of several ranks what all of them did.
+        """
+        if self._ranks.stage:
+            doing = f"{self._doing}, " if self._stage == self._ranks.stage else ""
+            return self._ranks.line(self._requests) or (
+                f"{self._ranks.stage}: 0 % of {pictures(self._requests)} on {self._ranks.count} ranks, {doing}"
+                f"{self._clock() - self._since:.0f} s")
         return f"{self._stage}{': ' if self._stage else ''}{self._doing}, {self._pulse()}"
 
     def _pulse(self) -> str:
@@ -83,6 +94,30 @@ class Status:
 
     def _now(self, doing: str) -> None:
         self._doing, self._since = doing, self._clock()
+
+
+class Together:
+    """How far several ranks are with a stage, from what the event `ranks` tells."""
+
+    def __init__(self) -> None:
+        self.count, self.stage = 1, ""
+        self._first, self._last = (0.0, 0.0), (0.0, 0.0)
+
+    def see(self, data: Mapping[str, Any], now: float) -> None:
+        """Take in that so many pictures are through a stage, now."""
+        if data["stage"] != self.stage:
+            self.stage, self._first = str(data["stage"]), (now, float(data["done"]))
+        self.count, self._last = int(data["ranks"]), (now, float(data["done"]))
+
+    def line(self, requests: int) -> str:
+        """Such as `denoise: 41 % of 8 pictures on 2 ranks, 1.20 s/picture, 0:53 left`; empty before there is any."""
+        (begun, before), (now, done) = self._first, self._last
+        if not done:
+            return ""
+        pace = (now - begun) / (done - before) if done > before else 0.0
+        # Down: what is nearly there is not there.
+        told = f"{self.stage}: {int(100 * done / requests)} % of {pictures(requests)} on {self.count} ranks"
+        return f"{told}, {rate(pace, 'picture')}, {minutes((requests - done) * pace)} left" if pace else told
 
 
 def rate(pace: float, what: str) -> str:
@@ -171,6 +206,7 @@ class Summary:
     def __init__(self) -> None:
         self._asked = 0
         self._reused = 0
+        self._whose = ""
         self._freed: Mapping[str, Any] = {}
 
     def see(self, kind: str, data: Mapping[str, Any]) -> None:
@@ -179,6 +215,9 @@ class Summary:
             self._asked, self._reused, self._freed = int(data["requests"]), int(data["reused"]), {}
         elif kind == "flush":
             self._freed = data
+        elif kind == "ranks":
+            # What a stage leaves is of the first rank alone; the end of the run tells of all.
+            self._whose = f"rank 0 of {data['ranks']}, "
 
     def lines(self, kind: str, data: Mapping[str, Any]) -> Iterator[str]:
         """What everyone should read of this event."""
@@ -202,7 +241,7 @@ class Summary:
         parts += [f"{pictures(self._reused)} taken from the store"] if self._reused else []
         parts += [f"peak {device} {gib(int(peak))}" for device, peak in data.get("peak", {}).items()] if ran else []
         parts += [f"freed {gib(int(self._freed['freed']))}"] if self._freed.get("freed") else []
-        return f"{data['stage']}: {', '.join(parts)}"
+        return f"{self._whose}{data['stage']}: {', '.join(parts)}"
 
     def _left(self, stage: str) -> Iterator[str]:
         if int(self._freed.get("left", 0)) > 0:

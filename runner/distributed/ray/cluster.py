@@ -79,7 +79,7 @@ def connected(*, verbose: bool = False) -> Iterator[Any]:
     level = logging.INFO if verbose else logging.ERROR
     local: dict[str, Any] = {} if address else {"object_store_memory": _OBJECTS, "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
-    with importable():
+    with importable(), reached(address):
         ray.init(address=address or "local", log_to_driver=verbose, logging_level=level, **local)
     if threading.current_thread() is threading.main_thread():
         # Ray takes this signal, and would end the process without a word.
@@ -90,6 +90,20 @@ def connected(*, verbose: bool = False) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def reached(address: str | None) -> Iterator[None]:
+    """Connect to a cluster in the block; InvalidInput, with what to do, where none answers at this address."""
+    try:
+        yield
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if not address:
+            raise
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InvalidInput(f"no Ray lets this process in at RAY_ADDRESS={address}: {why} -> ray start --head there, "
+                           f"RAY_AUTH_MODE=token where it asks for one, or unset RAY_ADDRESS for a Ray of this "
+                           f"machine's own") from error
 
 
 @contextmanager
