@@ -110,7 +110,8 @@ def test_on_a_cpu_ranks_take_as_many_threads_as_one_process(tmp_path: Path) -> N
     """Sums are split by the number of threads, which changes the last bits of what a CPU computes."""
     rank = Rank(1, 2, 1, 2)
     assert threads_for(["cpu"], 6, rank) == 6
-    asked = requests_for("a large red circle on the left on a blue background", FAMILIES["demo"], steps=2, count=2, seed=3)
+    asked = requests_for("a large red circle on the left on a blue background", FAMILIES["demo"], steps=2, count=2,
+                         seed=3)
     job = Job("demo", asked, devices=["cpu"])
     before = torch.get_num_threads()
     torch.set_num_threads(2)
