@@ -51,7 +51,7 @@ def test_without_ipython_live_says_what_is_missing(monkeypatch: pytest.MonkeyPat
     from runner.notebook import Live
 
     monkeypatch.setitem(sys.modules, "IPython.display", None)
-    with pytest.raises(InvalidInput, match=r"IPython is not installed -> pip install 'stagerun\[notebook\]', or leave"):
+    with pytest.raises(InvalidInput, match=r"IPython is not installed -> pip install 'stagerun\[notebook\]', or "):
         Live()
 
 

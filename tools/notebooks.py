@@ -31,7 +31,7 @@ MEASURED = re.compile(r"free then|before|after|freed|left|(load|compute|save|flu
 _HIDING = (
     (re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{6}\b"), HIDDEN),
     # What was going on when a run was stopped.
-    (re.compile(r"\bpicture [\d,]+/[\d,]+, [^<\n]* left\b"), HIDDEN),
+    (re.compile(r"\bpicture [\d,]+/[\d,]+, [^<\n]* left\b|\b\d+ of \d+ pictures done\b"), HIDDEN),
     (re.compile(r"\b\d+(\.\d+)? s\b"), f"{HIDDEN} s"),
     (re.compile(r"\b((?:peak|encode|denoise|decode) (?:rank \d )?[\w:]+|measured|freed) -?[\d,.]+ ([KMG]i)?B\b"),
      rf"\1 {HIDDEN}"),
