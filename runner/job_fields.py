@@ -17,8 +17,8 @@ from stages.errors import InvalidInput
 from stages.families import FAMILIES, Family
 
 DTYPES = ("float32", "bfloat16", "float16")
-# As other programs and half of all readmes write them.
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "float": "float32", "half": "float16"}
+# What people call them.
+_CALLED = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 LANES = 16
 LONGEST = 24 * 3600.0
 AUTO = "auto"
@@ -118,6 +118,12 @@ def filled(requests: tuple[Request, ...], family: Family) -> tuple[FilledRequest
     return tuple(request.filled(family, first + at) for at, request in enumerate(requests))
 
 
+def type_name(value: Any) -> str:
+    """The name of a type as torch has it: `bf16` and `torch.bfloat16` are `bfloat16`."""
+    name = str(value).removeprefix("torch.").lower()
+    return _CALLED.get(name, name)
+
+
 def types(dtype: Any) -> dict[str, str]:
     """The names of types by component, from one for all, a mapping, or texts such as "vae=float32"."""
     if isinstance(dtype, Mapping):
@@ -128,8 +134,7 @@ def types(dtype: Any) -> dict[str, str]:
         named = {component: value for component, _, value in spelled}
         if len(named) < len(spelled):
             raise InvalidInput(f"`dtype` {shown(str(dtype))} says the type of a component twice")
-    found = {text("dtype", name): str(value).removeprefix("torch.") for name, value in named.items()}
-    found = {name: SHORT.get(value, value) for name, value in found.items()}
+    found = {text("dtype", name): type_name(value) for name, value in named.items()}
     for name, value in found.items():
         if value not in DTYPES:
             raise InvalidInput(f"`dtype` {shown(value)}{f' of {name}' if name else ''}: choose one of "

@@ -70,7 +70,7 @@ def test_a_picture_says_what_it_was_led_away_from(tmp_path: Path) -> None:
 
 def test_parameters_are_what_other_programs_read() -> None:
     [request] = asked(TRAP)
-    card = card_of(request, {**FACTS, "sampler": "FlowMatchEuler"})
+    card = card_of(request, {**FACTS, "scheduler": {"name": "FlowMatchEuler", "config": {}}})
     prompt, _, last = parameters(card).rpartition("\n")
     assert prompt == TRAP
     assert last.startswith("Steps: 28, Sampler: FlowMatchEuler, CFG scale: 3.5, Seed: 42, Size: 32x16, Model: FLUX.1")
@@ -126,6 +126,8 @@ def changed(**fields: Any) -> bytes:
         (hostile(changed(model={"a": 1})), "model in its"), (hostile(changed(dtype="x")), "dtype in its"),
         (hostile(changed(dtype={"vae": 1})), "dtype in its"),
         (hostile(b'{"schema": 1}'), "lack 'prompt'"),
+        (hostile(changed(scheduler="Euler")), "scheduler in its metadata"),
+        (hostile(changed(scheduler={"name": "os.system", "config": {}})), "no name of a class"),
         (SIGNATURE + b"\xff\xff\xff\xfftEXt" + bytes(9), "not a PNG"),
         (SIGNATURE + HEADER + PIXEL * 20_000, "no runner metadata"),
     ],

@@ -95,8 +95,11 @@ def test_a_saved_picture_is_the_file_of_the_command_line(
     assert Path("stream.png").read_bytes() == Path("image.png").read_bytes()
     # What was made of it could not be made again.
     image.resize((8, 8)).save("small.png")
-    with pytest.raises(InvalidInput, match="no runner metadata"):
-        read_card("small.png")
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save("drawn.png")
+    for changed in ("small.png", "drawn.png"):
+        with pytest.raises(InvalidInput, match="no runner metadata"):
+            read_card(changed)
 
 
 def test_a_picture_of_a_report_saves_itself_and_nothing_of_others(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runner.inputs import INPUTS, PIXELS
 from runner.request import FilledRequest
@@ -20,9 +20,6 @@ from stages.errors import InvalidInput
 from stages.families import FAMILIES
 from stages.models.lora import LoraRequest
 from stages.models.scheduler import SchedulerRequest
-
-if TYPE_CHECKING:
-    from PIL.PngImagePlugin import PngInfo
 
 SCHEMA = 1
 PACKAGES = ("stagerun", "diffusers", "torch", "transformers")
@@ -62,24 +59,15 @@ def commit(identity: str, model: str) -> str | None:
     return found if re.fullmatch("[0-9a-f]{40}", found) else None
 
 
-def png(pixels: Any, card: Mapping[str, Any] | None, *, compress: int = 6) -> bytes:
-    """The PNG file of uint8 pixels [height, width, 3], with `card` in its `runner` and `parameters` texts.
-
-    `compress` is from 0, as large as the pixels, to 9.
-    """
-    from PIL.PngImagePlugin import PngInfo
-
-    return _png(pixels, PngInfo() if card is None else texts(card), compress)
-
-
-def texts(card: Mapping[str, Any]) -> "PngInfo":
-    """The texts of a PNG file that has this card."""
+def png(pixels: Any, card: Mapping[str, Any] | None) -> bytes:
+    """The PNG file of uint8 pixels [height, width, 3], with `card` in its `runner` and `parameters` texts."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_text("parameters", parameters(card))
-    info.add_itxt("runner", json.dumps(card, ensure_ascii=False, allow_nan=False, sort_keys=True))
-    return info
+    if card is not None:
+        info.add_text("parameters", parameters(card))
+        info.add_itxt("runner", json.dumps(card, ensure_ascii=False, allow_nan=False, sort_keys=True))
+    return _png(pixels, info)
 
 
 def preview_png(pixels: Any) -> bytes:
@@ -176,11 +164,11 @@ def read_card(path: str | Path) -> PictureCard:
         raise InvalidInput(f"{path}: {error}") from None
 
 
-def _png(pixels: Any, info: Any, compress: int = 6) -> bytes:
+def _png(pixels: Any, info: Any) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", pnginfo=info, compress_level=compress)
+    Image.fromarray(pixels).save(file, "PNG", pnginfo=info)
     return file.getvalue()
 
 

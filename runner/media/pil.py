@@ -1,16 +1,15 @@
 """Pictures as PIL has them, which still say how they were made when they are saved."""
 
 import io
-import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from runner.media.image import png, texts
+from runner.media.image import png
 from runner.media.paths import check_format, write
 from stages.errors import InvalidInput
 
@@ -18,16 +17,23 @@ from stages.errors import InvalidInput
 class PictureImage(PngImageFile):
     """A picture with how it was made in its `info`: saved as a PNG it says so, as one of the command line does.
 
-    What is made of it, such as a smaller one, is a plain image of PIL and says nothing: it could not be repeated.
+    What is made of it, such as a smaller one, is a plain image of PIL and says nothing, and neither does it say
+    anything once somebody drew in it: that could not be repeated.
     """
+
+    made: bytes | None = None
+    """Its pixels as they were made."""
 
     def save(self, fp: str | bytes | PathLike[str] | PathLike[bytes] | IO[bytes], format: str | None = None,
              **params: Any) -> None:
         """Write the picture; see PIL for the rest."""
         name = fp if isinstance(fp, str | PathLike) else getattr(fp, "name", "")
         kind = format or Image.registered_extensions().get(Path(str(name)).suffix.lower(), "")
-        if kind.upper() == "PNG" and "runner" in self.info:
-            params.setdefault("pnginfo", texts(json.loads(self.info["runner"])))
+        if kind.upper() == "PNG" and self.tobytes() == self.made:
+            info = PngInfo()
+            info.add_text("parameters", self.info["parameters"])
+            info.add_itxt("runner", self.info["runner"])
+            params.setdefault("pnginfo", info)
         super().save(fp, format, **params)
 
 
@@ -35,7 +41,9 @@ def image_of(pixels: Any, card: Mapping[str, Any] | None) -> Image.Image:
     """The picture of uint8 pixels [height, width, 3]; with a card it says how it was made."""
     if card is None:
         return Image.fromarray(pixels)
-    return PictureImage(io.BytesIO(png(pixels, card, compress=0)))
+    image = PictureImage(io.BytesIO(png(pixels, card)))
+    image.made = pixels.tobytes()
+    return image
 
 
 def save(path: str | PathLike[str], pixels: Any, card: Mapping[str, Any], *, overwrite: bool) -> Path:

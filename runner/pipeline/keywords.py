@@ -50,6 +50,8 @@ PIPELINE: Mapping[str, str] = {
     "custom_pipeline": "leave it out: no code of a model is run",
     **dict.fromkeys(("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "unet",
                      "tokenizer_2"), "save the whole with save_pretrained, and name its folder"),
+    "ranks": "stagerun.spawn(pipe.job_for(...), ranks=2)", "engine": "stagerun.run_on_ray(pipe.job_for(...))",
+    "out": "result.images[0].save(\"fox.png\")",
     "device": "devices=, such as \"cuda:0\"", "lora": "loras=", "artifacts": "store=", "step_callback": "on_step= of "
     "the call", "seed": "seed= of the call", "prompt": "the call: pipe(\"a red circle\")",
     "num_inference_steps": "num_inference_steps= of the call", "guidance_scale": "guidance_scale= of the call",

@@ -113,7 +113,8 @@ class Pipeline(Habits):
             dtype=torch_dtype if dtype is None else dtype, devices=devices_of(devices, gpus, device_map),
             max_memory=max_memory, place=places_of(place, device_map), allow_offload=allow_offload, lanes=lanes,
             policy=policy, modulation_table=modulation_table, peer_copies=peer_copies,
-            store=store if isinstance(store, str | os.PathLike) else "",
+            # Other processes cannot have what is in the memory of this one, and keep their work in the user's folder.
+            store=store if isinstance(store, str | os.PathLike) and store != "memory" else "",
         )
         self._progress = progress
         self.store: Store = open_store(store, strict=policy.strict)
