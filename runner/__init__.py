@@ -77,5 +77,7 @@ if "IPython" in sys.modules:
     # In a notebook, plans and reports are to show themselves as soon as this package is there.
     if (_shell := get_ipython()) is not None:
         from runner.reports.notebook import register
+        from runner.startup import hush_notebook
 
+        hush_notebook()
         register(_shell)

@@ -1,6 +1,7 @@
 """What a process does before it imports the libraries: their warnings are held back, and their objects not tracked."""
 
 import gc
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,16 @@ def hush(verbose: bool = False) -> None:
         os.environ.setdefault(name, "warning" if verbose else "error")
     if not verbose:
         warnings.simplefilter("ignore")
+
+
+def hush_notebook() -> None:
+    """Keep out of a notebook what the libraries say of themselves when they are imported; other warnings stay."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    # tqdm's, where there are no widgets: its bars are text then.
+    warnings.filterwarnings("ignore", "IProgress not found")
+    # Ray's, which asks for the same widgets.
+    logging.getLogger("ray.widgets").setLevel(logging.WARNING)
 
 
 @contextmanager

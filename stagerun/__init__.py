@@ -15,6 +15,7 @@
                               for scripts of one's own under a launcher
     open_store                where the results of stages are kept: memory, a folder, a URL
     Live, Memory, Charts      what a notebook shows
+    log_in                    asks for the token that a gated model needs, and only then
     FAMILIES                  the model families, with their defaults
     StagerunError             the root of all errors; each is one line that says what to do
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from runner.engine.signals import Interrupted
     from runner.job import Job, Output, RunPolicy
     from runner.notebook import Charts, Live, Memory
+    from runner.pipeline.login import log_in
     from runner.pipeline.pipeline import Pipeline
     from runner.pipeline.result import Result
     from runner.pipeline.states import States
@@ -64,8 +66,8 @@ __all__ = [
     "Artifact", "BadResult", "Charts", "DoesNotFit", "FAMILIES", "Family", "Fix", "FolderStore", "Interrupted",
     "InvalidInput", "Job", "Live", "Memory", "MemoryStore", "ModelError", "NotPrecomputable", "Output", "Picture",
     "Pipeline", "Plan", "RankLost", "RankProcesses", "Report", "Request", "Result", "RunPolicy", "StageOutOfMemory",
-    "StagerunError", "State", "States", "Store", "StoreError", "gather", "make_plan", "open_store", "run_all",
-    "run_on_ray", "run_stage", "spawn", "split_between_ranks",
+    "StagerunError", "State", "States", "Store", "StoreError", "gather", "log_in", "make_plan", "open_store",
+    "run_all", "run_on_ray", "run_stage", "spawn", "split_between_ranks",
 ]
 
 _HOMES = {
@@ -78,6 +80,7 @@ _HOMES = {
     "runner.engine.signals": ("Interrupted",),
     "runner.job": ("Job", "Output", "RunPolicy"),
     "runner.notebook": ("Charts", "Live", "Memory"),
+    "runner.pipeline.login": ("log_in",),
     "runner.pipeline.pipeline": ("Pipeline",),
     "runner.pipeline.result": ("Result",),
     "runner.pipeline.states": ("States",),

@@ -1,6 +1,7 @@
 """What a cell shows while a run goes on, and what a failed or interrupted cell leaves: nothing."""
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from IPython.core.displaypub import CapturingDisplayPublisher
 from IPython.core.interactiveshell import InteractiveShell
 from torch import nn
 
+from stages.errors import InvalidInput
 from tests.test_display import checked
 from tests.test_events import RUN
 
@@ -43,6 +45,14 @@ def test_a_cell_shows_one_thing_that_is_replaced(shell: InteractiveShell) -> Non
     live("end", {"stage": "denoise", "seconds": {"load": 4.2}, "peak": {}})
     assert "img" not in [tag for tag, _ in checked(shown[-1]["data"]["text/html"]).seen]
     assert shown[-1]["data"]["text/plain"].splitlines()[0] == "run r1: 2 pictures, some/model, first seed 7"
+
+
+def test_without_ipython_live_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner.notebook import Live
+
+    monkeypatch.setitem(sys.modules, "IPython.display", None)
+    with pytest.raises(InvalidInput, match=r"IPython is not installed -> pip install 'stagerun\[notebook\]', or "):
+        Live()
 
 
 CELL = """

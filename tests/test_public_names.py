@@ -33,7 +33,7 @@ PUBLIC = {
         "Artifact", "BadResult", "Charts", "DoesNotFit", "FAMILIES", "Family", "Fix", "FolderStore", "Interrupted",
         "InvalidInput", "Job", "Live", "Memory", "MemoryStore", "ModelError", "NotPrecomputable", "Output", "Picture",
         "Pipeline", "Plan", "RankLost", "RankProcesses", "Report", "Request", "Result", "RunPolicy",
-        "StageOutOfMemory", "StagerunError", "State", "States", "Store", "StoreError", "gather", "make_plan",
+        "StageOutOfMemory", "StagerunError", "State", "States", "Store", "StoreError", "gather", "log_in", "make_plan",
         "open_store", "run_all", "run_on_ray", "run_stage", "spawn", "split_between_ranks",
     }),
 }

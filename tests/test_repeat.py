@@ -57,6 +57,8 @@ JOBS = {
 def asked_for(line: str, where: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """The job that a line asks for when it is pasted."""
     monkeypatch.chdir(where)
+    for name in ("style.safetensors", "a=b.safetensors"):
+        (where / name).touch()
     words = shlex.split(line) if "$'" not in line else bash_words(line)
     assert words[:3] == ["python", "-m", "runner"]
     options = app(words[3:], standalone_mode=False)

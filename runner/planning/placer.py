@@ -97,8 +97,7 @@ class Placer:
         tasks.append(task)
         done.places |= {(stage.name, name): place for name, place in places.items()}
         done.weights |= {(stage.name, name): weight for name, weight in weights.items()}
-        reads = {component.name: bytes_read_per_pass(component, places[component.name])
-                 for component in stage.components}
+        reads = {each.name: bytes_read_per_pass(each, places[each.name]) for each in stage.components}
         done.reads[stage.name] = sum(reads.values())
         done.work[stage.name] = work_of(places, weights, estimate, reads, max(self.counts, default=1))
         done.needs[stage.name] = task.needs(places, estimate)

@@ -15,6 +15,7 @@ from runner.reports.progress import Status, Summary
 from runner.reports.report import stages_table
 from runner.reports.templates import Thumbnail, thumbnail
 from runner.text import gib, harmless, pictures
+from stages.errors import InvalidInput
 
 if TYPE_CHECKING:
     # What needs torch is imported when it is asked for: every notebook imports this module before anything else.
@@ -44,7 +45,11 @@ class Live:
     """
 
     def __init__(self) -> None:
-        from IPython.display import display
+        try:
+            from IPython.display import display
+        except ImportError as error:
+            raise InvalidInput("Live shows a run in a notebook, and IPython is not installed -> pip install "
+                               "'stagerun[notebook]', or leave emit=Live() out") from error
 
         self._status, self._summary = Status(), Summary()
         self._lines: list[str] = []
