@@ -176,7 +176,7 @@ def test_what_a_run_tells_is_what_the_table_of_events_says(tmp_path: Path) -> No
     run_all(make_plan(job), store=store, emit=emit)
     seen = {kind: {name for found, data in told if found == kind for name in data} for kind, _ in told}
     # The rest takes several processes, damage, or a picture that fails.
-    assert EVENTS.keys() - seen.keys() == {"begin", "ranks", "warning", "failure"}
+    assert EVENTS.keys() - seen.keys() == {"begin", "plan", "ranks", "warning", "failure"}
     for kind, data in [*RUN, *told]:
         assert data.keys() <= EVENTS[kind].keys(), kind
     for kind, names in seen.items():

@@ -114,7 +114,7 @@ REFUSED: list[tuple[Typed, str]] = [
     (lambda plan, report: run_all(plan, store="/no/such/folder/store"), "/no/such/folder does not exist, make it"),
     (lambda plan, report: open_store(None), "store is a NoneType -> a folder, a URL"),
     (lambda plan, report: report.pictures[0].save(5), "a int is no path of a picture"),
-    (lambda plan, report: report.pictures[0].save("star.bmp"), "cannot be written as 'star.bmp' -> a name that ends"),
+    (lambda plan, report: report.pictures[0].save("star.bmp"), "out 'star.bmp' must end in .png"),
     (lambda plan, report: State({"latents": None})["latent"], "the state has no 'latent' -> did you mean latents"),
     (lambda plan, report: State({"a": 1}).__setitem__("a", 2), r"stays as it is -> states\[0\] = .*changed\(a=...\)"),
     (lambda plan, report: spawn(plan), "a Plan is no job -> Job"),

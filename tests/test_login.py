@@ -47,6 +47,6 @@ def test_a_token_is_asked_for_where_a_gated_model_needs_one(hub: Hub, home: Path
     assert demo == folder == opened == ["", ""] and given == ["", TOKEN[::-1]]
     assert empty == nobody and empty[0] == ASKED and empty[2] == ""
     assert empty[1].startswith("InvalidInput org/gated is gated, and no access token was typed -> make one at https://")
-    assert wrong[:1] == [ASKED] and wrong[1].startswith("ModelError org/gated is gated: 1. accept its license")
+    assert wrong[:1] == [ASKED] and wrong[1].startswith("OutOfReach org/gated is gated: 1. accept its license")
     assert right == [ASKED, "", "hf_good"[::-1]] and again == ["", "hf_good"[::-1]]
     assert not (home / "token").exists() and not [file for file in hub.fetched if file.endswith(".safetensors")]

@@ -278,7 +278,9 @@ def agree(job: Plan, peaks: dict[str, dict[str, int]]) -> None:
     for stage, needs in job.needs.items():
         for device in job.devices:
             predicted = needs[device].total if device in needs else 0
-            assert peaks[stage][device] <= predicted <= 1.1 * peaks[stage][device], (stage, device)
+            # The check of copies between cards counts where a stage takes less.
+            most = max(1.1 * peaks[stage][device], PATTERN_BYTES if predicted else 0)
+            assert peaks[stage][device] <= predicted <= most, (stage, device)
             assert predicted <= job.machine[device].room
 
 

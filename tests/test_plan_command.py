@@ -100,8 +100,6 @@ def test_a_plan_is_as_wide_as_the_terminal_and_has_its_arithmetic_behind_v(
         assert "denoise not resident: 22.2 GiB of weights on one device; cuda:0 has 13.4 GiB" in told
         assert "host memory while loading" in told and "every card has bfloat16" in told
         assert "not resident" not in short and "host memory while loading" not in short
-        loading = re.search(r"loading: roughly (\S+( \S+)? to \S+ \S+) for 31\.4 GiB", " ".join(short.split()))
-        assert loading is not None and "." not in loading[1]
 
 
 @pytest.mark.parametrize(("seconds", "says"), [
@@ -123,12 +121,11 @@ def test_a_plan_tells_what_host_and_disk_must_give(flux_dev: str, capsys: pytest
     assert disk["download"] == 0 and disk["free"] is disk["rate"] is None
     assert disk["stages"]["denoise"]["every_pass"] == found["stages"]["denoise"]["disk"]["weights"] > 5 * GB
     assert disk["stages"]["denoise"]["bytes"] == pytest.approx(23.80 * GB, rel=0.001)
-    assert disk["stages"]["denoise"]["seconds"] == pytest.approx(disk["stages"]["denoise"]["bytes"] / disk["rate"])
     assert answer(["plan", *words, "--machine", "1x12GB", "--max-memory", "cpu=4GiB", "-v"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     for told in ("limits: cpu 4.0 GiB (4294967296 bytes)", "denoise reads ", "of them read from the disk)",
-                 "disk: nothing to download, ", "loading by stage: encode 9.1 GiB, ", "from the disk for every pass, ",
-                 "loading: roughly ", " in host memory, "):
+                 "disk: nothing to download", "assumed: disk: not said", "GiB from the disk for every pass",
+                 " in host memory, "):
         assert told in out
 
 
@@ -144,4 +141,5 @@ def test_on_this_machine_the_disk_is_tried(capsys: pytest.CaptureFixture[str]) -
     assert disk["free"] > disk["download"] == 0
     assert disk["stages"]["denoise"]["seconds"] == pytest.approx(disk["stages"]["denoise"]["bytes"] / disk["rate"])
     assert answer(["plan", "demo", "--device", "cpu"]) == 0
-    assert "loading: encode " in (out := capsys.readouterr().out) and "assumed" not in out
+    assert "loading: roughly " in (out := capsys.readouterr().out) and "assumed" not in out
+    assert answer(["plan", "demo", "--device", "cpu", "-v"]) == 0 and "loading by stage: " in capsys.readouterr().out

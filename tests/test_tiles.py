@@ -66,7 +66,7 @@ def test_only_the_pictures_that_do_not_fit_whole_are_tiled(model: Path, cards: C
     plan = make_plan(job_of(model, SIZES, **limits))
     assert plan.tiles == {"64x64": None, "384x384": None, "512x384": 256, "512x512": 256}
     assert plan.tiling == Tiling(256, 384 * 384) and plan.tile == 256
-    text = "\n".join(describe.lines(plan))
+    text = " ".join(" ".join(describe.lines(plan)).split())
     assert ("decoded in tiles of 256 pixels, because the whole picture does not fit: 512x384, 512x512; "
             "whole: 64x64, 384x384") in text
     assert describe.document(plan)["tiles"] == plan.tiles

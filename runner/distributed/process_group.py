@@ -173,14 +173,14 @@ class RankProcesses:
         numbers = {"RANK": rank, "WORLD_SIZE": self.size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.size,
                    PIPE: theirs.fileno()}
         # More threads than cores are at work where ranks compute on a CPU: they are not to spin while they wait.
-        threads = {"OMP_WAIT_POLICY": "PASSIVE"}
-        if "torch" in sys.modules:
-            threads["OMP_NUM_THREADS"] = str(sys.modules["torch"].get_num_threads())
+        waiting = {"OMP_WAIT_POLICY": "PASSIVE"}
+        torch = sys.modules.get("torch")
+        threads = {} if torch is None else {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         paths = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))}
         with theirs:
             process = subprocess.Popen(
                 self._command,
-                env=threads | os.environ | paths | {name: str(value) for name, value in numbers.items()},
+                env=waiting | os.environ | threads | paths | {name: str(value) for name, value in numbers.items()},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=None if self._verbose else errors,

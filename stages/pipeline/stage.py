@@ -201,10 +201,8 @@ class Loaded:
 
         Raises BadResult naming the stage and the value when a result is not finite.
         """
-        width, height = inputs["width"], inputs["height"]
-        assert isinstance(width, int) and isinstance(height, int)
-        for name, place in self._places.items():
-            place.placement.prepare(self.pipe.components[name], width, height)
+        for name in (component.name for component in self.stage.components if component.name in self._places):
+            self._places[name].placement.prepare(self.pipe.components[name], inputs)
         arguments = self.stage.arguments(self.pipe, inputs)
         if self.stage.guided:
             # A guider decides in encode whether there are negative embeddings, and in denoise what they do; families

@@ -100,8 +100,8 @@ class Placement(ABC):
         """The same placement of a VAE that decodes some pictures in tiles, if it can."""
         return self
 
-    def prepare(self, model: Any, width: int, height: int) -> None:  # noqa: B027  # most have nothing to do
-        """Make the loaded model ready for a picture of this size."""
+    def prepare(self, model: Any, inputs: Mapping[str, Any]) -> None:  # noqa: B027  # most have nothing to do
+        """Make the loaded model ready for a picture with these inputs, under diffusers' names."""
 
     @property
     def concurrency(self) -> int:
@@ -151,9 +151,9 @@ class Resident(Placement):
     def tiled(self, tiling: Tiling | None) -> "Resident":
         return replace(self, tiling=tiling)
 
-    def prepare(self, model: Any, width: int, height: int) -> None:
+    def prepare(self, model: Any, inputs: Mapping[str, Any]) -> None:
         if self.tiling is not None:
-            set_tile(model, self.tiling.tile(width, height))
+            set_tile(model, self.tiling.tile(inputs["width"], inputs["height"]))
 
 
 @dataclass(frozen=True)
