@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import itertools
+import json
 import os
 import re
 import shlex
@@ -133,3 +135,20 @@ def test_what_a_page_links_to_is_there(page: str) -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text())
     missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
     assert not missing and (links or page != "README.md")
+
+
+def test_the_table_of_cards_is_what_plans_say(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()
+            if re.match(r"\| `\dx", line)]
+    assert len(rows) == 4
+    for cards, *cells in rows:
+        for machine, (family, cell) in itertools.product(
+                re.findall("`(.*?)`", cards), zip(("flux", "z-image", "flux2-klein"), cells, strict=True)):
+            allowed = ["--allow-offload", "cpu"]
+            words = ["plan", family, "--machine", machine, "--json", *(allowed if allowed[0] in cell else ())]
+            assert answer(words) == 0, (machine, family)
+            plan = json.loads(capsys.readouterr().out)
+            used = {device for stage in plan["stages"].values() for device in stage if device.startswith("cuda")}
+            assert len(used) == (2 if "both" in cell else 1), (machine, family, used)
+            if allowed[0] in cell:
+                assert answer(words[:-2]) == 4 and "allow_offload" in capsys.readouterr().out
