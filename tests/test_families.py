@@ -102,7 +102,7 @@ def test_a_negative_prompt_leads_away_as_in_the_unsplit_pipeline(family: str, tm
     model = case.build(tmp_path / "model")
     requests = [request for negative in ("", "two small green squares") for request in requests_for(
         "a red circle", FAMILIES[family], size=(64, 48), steps=2, guidance=case.guidance, seed=7,
-        text_tokens=case.tokens, negative_prompt=negative, index=bool(negative))]
+        text_tokens=case.tokens, negative_prompt=negative, index=len(negative[:1]))]
     job = make_plan(Job(family, requests, model=model, dtype={"": torch.float32}, devices=["cpu"]))
     store = MemoryStore(warn=print)
     report = run_all(job, store=store)

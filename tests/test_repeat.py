@@ -48,7 +48,7 @@ JOBS = {
                     policy={"degrade": False, "preview": 4, "sample_memory": True, "strict": True, "step_every": 0.5}),
     "store": job(store="s3://bucket/a b"),
     "scheduler": job(scheduler="UniPCMultistepScheduler,use_flow_sigmas=true,solver_order=3"),
-    "tiles": job(tile=256),
+    "tiles": job(tile=256, inputs={"size": (512, 256)}),
     "whole": job(tile=0),
     "half": job(policy={"stop_after": "denoise"}),
 }

@@ -59,7 +59,7 @@ class Row:
 
 def read_rows() -> list[Row]:
     found = []
-    lines = [line for line in PAGE.splitlines() if line.startswith("| `") and line.count(" | ") == len(FAMILIES) + 1]
+    lines = [line for line in PAGE.splitlines() if line.startswith("| `") and line.count("|") == len(FAMILIES) + 3]
     for line in lines:
         name, config, *cells = (cell.strip().strip("`") for cell in line.strip("|").split("|"))
         runs = frozenset(family for family, cell in zip(FAMILIES, cells, strict=True) if cell == "runs")

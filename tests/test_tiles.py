@@ -115,7 +115,7 @@ def test_a_repeated_picture_is_decoded_as_it_was(
     for more in (["--like", "whole.png"], ["--like", "tiled.png", "--tile", "0"]):
         assert answer([*words, *more, limit, "--out", "out.png"]) == 4
         told = capsys.readouterr().err
-        assert "decode does not fit" in told
+        assert "does not fit: decode" in told
         line = next(line for line in told.splitlines() if line.startswith("next: "))
         assert line.endswith("--out out.png") and "--max-memory" not in line
         assert np.array_equal(run(*shlex.split(line)[4:]), whole)

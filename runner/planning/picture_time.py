@@ -65,7 +65,8 @@ def picture_time(plan: Plan, disk_rate: float | None = None) -> PictureTime | No
         return None
     rates = dict[tuple[str, torch.dtype], _Rate]()
     for device, dtype in {key for work in plan.work.values() for key, count in work.flops.items() if count}:
-        rate = _rate(plan.machine[device], dtype, here=plan.machine.here)
+        known = next((each for each in plan.machine.devices if each.name == device), None)
+        rate = None if known is None else _rate(known, dtype, here=plan.machine.here)
         if rate is None:
             return None
         rates[device, dtype] = rate

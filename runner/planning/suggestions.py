@@ -16,6 +16,7 @@ from runner.planning.tiles import smaller_tiles
 from runner.text import gib
 from stages.errors import DoesNotFit, Fix, Fixes
 from stages.machine import Machine
+from stages.placement.transfers import PATTERN_BYTES
 from stages.placement.placement import DISK
 
 OFFLOADS = (None, "cpu", "disk")
@@ -70,7 +71,8 @@ def after_out_of_memory(plan: Plan, stage: str, replan: Replan) -> tuple[Fixes, 
             other = replan(applied(plan.job, fixes))
         except DoesNotFit:
             continue
-        if fullest(other, stage) < fullest(plan, stage):
+        # What the check of copies takes hides how much less a stage of a few bytes needs.
+        if fullest(other, stage) < fullest(plan, stage) or fullest(plan, stage) <= PATTERN_BYTES:
             found.append(fixes)
         if len(found) == WAYS:
             break
