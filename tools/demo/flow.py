@@ -4,15 +4,17 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
+from tools.demo.captions import training_caption
 from tools.demo.latents import CHANNELS, GRID, Latents
 from tools.demo.muon import Muon
 from tools.demo.phase import Phase
-from tools.demo.scenes import training_caption
+from tools.demo.scenes import Pair
 from tools.demo.text import CLIP_TOKENS, CLIP_WIDTH, T5_WIDTH, TEXT_TOKENS
 
 BATCH = 48
@@ -121,10 +123,17 @@ class FlowTraining:
     latents: Latents
     """What the model learns to make."""
 
+    @cached_property
+    def _kinds(self) -> list[list[int]]:
+        """Where the scenes of one shape are, and those of two."""
+        pairs = [isinstance(scene, Pair) for scene in self.latents.scenes]
+        kinds = [[at for at, pair in enumerate(pairs) if pair == kind] for kind in (False, True)]
+        return [kind for kind in kinds if kind]
+
     def loss(self, rng: random.Random, device: torch.device) -> torch.Tensor:
         """The flow-matching error on one batch: logit-normal times, nearer the noise than the picture."""
-        picks = [rng.randrange(len(self.latents.scenes)) for _ in range(BATCH)]
-        texts = [training_caption(rng, self.latents.scenes[pick]) for pick in picks]
+        picks = [rng.choice(rng.choice(self._kinds)) for _ in range(BATCH)]
+        texts = [training_caption(rng, self.latents.scenes[pick]).text for pick in picks]
         clean = self.latents.values[picks].float().to(device)
         noise = torch.randn_like(clean)
         t = torch.sigmoid(torch.randn(BATCH, device=device) + TIME_SHIFT)
