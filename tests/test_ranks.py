@@ -24,6 +24,7 @@ from runner.distributed.heartbeat import Heartbeat
 from runner.distributed.rank import own_part
 from runner.distributed.results import RankResult, differing
 from runner.distributed.watchdog import SILENCE, TIMEOUT, Watchdog
+from runner.distributed.worker import threads_for
 from runner.engine.keys import artifact_keys
 from runner.job import Output
 from runner.media.previews import strips
@@ -103,6 +104,32 @@ def when(crew: RankProcesses, rank: int, where: str, act: Callable[[int], None])
     finally:
         over.set()
         thread.join()
+
+
+def test_on_a_cpu_ranks_take_as_many_threads_as_one_process(tmp_path: Path) -> None:
+    """Sums are split by the number of threads, which changes the last bits of what a CPU computes."""
+    rank = Rank(1, 2, 1, 2)
+    assert threads_for(["cpu"], 6, rank) == 6
+    asked = requests_for("a large red circle on the left on a blue background", FAMILIES["demo"], steps=2, count=2, seed=3)
+    job = Job("demo", asked, devices=["cpu"])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = run_all(make_plan(job))
+        made = spawn(replace(job, store=str(tmp_path / "store")), ranks=2)
+    finally:
+        torch.set_num_threads(before)
+    assert same(made, alone) == [True, True]
+
+
+@pytest.mark.parametrize("threads, each", [(8, 4), (1, 1), (3, 1)])
+def test_with_cards_ranks_share_the_threads(
+    threads: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = tuple(Device(f"cuda:{number}", 2**34, 2**34, True) for number in range(2))
+    monkeypatch.setattr("stages.machine.probe", lambda: Machine(cards, 2**34, 2**34))
+    assert threads_for([], threads, Rank(0, 2, 0, 2)) == each
+    assert threads_for(["cpu"], threads, Rank(0, 2, 0, 2)) == threads
 
 
 def test_a_killed_rank_ends_the_job_and_what_was_finished_is_kept(flux: Path, alone: Report, tmp_path: Path) -> None:

@@ -169,7 +169,10 @@ class RankProcesses:
         errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by _end
         numbers = {"RANK": rank, "WORLD_SIZE": self.size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.size,
                    PIPE: theirs.fileno()}
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.size))}
+        # More threads than cores are at work where ranks compute on a CPU: they are not to spin while they wait.
+        threads = {"OMP_WAIT_POLICY": "PASSIVE"}
+        if "torch" in sys.modules:
+            threads["OMP_NUM_THREADS"] = str(sys.modules["torch"].get_num_threads())
         paths = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))}
         with theirs:
             process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """A rank that `spawn` started: python -m runner.distributed.worker. It does job after job until nobody has one."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -36,16 +36,32 @@ def serve(rank: Rank, pipe: Pipe, heartbeat: Heartbeat) -> None:
     hush()
     with untracked():
         ranks: Any = import_module("runner.distributed.tensor_parallel")
+        import torch
+    threads = torch.get_num_threads()
     while True:
         with heartbeat.waiting():
             message = pipe.receive("job" if rank.first else "published")
         if message is None:
             return
+        job = message if rank.first else message["job"]
+        torch.set_num_threads(threads_for(job["devices"] or (), threads, rank))
         if rank.first:
             pipe.send("outcome", outcome(ranks, message, rank, pipe, heartbeat, emit))
         else:
             job = Job.from_json(message["job"])
             pipe.hand_in(ranks.worker_for(job, rank, pipe, heartbeat, emit).run_rank(message).to_json())
+
+
+def threads_for(devices: Sequence[str], threads: int, rank: Rank) -> int:
+    """How many of `threads` CPU threads a rank takes for a job.
+
+    On a CPU sums are split by the number of threads, and pictures are to be those of one process bit for bit, so it
+    takes them all.
+    """
+    from stages.machine import probe
+
+    on_cpu = list(devices) == ["cpu"] or not probe().cards
+    return threads if on_cpu else max(1, threads // rank.local_size)
 
 
 def outcome(

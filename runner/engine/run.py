@@ -12,7 +12,7 @@ from runner.engine.oom import degrade
 from runner.engine.recorder import Recorder
 from runner.engine.report import Failure, Picture, Report, StageReport
 from runner.engine.signals import Interrupted, StopRequest
-from runner.engine.stage_runner import Collectives, StageRunner, work_items
+from runner.engine.stage_runner import Collectives, StageRunner, retell_warnings, work_items
 from runner.events import Emit, one_at_a_time, silent
 from runner.job import STAGES, Job, Origin, RunPolicy
 from runner.job_defaults import new_run
@@ -143,6 +143,7 @@ class Run:
         drop_checkpoints(self.plan, self.store, self.keys)
         reports = []
         with recorded(self.store, self.name, self._record), self.stop.listening(), self.recorder:
+            retell(self.store, self.keys, todo, self.emit)
             for index, stage in enumerate(stages):
                 following = next((later for later in stages[index + 1 :] if todo[later.name]), None)
                 earlier = stages[index - 1] if index else None
@@ -246,6 +247,15 @@ def check_runnable(plan: Plan, collectives: Collectives | None) -> None:
     if plan.processes > 1 and collectives is None:
         raise InvalidInput("denoise=tensor_parallel takes a process for each card -> runner.spawn(job, ranks=2), or "
                            "the command line")
+
+
+def retell(
+    store: Store, keys: Mapping[str, Sequence[str]], todo: Mapping[str, Sequence[int]], emit: Emit
+) -> None:
+    """Tell of what was warned of when the artifacts were made that a run uses again."""
+    for stage, missed in todo.items():
+        anew = set(missed)
+        retell_warnings(store, [key for at, key in enumerate(keys[stage]) if at not in anew], emit)
 
 
 def begin(plan: Plan, name: str, emit: Emit) -> None:

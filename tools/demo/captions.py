@@ -59,8 +59,8 @@ UNKNOWN_WORDS = tuple(
 )
 """Some of what people say and the demo cannot draw."""
 
-SOLO_WORDS = ("color", "shape", "size", "position", "background")
-PAIR_WORDS = ("color", "shape", "relation", "other_color", "other_shape", "background")
+SOLO_PARTS = ("color", "shape", "size", "position", "background")
+PAIR_PARTS = ("color", "shape", "relation", "other_color", "other_shape", "background")
 SOLO_SHARES = {"color": 0.65, "shape": 0.75, "size": 0.4, "position": 0.4, "background": 0.4}
 PAIR_SHARES = {"color": 0.8, "shape": 0.8, "relation": 0.75, "other_color": 0.8, "other_shape": 0.8, "background": 0.4}
 """How often a partial caption says each part of a scene."""
@@ -91,7 +91,7 @@ def complete_captions(scene: Scene) -> tuple[str, ...]:
 
 def everything(scene: Scene) -> frozenset[str]:
     """The names of all parts of a scene."""
-    return frozenset(PAIR_WORDS if isinstance(scene, Pair) else SOLO_WORDS)
+    return frozenset(PAIR_PARTS if isinstance(scene, Pair) else SOLO_PARTS)
 
 
 def training_caption(rng: random.Random, scene: Scene) -> Caption:

@@ -10,11 +10,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
-from tools.demo.captions import training_caption
+from tools.demo.choices import SceneChoices
 from tools.demo.latents import CHANNELS, GRID, Latents
 from tools.demo.muon import Muon
 from tools.demo.phase import Phase
-from tools.demo.scenes import Pair
 from tools.demo.text import CLIP_TOKENS, CLIP_WIDTH, T5_WIDTH, TEXT_TOKENS
 
 BATCH = 48
@@ -22,8 +21,8 @@ HEADS, HEAD = 3, 64
 ADAM_PEAK = 1.5e-3
 MUON_PEAK = 3e-3
 AVERAGE_DECAY = 0.997
-# Where in the picture things go is settled near the noise.
-TIME_SHIFT = 0.7
+# Where in the picture things go is settled near the noise, and what a caption leaves open nearer still.
+TIME_SHIFT, OPEN_TIME_SHIFT = 0.7, 1.8
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -124,20 +123,23 @@ class FlowTraining:
     """What the model learns to make."""
 
     @cached_property
-    def _kinds(self) -> list[list[int]]:
-        """Where the scenes of one shape are, and those of two."""
-        pairs = [isinstance(scene, Pair) for scene in self.latents.scenes]
-        kinds = [[at for at, pair in enumerate(pairs) if pair == kind] for kind in (False, True)]
-        return [kind for kind in kinds if kind]
+    def _choices(self) -> SceneChoices:
+        return SceneChoices(self.latents)
 
     def loss(self, rng: random.Random, device: torch.device) -> torch.Tensor:
-        """The flow-matching error on one batch: logit-normal times, nearer the noise than the picture."""
-        picks = [rng.choice(rng.choice(self._kinds)) for _ in range(BATCH)]
-        texts = [training_caption(rng, self.latents.scenes[pick]).text for pick in picks]
-        clean = self.latents.values[picks].float().to(device)
-        noise = torch.randn_like(clean)
-        t = torch.sigmoid(torch.randn(BATCH, device=device) + TIME_SHIFT)
+        """The flow-matching error on one batch: logit-normal times, nearer the noise than the picture.
+
+        What a caption leaves open is chosen by the noise, as the scene whose latents the noise is most like: then the
+        model can tell from the noise which of many pictures is meant, and has not to aim between them.
+        """
+        captions = [self._choices.caption(rng) for _ in range(BATCH)]
+        noise = torch.randn(BATCH, *self.latents.values.shape[1:])
+        picks = self._choices.nearest(noise, captions)
+        clean, noise = self.latents.values[picks].float().to(device), noise.to(device)
+        shift = torch.tensor([TIME_SHIFT if each.complete else OPEN_TIME_SHIFT for each in captions], device=device)
+        t = torch.sigmoid(torch.randn(BATCH, device=device) + shift)
         mixed = torch.lerp(clean, noise, t[:, None, None])
+        texts = [each.text for each in captions]
         clip_ids = token_ids(self.clip_tokenizer, texts, CLIP_TOKENS).to(device)
         t5_ids = token_ids(self.t5_tokenizer, texts, TEXT_TOKENS).to(device)
         velocity: torch.Tensor = self.model(clip_ids, t5_ids, mixed, t)

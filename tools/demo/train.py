@@ -96,9 +96,9 @@ def carried_rows(new: dict[str, int], known: dict[str, int]) -> dict[int, int]:
     rows = {}
     for token, row in new.items():
         word = token.replace("\u2581", "").replace("</w>", "")
-        same = token.replace(word, SAME_WORDS[word]) if word in SAME_WORDS else token
-        if same in known or token in known:
-            rows[row] = known.get(same, known.get(token, 0))
+        meant = token if token in known else token.replace(word, SAME_WORDS.get(word, word))
+        if meant in known:
+            rows[row] = known[meant]
     return rows
 
 
