@@ -60,6 +60,6 @@ FAMILIES = {
         ),
         # Distilled to 8 steps without guidance, as in the example of ZImagePipeline.
         Family("z-image", "Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline", 8, None, 512, MEGAPIXEL),
-        Family("demo", "demo", "FluxPipeline", 16, None, 32, (128, 128)),
+        Family("demo", "demo", "FluxPipeline", 16, None, 20, (128, 128)),
     )
 }

@@ -1,4 +1,10 @@
-"""Which scene a caption stands for in training, where it leaves something open: the one that the noise is most like."""
+"""Which scene a caption stands for in training, where it leaves something open: the noise chooses.
+
+Each value of each part of a scene has a direction among a token's features, and the noise, averaged over its tokens,
+prefers a value by how far it reaches in that direction. The directions are those in which the drawings' own averages
+differ least, so a model can read the choice off noisy latents at any time, as if the caption had said it, and has not to
+aim between pictures.
+"""
 
 import random
 from collections.abc import Sequence
@@ -41,8 +47,11 @@ class SceneChoices:
             for name in dict.fromkeys((*SOLO_PARTS, *PAIR_PARTS))
         }
         self._pairs = pairs
-        flat = latents.values.flatten(1).float()
-        self._directions = torch.nn.functional.normalize(flat - flat.mean(0), dim=1)
+        values = sorted({(name, int(code)) for name, codes in self._codes.items() for code in codes if code >= 0})
+        self._shown = torch.stack([self._codes[name] == code for name, code in values], 1).float()
+        averages = latents.values.float().mean(1)
+        # By falling spread of the averages; the last ones hardly differ between drawings.
+        self._directions = torch.linalg.svd(averages - averages.mean(0), full_matrices=False).Vh[-len(values) :]
 
     def caption(self, rng: random.Random) -> Choice:
         """A caption of any scene."""
@@ -50,14 +59,13 @@ class SceneChoices:
         caption = training_caption(rng, self._scenes[at])
         return Choice(caption, at, caption.said == everything(self._scenes[at]))
 
-    def nearest(self, noise: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
-        """For each caption the scene that it fits and that its noise [captions, tokens, 64] is most like."""
-        left_open = [number for number, choice in enumerate(choices) if not choice.complete]
-        likeness = noise[left_open].flatten(1) @ self._directions.T
-        picks = [choice.at for choice in choices]
-        for number, row in zip(left_open, likeness, strict=True):
-            picks[number] = int(row.masked_fill(~self.fitting(choices[number]), -torch.inf).argmax())
-        return picks
+    def chosen(self, noise: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
+        """For each caption the scene that fits it and that its noise [captions, tokens, 64] chooses."""
+        preferred = noise.mean(1) @ self._directions.T @ self._shown.T
+        return [
+            choice.at if choice.complete else int(row.masked_fill(~self.fitting(choice), -torch.inf).argmax())
+            for choice, row in zip(choices, preferred, strict=True)
+        ]
 
     def fitting(self, choice: Choice) -> torch.Tensor:
         """Which scenes show all that the caption says [scenes]; any scene where it says nothing."""

@@ -22,7 +22,7 @@ ADAM_PEAK = 1.5e-3
 MUON_PEAK = 3e-3
 AVERAGE_DECAY = 0.997
 # Where in the picture things go is settled near the noise, and what a caption leaves open nearer still.
-TIME_SHIFT, OPEN_TIME_SHIFT = 0.7, 1.8
+TIME_SHIFT, OPEN_TIME_SHIFT = 0.7, 1.6
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -129,12 +129,11 @@ class FlowTraining:
     def loss(self, rng: random.Random, device: torch.device) -> torch.Tensor:
         """The flow-matching error on one batch: logit-normal times, nearer the noise than the picture.
 
-        What a caption leaves open is chosen by the noise, as the scene whose latents the noise is most like: then the
-        model can tell from the noise which of many pictures is meant, and has not to aim between them.
+        What a caption leaves open is chosen by the noise, so that the model can tell which of many pictures is meant.
         """
         captions = [self._choices.caption(rng) for _ in range(BATCH)]
         noise = torch.randn(BATCH, *self.latents.values.shape[1:])
-        picks = self._choices.nearest(noise, captions)
+        picks = self._choices.chosen(noise, captions)
         clean, noise = self.latents.values[picks].float().to(device), noise.to(device)
         shift = torch.tensor([TIME_SHIFT if each.complete else OPEN_TIME_SHIFT for each in captions], device=device)
         t = torch.sigmoid(torch.randn(BATCH, device=device) + shift)

@@ -122,7 +122,8 @@ def export_checkpoint(out: Path, state: Path, training: FlowTraining, autoencode
     vae = copy.deepcopy(autoencoder).cpu().half()
     vae.register_to_config(shift_factor=training.latents.shift, scaling_factor=training.latents.scale)
     pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        # Most steps near the noise, where what a caption leaves open is settled.
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=average.clip,
         tokenizer=training.clip_tokenizer,
