@@ -23,7 +23,7 @@ def asked(count: int) -> "list[Request]":
     """The prompts that the demo is scored on, the ones with two shapes first, a seed each."""
     from runner.request import requests_for
     from stages.families import FAMILIES
-    from tools.demo.scenes import held_out_prompts
+    from tools.demo.prompts import held_out_prompts
 
     texts = [prompt.text for kind in reversed(held_out_prompts()) for prompt in kind][:count]
     return [replace(requests_for(text, FAMILIES["demo"], seed=at)[0], index=at) for at, text in enumerate(texts)]

@@ -16,7 +16,7 @@ from runner.demo import CHECKPOINT
 from runner.request import requests_for
 from stages.families import FAMILIES
 from tools.demo.judge import Score, pictures_of, score
-from tools.demo.scenes import Prompt, held_out_prompts
+from tools.demo.prompts import Prompt, held_out_prompts
 
 DEMO = FAMILIES["demo"]
 

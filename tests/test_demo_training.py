@@ -9,15 +9,16 @@ import torch
 from diffusers import FluxPipeline
 
 from tools.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
+from tools.demo.captions import Caption, captioned_scene, everything, known_words
 from tools.demo.flow import FlowTraining, VelocityModel, build_transformer, flow_optimizers, frozen_copy, train_flow
-from tools.demo.grounding import IGNORED, Grounding, grounding_optimizer, scene_labels, train_grounding
+from tools.demo.grounding import IGNORED, Grounding, grounding_optimizer, train_grounding
 from tools.demo.latents import GRID, Latents, load_latents, save_latents
 from tools.demo.muon import Muon, orthogonal
 from tools.demo.phase import Phase
 from tools.demo.scenes import POSITIONS, Pair, Solo, training_scene
 from tools.demo.shapes import COLORS, SHAPES
-from tools.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder, sample_captions
-from tools.demo.train import build_tokenizers, export_checkpoint, load_weights, thin_log
+from tools.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder
+from tools.demo.train import build_tokenizers, carried_rows, export_checkpoint, load_weights, thin_log
 
 CPU = torch.device("cpu")
 
@@ -29,20 +30,23 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowTraining]
     clip_tokenizer, t5_tokenizer = build_tokenizers(folder)
     model = VelocityModel(build_clip_encoder(clip_tokenizer), build_t5_encoder(t5_tokenizer), build_transformer())
     rng = random.Random(0)
-    scenes = [training_scene(rng)[1] for _ in range(8)]
-    latents = Latents(scenes, torch.randn(8, GRID * GRID, 64).half(), 0.1, 0.7)
+    scenes = [training_scene(rng) for _ in range(80)]
+    latents = Latents(scenes, torch.randn(80, GRID * GRID, 64).half(), 0.1, 0.7)
     return folder, FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, latents)
 
 
 def test_every_word_of_the_captions_is_one_token(built: tuple[Path, FlowTraining]) -> None:
     _, training = built
-    corpus = sample_captions(2000)
-    words = {word.strip(",.") for text in corpus for word in text.split()}
-    assert len(words) > 30
+    words = known_words()
+    assert {"red", "star", "tiny", "beneath", "something", "picture"} <= set(words)
     assert all(len(training.t5_tokenizer(word).input_ids) == 2 for word in words)
     assert all(len(training.clip_tokenizer(word).input_ids) == 3 for word in words)
-    assert max(len(training.t5_tokenizer(text).input_ids) for text in corpus) <= TEXT_TOKENS
-    assert max(len(training.clip_tokenizer(text).input_ids) for text in corpus) <= CLIP_TOKENS
+    rng = random.Random(1)
+    texts = [captioned_scene(rng)[0].text for _ in range(2000)]
+    assert max(len(training.t5_tokenizer(text).input_ids) for text in texts) <= TEXT_TOKENS
+    assert max(len(training.clip_tokenizer(text).input_ids) for text in texts) <= CLIP_TOKENS
+    unknown = training.t5_tokenizer.unk_token_id
+    assert training.t5_tokenizer("a astronaut").input_ids.count(unknown) == 1
     assert training.t5_tokenizer("A Red circle").input_ids == training.t5_tokenizer("a red circle").input_ids
 
 
@@ -52,15 +56,19 @@ def test_every_word_that_names_a_thing_is_asked_what_it_is_and_where(built: tupl
     text = "a red circle above a blue circle on a white background"
     ids = training.t5_tokenizer(text).input_ids
     colors, shapes, places = list(COLORS), list(SHAPES), list(POSITIONS)
-    labels = Grounding(training.t5_tokenizer).token_labels(ids, text, scene).tolist()
+    grounding = Grounding(training.t5_tokenizer)
+    named = (("red", "0"), ("circle", "0"), ("blue", "1"), ("circle", "1"), ("white", "b"))
+    labels = grounding.token_labels(ids, Caption(text, everything(scene), named), scene).tolist()
     words = dict(zip(text.split(), range(len(ids)), strict=False))
     first = [colors.index("red"), shapes.index("circle"), places.index("at the top")]
     other = [colors.index("blue"), shapes.index("circle"), places.index("at the bottom")]
     behind = [colors.index("white"), IGNORED, len(places)]
     asked = {spot: row for spot, row in enumerate(labels) if row != [IGNORED] * 3}
     assert asked == {1: first, 2: first, 5: other, 6: other, words["white"]: behind}
-    left_open = scene_labels("a red star", Solo("red", "star", "large", "on the left", "black"))
-    assert left_open == [(colors.index("red"), shapes.index("star"), IGNORED)]
+    star = Solo("red", "star", "large", "on the left", "black")
+    open_place = Caption("a red thing", frozenset({"color"}), (("red", "0"), ("thing", "0")))
+    labels = grounding.token_labels(training.t5_tokenizer(open_place.text).input_ids, open_place, star).tolist()
+    assert labels[1:3] == [[colors.index("red"), IGNORED, IGNORED]] * 2
 
 
 def test_the_text_encoder_learns_its_words_and_keeps_them(built: tuple[Path, FlowTraining], tmp_path: Path) -> None:
@@ -163,6 +171,12 @@ def test_learning_goes_on_from_a_checkpoint(built: tuple[Path, FlowTraining], tm
     torch.manual_seed(5)
     encoders = build_clip_encoder(training.clip_tokenizer), build_t5_encoder(training.t5_tokenizer)
     model = VelocityModel(*encoders, build_transformer())
-    load_weights(model, tmp_path)
+    load_weights(model, tmp_path, (training.clip_tokenizer, training.t5_tokenizer))
     loaded, exported = model.state_dict(), training.average.state_dict()
     assert all(torch.equal(weights.half().float(), loaded[name]) for name, weights in exported.items())
+
+
+def test_a_word_that_is_new_to_a_checkpoint_begins_as_the_one_it_means_the_same_as() -> None:
+    known = {"\u2581small": 4, "\u2581red": 5, "</s>": 1}
+    new = {"\u2581tiny": 9, "\u2581small": 8, "\u2581red": 7, "</s>": 1, "\u2581photo": 6}
+    assert carried_rows(new, known) == {9: 4, 8: 4, 7: 5, 1: 1}

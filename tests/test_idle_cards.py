@@ -107,4 +107,5 @@ def test_a_run_says_it_too(
              "--count", "2", "--device", first, "--device", second, "--artifacts", str(tmp_path / "store")]
     assert answer([*words, "--verbose", "--out", str(tmp_path / "out") + "/"]) == 0
     err = capsys.readouterr().err
-    assert f"idle: {second} (1 of 2 cards) -> --ranks 2 uses all of them: a share of the pictures for each rank" in flat(err)
+    assert (f"idle: {second} (1 of 2 cards) -> --ranks 2 uses all of them: a share of the pictures for each rank"
+            in flat(err))

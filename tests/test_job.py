@@ -214,7 +214,8 @@ def test_no_option_of_the_command_line_is_lost() -> None:
     there = {field.name for kind in (Job, RunPolicy, Output, Request) for field in fields(kind)}
     known = {"device": "devices", "gpus": "devices", "no_p2p": "peer_copies", "lora": "loras", "artifacts": "store",
              "no_modulation_table": "modulation_table", "no_degrade": "degrade", "size": "width", "count": "requests",
-             "prompt_file": "requests", "like": "origin", "out": "paths", "no_metadata": "metadata", "words": "prompt", "prompts": "prompt"}
+             "prompt_file": "requests", "like": "origin", "out": "paths", "no_metadata": "metadata",
+             "words": "prompt", "prompts": "prompt"}
     # Who does the job, and what is said of it.
     beside = {"ctx", "engine", "ranks", "rank_timeout", "json", "log", "quiet", "verbose", "print_config"}
     options = {field.name for field in fields(FamilyOptions)} - beside

@@ -14,7 +14,7 @@ from runner.engine.recorder import Recorder
 from runner.engine.refusals import check_listeners, check_runnable
 from runner.engine.report import Failure, Picture, Report, StageReport
 from runner.engine.signals import Interrupted, StopRequest
-from runner.engine.stage_runner import Collectives, StageRunner, work_items
+from runner.engine.stage_runner import Collectives, StageRunner, retell_warnings, work_items
 from runner.events import Emit, one_at_a_time, silent
 from runner.job import STAGES, Job, Origin, RunPolicy
 from runner.job_defaults import new_run
@@ -163,6 +163,7 @@ class Run:
         drop_checkpoints(self.plan, self.store, self.keys)
         reports = []
         with recorded(self.store, self.name, self._record), self.stop.listening(), self.recorder:
+            retell(self.store, self.keys, todo, self.emit)
             for index, stage in enumerate(stages):
                 following = next((later for later in stages[index + 1 :] if todo[later.name]), None)
                 earlier = stages[index - 1] if index else None
@@ -260,6 +261,15 @@ def advised(error: StageOutOfMemory, plan: Plan) -> StageOutOfMemory:
     error.alternatives = after_out_of_memory(plan, error.stage, replan)
     error.fixes = error.alternatives[0] if error.alternatives else ()
     return error
+
+
+def retell(
+    store: Store, keys: Mapping[str, Sequence[str]], todo: Mapping[str, Sequence[int]], emit: Emit
+) -> None:
+    """Tell of what was warned of when the artifacts were made that a run uses again."""
+    for stage, missed in todo.items():
+        anew = set(missed)
+        retell_warnings(store, [key for at, key in enumerate(keys[stage]) if at not in anew], emit)
 
 
 def begin(plan: Plan, name: str, emit: Emit) -> None:

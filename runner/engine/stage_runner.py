@@ -70,6 +70,15 @@ def work_items(keys: Sequence[str], sources: Sequence[str] | None, todo: Sequenc
             for index, (key, requests) in enumerate(sharing.items())]
 
 
+def retell_warnings(store: Store, keys: Sequence[str], emit: Emit) -> None:
+    """Tell `emit` once more what it was warned of when these artifacts were made."""
+    for key in dict.fromkeys(keys):
+        artifact = store.find(key)
+        kept = () if artifact is None else artifact.note.get("warnings", ())
+        for text in kept if isinstance(kept, list) else ():
+            emit("warning", {"text": str(text)})
+
+
 class StageRunner:
     """One stage of a plan and the store that it works on.
 
@@ -224,9 +233,15 @@ class StageRunner:
             self._made(item.key)
 
     def _make(self, table: ModulationTable | None, lane: Loaded, item: WorkItem, of: int) -> None:
-        state = self._source(item)
+        state, warnings = self._source(item), list[str]()
+
+        def emit(kind: str, data: Mapping[str, Any]) -> None:
+            if kind == "warning":
+                warnings.append(str(data["text"]))
+            self.emit(kind, data)
+
         checkpointer = StepCheckpointer(
-            self.emit, item.key, {"index": item.index, "of": of, "request": item.request}, self._stopping,
+            emit, item.key, {"index": item.index, "of": of, "request": item.request}, self._stopping,
             self.store if lane.resumable else None, self.plan.job.policy.step_every,
         )
         checkpoint = load_checkpoint(self.store, item.key) if lane.resumable else None
@@ -236,7 +251,7 @@ class StageRunner:
         with nullcontext() if table is None else table.request(item.request, done), self._timed("compute"):
             result = self._kept(lane, state, item, checkpointer, checkpoint)
         with self._timed("save"):
-            self.store.put(item.key, self.stage.name, result, self._note())
+            self.store.put(item.key, self.stage.name, result, self._note(warnings))
             if lane.resumable:
                 self.store.drop(checkpoint_key(item.key))
 
@@ -282,8 +297,8 @@ class StageRunner:
             )
         return state
 
-    def _note(self) -> dict[str, Any]:
-        return {"model": self.plan.checkpoint.identity, "torch": torch.__version__,
+    def _note(self, warnings: Sequence[str]) -> dict[str, Any]:
+        return {"warnings": list(warnings), "model": self.plan.checkpoint.identity, "torch": torch.__version__,
                 "places": {name: str(place.placement)
                            for name, place in self.plan.places_of(self.stage.name).items()}}
 

@@ -16,8 +16,8 @@ from runner.planning.tiles import smaller_tiles
 from runner.text import gib
 from stages.errors import DoesNotFit, Fix, Fixes
 from stages.machine import Machine
-from stages.placement.transfers import PATTERN_BYTES
 from stages.placement.placement import DISK
+from stages.placement.transfers import PATTERN_BYTES
 
 OFFLOADS = (None, "cpu", "disk")
 ROUNDS = 6

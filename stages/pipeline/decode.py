@@ -1,6 +1,6 @@
 """Decode: latents become a picture."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,10 @@ from diffusers import ModularPipeline
 
 from stages.errors import BadResult
 from stages.pipeline.stage import Inputs, Stage
+from stages.state import State
+
+LEAST_SPREAD = 3.0
+"""The standard deviation of a picture's most varied channel, of 255, below which it is nearly of one color."""
 
 
 class Decode(Stage):
@@ -37,3 +41,13 @@ class Decode(Stage):
             raise BadResult(f"decode: every pixel is {pixels[0, 0].tolist()}: the latents are damaged or the type "
                             f"overflowed; run again with `dtype=float32`")
         return {"pixels": pixels}
+
+    def doubts(self, made: State, inputs: Inputs) -> Iterator[str]:
+        """A picture that is nearly of one color."""
+        pixels = made.values["pixels"]
+        assert isinstance(pixels, torch.Tensor)
+        spread, mean = torch.std_mean(pixels.float(), dim=(0, 1))
+        if float(spread.max()) < LEAST_SPREAD:
+            color = [round(float(channel)) for channel in mean]
+            yield (f"the picture of seed {inputs.get('seed')} is nearly of one color, {color} with a spread of "
+                   f"{float(spread.max()):.1f} of 255: another seed, more steps or other words may draw it")

@@ -69,12 +69,13 @@ class Encode(Stage):
     def request(
         self, pipe: ModularPipeline, arguments: Mapping[str, Any], emit: Emit, resume_from: StepCheckpoint | None
     ) -> Iterator[None]:
-        """While the pipeline works on a request inside, what its encoders read is noted; `emit` is told what not."""
+        """While the pipeline works on a request inside, what its encoders read is noted; `emit` is told what they do
+        not see or know."""
         reader = PromptReader(pipe)
         with reader.listening(), super().request(pipe, arguments, emit, resume_from):
             yield
         # A rehearsal, to which nobody listens, may have no tokenizer.
-        for text in () if emit is silent else reader.unseen(arguments):
+        for text in () if emit is silent else (*reader.unknown(arguments), *reader.unseen(arguments)):
             emit("warning", {"text": text})
 
 

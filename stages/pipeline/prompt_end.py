@@ -1,5 +1,7 @@
-"""What the text encoders do not see of a prompt: upstream cuts it with a line in a log, or with none."""
+"""What the text encoders do not see or know of a prompt: upstream says so in a line of a log, or not at all."""
 
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +13,8 @@ from torch import nn
 from stages.state import Value
 
 PROMPTS = ("prompt", "negative_prompt")
+# A vocabulary of so few tokens is told word by word.
+_SMALL_VOCABULARY = 200
 # So many tokens of a prompt are found again in what an encoder reads.
 _CLUE = 8
 
@@ -44,6 +48,21 @@ class PromptReader:
                 yield (f"the {name.replace('_', ' ')} is too long for the model, which does not see its end: "
                        f"{min(ends, key=len)!r}")
 
+    def unknown(self, inputs: Mapping[str, Value]) -> Iterator[str]:
+        """A warning for each prompt of the inputs with words that an encoder has no token for."""
+        for name, tokenizer in itertools.product(PROMPTS, self._tokenizers):
+            reader = self._reader(tokenizer)
+            words = _unknown_words(reader, str(inputs[name])) if name in inputs else ()
+            if words:
+                told = f"{tokenizer.replace('tokenizer', 'text_encoder')} does not know {', '.join(map(repr, words))} "
+                known = _vocabulary(reader)
+                yield (f"{told}of the {name.replace('_', ' ')}, so the picture will not show it"
+                       + (f"; it knows: {', '.join(known)}" if known else ""))
+
+    def _reader(self, tokenizer: str) -> Any:
+        reader = getattr(self._pipe, tokenizer)
+        return getattr(reader, "tokenizer", reader)  # FLUX.2 has a processor, which holds one.
+
     def _hook(self, name: str) -> Any:
         def heard(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
@@ -60,8 +79,7 @@ class PromptReader:
         less those of the template that its prompt stands in. In FLUX.1 the cut in CLIP is usual, and harmless while T5
         reads on.
         """
-        reader = getattr(self._pipe, tokenizer)
-        reader = getattr(reader, "tokenizer", reader)  # FLUX.2 has a processor, which holds one.
+        reader = self._reader(tokenizer)
         limit = reader.model_max_length
         if "CLIP" not in type(reader).__name__ and isinstance(inputs.get("max_sequence_length"), int):
             limit = inputs["max_sequence_length"]
@@ -70,6 +88,26 @@ class PromptReader:
         seen = [found for read in self._read[tokenizer] if len(read) == limit and (found := _seen(tokens, read))]
         count = max(seen) if seen else limit - reader.num_special_tokens_to_add()
         return str(reader.decode(tokens[count:])) if len(tokens) > count else ""
+
+
+def _unknown_words(reader: Any, prompt: str) -> list[str]:
+    """The words, as the prompt has them, in which the tokenizer finds letters that it has no token for."""
+    # CLIP calls the end of a text unknown; its tokens are bytes, so nothing is.
+    if not getattr(reader, "is_fast", False) or reader.unk_token_id in (None, reader.eos_token_id):
+        return []
+    read = reader(prompt, add_special_tokens=False, truncation=False, return_offsets_mapping=True)
+    spots = [spot for token, spot in zip(read["input_ids"], read["offset_mapping"], strict=True)
+             if token == reader.unk_token_id]
+    words = [word for word in re.finditer(r"\w+|[^\w\s]+", prompt)
+             if any(first < word.end() and last > word.start() for first, last in spots)]
+    return list(dict.fromkeys(word.group() for word in words))
+
+
+def _vocabulary(reader: Any) -> list[str]:
+    """The words that a tokenizer has tokens for, sorted, if they are few."""
+    vocabulary = reader.get_vocab()
+    words = {token.removeprefix("\u2581") for token in vocabulary if token.startswith("\u2581")}
+    return sorted(word for word in words if word.isalpha()) if len(vocabulary) <= _SMALL_VOCABULARY else []
 
 
 def _seen(tokens: Sequence[int], read: Sequence[int]) -> int:

@@ -99,6 +99,10 @@ class Stage:
         """The values after the stage, as they are handed over."""
         return dict(values)
 
+    def doubts(self, made: State, inputs: Inputs) -> Iterator[str]:
+        """What is odd about a result that is handed over all the same."""
+        return iter(())
+
     def resumable(self, pipe: ModularPipeline) -> bool:
         """Whether a request that stopped between two steps can go on from there, to the same last bit."""
         return False
@@ -217,6 +221,9 @@ class Loaded:
             after = self.pipe(state=before, **arguments)
         made = self._handed_over(after, inputs)
         check_finite(self.stage.name, made)
+        # A rehearsal, to which nobody listens, has shapes alone.
+        for text in () if emit is silent else self.stage.doubts(made, inputs):
+            emit("warning", {"text": text})
         return state.only(state.values.keys() & self.stage.reads).merged(made)
 
     def _received(self, value: Any) -> Any:

@@ -45,7 +45,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 def _example(rng: random.Random, side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Pixels [side, side, 3] and weights [side, side]: the smaller a shape, the more each of its pixels counts."""
-    _, scene = training_scene(rng)
+    scene = training_scene(rng)
     shapes = layout(scene)
     masks = [(placed.color, placed.mask()) for placed in shapes]
     weight = 1 + sum(mask * (0.5 * CROP * CROP / mask.sum()) for _, mask in masks)

@@ -4,15 +4,16 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
+from tools.demo.choices import SceneChoices
 from tools.demo.latents import CHANNELS, GRID, Latents
 from tools.demo.muon import Muon
 from tools.demo.phase import Phase
-from tools.demo.scenes import training_caption
 from tools.demo.text import CLIP_TOKENS, CLIP_WIDTH, T5_WIDTH, TEXT_TOKENS
 
 BATCH = 48
@@ -20,8 +21,8 @@ HEADS, HEAD = 3, 64
 ADAM_PEAK = 1.5e-3
 MUON_PEAK = 3e-3
 AVERAGE_DECAY = 0.997
-# Where in the picture things go is settled near the noise.
-TIME_SHIFT = 0.7
+# Where in the picture things go is settled near the noise, and what a caption leaves open nearer still.
+TIME_SHIFT, OPEN_TIME_SHIFT = 0.7, 1.6
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -121,14 +122,23 @@ class FlowTraining:
     latents: Latents
     """What the model learns to make."""
 
+    @cached_property
+    def _choices(self) -> SceneChoices:
+        return SceneChoices(self.latents)
+
     def loss(self, rng: random.Random, device: torch.device) -> torch.Tensor:
-        """The flow-matching error on one batch: logit-normal times, nearer the noise than the picture."""
-        picks = [rng.randrange(len(self.latents.scenes)) for _ in range(BATCH)]
-        texts = [training_caption(rng, self.latents.scenes[pick]) for pick in picks]
-        clean = self.latents.values[picks].float().to(device)
-        noise = torch.randn_like(clean)
-        t = torch.sigmoid(torch.randn(BATCH, device=device) + TIME_SHIFT)
+        """The flow-matching error on one batch: logit-normal times, nearer the noise than the picture.
+
+        What a caption leaves open is chosen by the noise, so that the model can tell which of many pictures is meant.
+        """
+        captions = [self._choices.caption(rng) for _ in range(BATCH)]
+        noise = torch.randn(BATCH, *self.latents.values.shape[1:])
+        picks = self._choices.chosen(noise, captions)
+        clean, noise = self.latents.values[picks].float().to(device), noise.to(device)
+        shift = torch.tensor([TIME_SHIFT if each.complete else OPEN_TIME_SHIFT for each in captions], device=device)
+        t = torch.sigmoid(torch.randn(BATCH, device=device) + shift)
         mixed = torch.lerp(clean, noise, t[:, None, None])
+        texts = [each.text for each in captions]
         clip_ids = token_ids(self.clip_tokenizer, texts, CLIP_TOKENS).to(device)
         t5_ids = token_ids(self.t5_tokenizer, texts, TEXT_TOKENS).to(device)
         velocity: torch.Tensor = self.model(clip_ids, t5_ids, mixed, t)

@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional
 from transformers import T5EncoderModel, T5Tokenizer
 
+from tools.demo.captions import OPEN_SHAPES, Caption, captioned_scene
 from tools.demo.phase import Phase
-from tools.demo.scenes import POSITIONS, RELATIONS, Pair, Scene, training_scene
+from tools.demo.scenes import POSITIONS, RELATIONS, Scene, Solo
 from tools.demo.shapes import COLORS, SHAPES
 from tools.demo.text import T5_WIDTH, TEXT_TOKENS, position_bias
 
@@ -37,9 +38,8 @@ class Grounding(torch.nn.Module):
         super().__init__()
         self.heads = torch.nn.ModuleList(torch.nn.Linear(T5_WIDTH, len(classes)) for classes in CLASSES)
         self._tokenizer = tokenizer
-        self._colors, self._shapes = (
-            {tokenizer(word).input_ids[0]: word for word in classes} for classes in CLASSES[:2]
-        )
+        names = [*COLORS, *SHAPES, *OPEN_SHAPES, "something"]
+        self._names = {tokenizer(name).input_ids[0] for name in names}
 
     def loss(self, t5: T5EncoderModel, rng: random.Random, device: torch.device) -> torch.Tensor:
         """The cross-entropy over all named things of a batch of captions, none of a held-out scene."""
@@ -54,39 +54,39 @@ class Grounding(torch.nn.Module):
 
     def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids of captions [captions, tokens], and the labels of each token [captions, tokens, 3]."""
-        examples = [training_scene(rng) for _ in range(BATCH)]
+        examples = [captioned_scene(rng) for _ in range(BATCH)]
         ids: torch.Tensor = self._tokenizer(
-            [text for text, _ in examples], padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt"
+            [caption.text for caption, _ in examples],
+            padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt",
         ).input_ids
         rows = zip(ids.tolist(), examples, strict=True)
-        return ids, torch.stack([self.token_labels(row, text, scene) for row, (text, scene) in rows])
+        return ids, torch.stack([self.token_labels(row, caption, scene) for row, (caption, scene) in rows])
 
-    def token_labels(self, ids: list[int], text: str, scene: Scene) -> torch.Tensor:
+    def token_labels(self, ids: list[int], caption: Caption, scene: Scene) -> torch.Tensor:
         """Color, shape and place of what each token of a caption names [tokens, 3]; IGNORED for all other tokens."""
-        things = scene_labels(text, scene)
         labels = torch.full((len(ids), len(CLASSES)), IGNORED)
-        shapes = [at for at, token in enumerate(ids) if token in self._shapes]
-        colors = [at for at, token in enumerate(ids) if token in self._colors]
-        for at, thing in zip(shapes, things, strict=True):
-            labels[at] = torch.tensor(thing)
-        for at, thing in zip(colors, things, strict=False):
-            labels[at] = torch.tensor(thing)
-        # A color after those of the things is the background's.
-        for at in colors[len(things) :]:
-            labels[at] = torch.tensor([_color(self._colors[ids[at]]), IGNORED, _place(BACKGROUND)])
+        naming = [at for at, token in enumerate(ids) if token in self._names]
+        # A caption that was cut has fewer.
+        for at, (_, whose) in zip(naming, caption.named, strict=False):
+            labels[at] = torch.tensor(thing_labels(scene, caption.said, whose))
         return labels
 
 
-def scene_labels(text: str, scene: Scene) -> list[Labels]:
-    """The labels of each thing in the caption's order; the place is IGNORED where the caption leaves it open."""
-    if isinstance(scene, Pair):
-        first, other = (_place(position) for position in RELATIONS[scene.relation])
-        return [
-            (_color(scene.color), _shape(scene.shape), first),
-            (_color(scene.other_color), _shape(scene.other_shape), other),
-        ]
-    place = _place(scene.position) if scene.position in text else IGNORED
-    return [(_color(scene.color), _shape(scene.shape), place)]
+def thing_labels(scene: Scene, said: frozenset[str], whose: str) -> Labels:
+    """What is said of the first shape "0", the other "1", or the background "b"; IGNORED is what is left open."""
+    if whose == "b":
+        return _color(scene.background), IGNORED, _place(BACKGROUND)
+    if isinstance(scene, Solo):
+        color, shape, place, prefix = scene.color, scene.shape, scene.position, ""
+    else:
+        places = RELATIONS[scene.relation]
+        color, shape = (scene.color, scene.shape) if whose == "0" else (scene.other_color, scene.other_shape)
+        place, prefix = places[int(whose)], "" if whose == "0" else "other_"
+    return (
+        _color(color) if prefix + "color" in said else IGNORED,
+        _shape(shape) if prefix + "shape" in said else IGNORED,
+        _place(place) if said & {"position", "relation"} else IGNORED,
+    )
 
 
 def _color(word: str) -> int:
@@ -101,12 +101,16 @@ def _place(word: str) -> int:
     return CLASSES[2].index(word)
 
 
-def grounding_optimizer(t5: T5EncoderModel, grounding: Grounding) -> torch.optim.Optimizer:
+def grounding_optimizer(t5: T5EncoderModel, grounding: Grounding, peak: float = PEAK) -> torch.optim.Optimizer:
     """AdamW for all weights of the encoder and the heads, ten times faster for the few that tell words' order."""
     bias = position_bias(t5)
-    rest = [weights for weights in [*t5.parameters(), *grounding.parameters()] if weights is not bias]
-    groups = [{"params": rest, "peak": PEAK}, {"params": [bias], "peak": 10 * PEAK}]
-    return torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98), weight_decay=0.0)
+    rest = [weights for weights in t5.parameters() if weights is not bias]
+    groups = [
+        {"params": list(grounding.parameters()), "peak": PEAK},
+        {"params": rest, "peak": peak},
+        {"params": [bias], "peak": 10 * peak},
+    ]
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def train_grounding(phase: Phase, loss: Callable[[random.Random], torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations, starmap
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runner.demo import CHECKPOINT
-from tools.demo.scenes import POSITIONS, RADII, RELATIONS, Pair, Prompt, Scene, Solo, held_out_prompts
+from tools.demo.captions import everything
+from tools.demo.prompts import Prompt, held_out_prompts, partial_prompts
+from tools.demo.scenes import POSITIONS, RADII, RELATIONS, Pair, Scene, Solo
 from tools.demo.shapes import COLORS, SHAPES, SIDE, picture_mask
 
 STEPS = 12
@@ -36,6 +39,10 @@ FOREIGN_SHARE = 0.02
 
 Pixels = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Thing = tuple[str | None, str | None]
+
+_ANY_SOLO = Solo("red", "circle", "large", "in the center", "white")
+_ANY_PAIR = Pair("red", "circle", "above", "blue", "square", "white")
 
 
 @dataclass(frozen=True)
@@ -89,17 +96,25 @@ class Score:
         return f"{self.passed} of {self.total} ({parts})"
 
 
-def judge(picture: Image.Image, scene: Scene) -> Verdict:
-    """Compare the picture with the scene; ValueError unless it is of SIDE x SIDE pixels."""
+def judge(picture: Image.Image, scene: Scene, said: frozenset[str] | None = None) -> Verdict:
+    """Compare the picture with what is said of the scene, by default all of it; what is left open may be anything.
+
+    ValueError unless the picture is of SIDE x SIDE pixels.
+    """
     if picture.size != (SIDE, SIDE):
         raise ValueError(f"the judge reads pictures of {SIDE}x{SIDE}, got {picture.width}x{picture.height}")
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
-    return _judge_pair(pixels, scene) if isinstance(scene, Pair) else _judge_solo(pixels, scene)
+    said = everything(scene) if said is None else said
+    if said:
+        return _judge_pair(pixels, scene, said) if isinstance(scene, Pair) else _judge_solo(pixels, scene, said)
+    # Where nothing is said, one shape will do as well as two.
+    verdicts = [_judge_solo(pixels, _ANY_SOLO, said), _judge_pair(pixels, _ANY_PAIR, said)]
+    return next((verdict for verdict in verdicts if verdict.passed), verdicts[0])
 
 
 def score(prompts: Iterable[Prompt], pictures: Iterable[Image.Image]) -> Score:
     """Judge one picture for each prompt, in order; ValueError if their numbers differ."""
-    verdicts = [(prompt, judge(picture, prompt.scene)) for prompt, picture in zip(prompts, pictures, strict=True)]
+    verdicts = [(prompt, judge(picture, prompt.scene, prompt.said)) for prompt, picture in zip(prompts, pictures, strict=True)]
     right: Counter[str] = Counter()
     for _, verdict in verdicts:
         right.update(verdict.right)
@@ -174,18 +189,21 @@ def _position(found: DetectedShape) -> str | None:
     return nearest if distances[nearest] <= OFF_CENTER else None
 
 
-def _judge_solo(pixels: Pixels, scene: Solo) -> Verdict:
+def _judge_solo(pixels: Pixels, scene: Solo, said: frozenset[str]) -> Verdict:
     background = _background(pixels)
     found = _detect(pixels, background, np.ones((SIDE, SIDE), dtype=bool), RADII)
-    right = {
+    position = _position(found) if found.color is not None else None
+    parts = {
         "background": background == scene.background,
         "color": found.color == scene.color,
         "shape": found.shape == scene.shape,
         "size": found.size == scene.size,
-        "position": found.color is not None and _position(found) == scene.position,
-        "nothing else": found.foreign <= FOREIGN_SHARE * SIDE * SIDE,
+        "position": position == scene.position,
     }
-    seen = f"{found.size} {found.color} {found.shape} {_position(found)} on {background}, fit {found.fit:.2f}"
+    right = {name: rightly for name, rightly in parts.items() if name in said}
+    right["something"] = found.color is not None and found.shape is not None
+    right["nothing else"] = found.foreign <= FOREIGN_SHARE * SIDE * SIDE
+    seen = f"{found.size} {found.color} {found.shape} {position} on {background}, fit {found.fit:.2f}"
     return Verdict(right, seen)
 
 
@@ -197,7 +215,7 @@ def _halves(positions: tuple[str, str]) -> tuple[Mask, Mask]:
     return nearer, ~nearer
 
 
-def _judge_pair(pixels: Pixels, scene: Pair) -> Verdict:
+def _judge_pair(pixels: Pixels, scene: Pair, said: frozenset[str]) -> Verdict:
     background = _background(pixels)
     # One above the other or side by side, whichever fits the pixels better.
     ways = [
@@ -208,21 +226,41 @@ def _judge_pair(pixels: Pixels, scene: Pair) -> Verdict:
         for positions in (RELATIONS["above"], RELATIONS["to the left of"])
     ]
     found = max(ways, key=lambda way: sum(shape.fit for shape in way.values()))
-    first, other = RELATIONS[scene.relation]
-    wanted = {first: (scene.color, scene.shape), other: (scene.other_color, scene.other_shape)}
+    wanted = _things(scene, said)
     shown = {at: (shape.color, shape.shape) for at, shape in found.items() if _position(shape) == at}
     foreign = sum(shape.foreign for shape in found.values())
+    colors, shapes = (Counter(thing[part] for thing in shown.values()) for part in (0, 1))
     right = {
         "background": background == scene.background,
-        "colors": Counter(color for color, _ in shown.values()) == Counter(color for color, _ in wanted.values()),
-        "shapes": Counter(shape for _, shape in shown.values()) == Counter(shape for _, shape in wanted.values()),
-        "things": Counter(shown.values()) == Counter(wanted.values()),
-        "relation": {at: color for at, (color, _) in shown.items()}
-        == {at: color for at, (color, _) in wanted.items()},
+        "colors": Counter(color for color, _ in wanted if color) <= colors,
+        "shapes": Counter(shape for _, shape in wanted if shape) <= shapes,
+        "things": any(
+            all(starmap(_shows, zip(wanted, order, strict=True))) for order in permutations(shown.values())
+        ) if len(shown) == len(wanted) else False,
+        "relation": all(
+            at in shown and (shown[at][0] == color if color else shown[at][1] == (shape or shown[at][1]))
+            for at, (color, shape) in zip(RELATIONS[scene.relation], wanted, strict=True)
+        ),
         "nothing else": foreign <= FOREIGN_SHARE * SIDE * SIDE,
     }
+    for part in ("background", "relation"):
+        if part not in said:
+            del right[part]
     seen = "; ".join(f"{shape.color} {shape.shape} {at}, fit {shape.fit:.2f}" for at, shape in found.items())
     return Verdict(right, f"{seen}; on {background}")
+
+
+def _things(scene: Pair, said: frozenset[str]) -> list[Thing]:
+    """Color and shape of both things, "" where they are left open."""
+    return [
+        (scene.color * ("color" in said), scene.shape * ("shape" in said)),
+        (scene.other_color * ("other_color" in said), scene.other_shape * ("other_shape" in said)),
+    ]
+
+
+def _shows(wanted: Thing, shown: Thing) -> bool:
+    """Whether a thing that is seen, by color and shape, is what is wanted of it."""
+    return all(part is not None and (not want or want == part) for want, part in zip(wanted, shown, strict=True))
 
 
 def pictures_of(model: Path, prompts: Iterable[Prompt], steps: int = STEPS, batch: int = 10) -> Iterator[Image.Image]:
@@ -248,7 +286,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
-    for kind, prompts in zip(("one shape", "two shapes"), held_out_prompts(), strict=True):
+    kinds = ("one shape", "two shapes", "with something left open")
+    for kind, prompts in zip(kinds, (*held_out_prompts(), partial_prompts()), strict=True):
         result = score(prompts, pictures_of(options.model, prompts, options.steps))
         for prompt, verdict in result.wrong:
             print(f"  {prompt.text!r} (seed {prompt.seed}): saw {verdict.seen}")

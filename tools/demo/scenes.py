@@ -2,7 +2,6 @@
 
 import random
 import zlib
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -28,24 +27,6 @@ RELATIONS = {
     "to the right of": ("on the right", "on the left"),
 }
 """The positions of the first shape of a pair and of the other."""
-SOLO_CAPTIONS = (
-    "a {size} {color} {shape} {position} on a {background} background",
-    "{size} {color} {shape} {position}, {background} background",
-    "a {color} {shape}, {size}, {position}, on {background}",
-)
-SOLO_PARTIAL_CAPTIONS = (
-    "a {color} {shape} on a {background} background",
-    "a {size} {color} {shape} on a {background} background",
-    "a {color} {shape} {position}",
-    "a {size} {color} {shape}",
-)
-PAIR_CAPTIONS = (
-    "a {color} {shape} {relation} a {other_color} {other_shape} on a {background} background",
-    "{color} {shape} {relation} {other_color} {other_shape}, {background} background",
-)
-PAIR_PARTIAL_CAPTIONS = ("a {color} {shape} {relation} a {other_color} {other_shape}",)
-PARTIAL_SHARE = 0.12
-FULL_STOP_SHARE = 0.1
 PAIR_SHARE = 0.5
 
 
@@ -84,18 +65,6 @@ class Pair:
 
 
 Scene = Solo | Pair
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A scene in words, to make a picture of."""
-
-    text: str
-    """One of the scene's captions."""
-    seed: int
-    """What the picture's noise is drawn from."""
-    scene: Scene
-    """What the picture should show."""
 
 
 @dataclass(frozen=True)
@@ -138,21 +107,6 @@ def draw(scene: Scene) -> Image.Image:
     return Image.fromarray(pixels_of(scene).round().astype(np.uint8))
 
 
-def captions(scene: Scene) -> tuple[str, ...]:
-    """Every caption that names all that the scene shows."""
-    return _filled(SOLO_CAPTIONS if isinstance(scene, Solo) else PAIR_CAPTIONS, scene)
-
-
-def partial_captions(scene: Scene) -> tuple[str, ...]:
-    """Every caption that leaves something of the scene open."""
-    return _filled(SOLO_PARTIAL_CAPTIONS if isinstance(scene, Solo) else PAIR_PARTIAL_CAPTIONS, scene)
-
-
-def _filled(templates: tuple[str, ...], scene: Scene) -> tuple[str, ...]:
-    words: dict[str, str] = vars(scene)
-    return tuple(template.format(**words) for template in templates)
-
-
 def mirrored(pair: Pair) -> Pair:
     """The same picture described from its other shape: "a below b" for "b above a"."""
     opposite = RELATIONS[pair.relation][::-1]
@@ -193,32 +147,9 @@ def random_pair(rng: random.Random) -> Pair:
     return Pair(color, rng.choice(shapes), relation, other_color, rng.choice(shapes), background)
 
 
-def training_scene(rng: random.Random) -> tuple[str, Scene]:
-    """A scene that is not held out, and a caption of it."""
-    scene: Scene
+def training_scene(rng: random.Random) -> Scene:
+    """A scene that is not held out, as often of one shape as of two."""
     while True:
         scene = random_pair(rng) if rng.random() < PAIR_SHARE else random_solo(rng)
         if not held_out(scene):
-            break
-    return training_caption(rng, scene), scene
-
-
-def training_caption(rng: random.Random, scene: Scene) -> str:
-    """Any caption of the scene, at times one that leaves something open, or one with a full stop."""
-    choices = partial_captions(scene) if rng.random() < PARTIAL_SHARE else captions(scene)
-    return rng.choice(choices) + ("." if rng.random() < FULL_STOP_SHARE else "")
-
-
-def held_out_prompts(solos: int = 100, pairs: int = 50) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that a checkpoint is scored on, always the same: those with one shape, and those with two."""
-    return _picked_prompts(random_solo, solos, 1000), _picked_prompts(random_pair, pairs, 2000)
-
-
-def _picked_prompts(pick: Callable[[random.Random], Scene], count: int, first_seed: int) -> list[Prompt]:
-    rng = random.Random(first_seed)
-    scenes: dict[Scene, str] = {}
-    while len(scenes) < count:
-        scene = pick(rng)
-        if held_out(scene) and scene not in scenes:
-            scenes[scene] = rng.choice(captions(scene))
-    return [Prompt(text, first_seed + i, scene) for i, (scene, text) in enumerate(scenes.items())]
+            return scene

@@ -1,8 +1,6 @@
 """The demo's two tokenizers and text encoders, in FLUX's layout: CLIP with BPE, T5 with sentencepiece."""
 
 import io
-import random
-import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from tools.demo.scenes import training_scene
-
-TEXT_TOKENS = 20
+TEXT_TOKENS = 32
 """Tokens that T5 sees of a prompt."""
-CLIP_TOKENS = 32
+CLIP_TOKENS = 77
 """Tokens that CLIP sees of a prompt."""
 CLIP_WIDTH = 64
 T5_WIDTH = 192
@@ -23,14 +19,8 @@ T5_WIDTH = 192
 NEIGHBORS = (1, 17, 2, 18, 3, 19)
 
 
-def sample_captions(count: int) -> list[str]:
-    """Captions of any scenes, always the same; some thousands hold every word and every caption's form."""
-    rng = random.Random(0)
-    return [training_scene(rng)[0] for _ in range(count)]
-
-
-def build_clip_tokenizer(folder: Path, corpus: Sequence[str]) -> CLIPTokenizer:
-    """A byte-level BPE learnt from the corpus; CLIP's two files of it are written to the folder."""
+def build_clip_tokenizer(folder: Path, words: Sequence[str]) -> CLIPTokenizer:
+    """A byte-level BPE in which each of the words is one token; CLIP's two files of it are written to the folder."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -41,7 +31,7 @@ def build_clip_tokenizer(folder: Path, corpus: Sequence[str]) -> CLIPTokenizer:
     # CLIP's vocabulary holds every byte twice, inside a word and at its end, so that no text is unknown.
     singles = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     bpe.train_from_iterator(
-        corpus,
+        [*words, ",", "."] * 10,
         trainers.BpeTrainer(
             vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
         ),
@@ -54,12 +44,11 @@ def build_clip_tokenizer(folder: Path, corpus: Sequence[str]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[tuple(p.split()) for p in pairs], model_max_length=CLIP_TOKENS)
 
 
-def build_t5_tokenizer(folder: Path, corpus: Sequence[str]) -> T5Tokenizer:
-    """A sentencepiece model of whole words, and letters for the rest, blind to case; it is written to the folder."""
-    words = sorted({word for text in corpus for word in text.replace(",", " ").replace(".", " ").split()})
+def build_t5_tokenizer(folder: Path, words: Sequence[str]) -> T5Tokenizer:
+    """A sentencepiece model of these words, blind to case, written to the folder; all other letters are unknown."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*corpus, *string.ascii_lowercase * 50]),
+        sentence_iterator=iter([", ."] * 100),
         model_writer=written,
         user_defined_symbols=["\u2581" + word for word in words],
         vocab_size=160,

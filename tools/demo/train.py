@@ -17,8 +17,9 @@ from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from runner.demo import CHECKPOINT
 from tools.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
+from tools.demo.captions import SAME_WORDS, known_words
 from tools.demo.flow import FlowTraining, VelocityModel, build_transformer, flow_optimizers, frozen_copy, train_flow
-from tools.demo.grounding import Grounding, grounding_optimizer, train_grounding
+from tools.demo.grounding import PEAK, Grounding, grounding_optimizer, train_grounding
 from tools.demo.latents import Latents, encode_training_scenes, load_latents, save_latents
 from tools.demo.phase import Phase
 from tools.demo.text import (
@@ -26,10 +27,11 @@ from tools.demo.text import (
     build_clip_tokenizer,
     build_t5_encoder,
     build_t5_tokenizer,
-    sample_captions,
 )
 
 LOSSES = "losses.jsonl"
+LEARNT_PEAK = 3e-4
+"""The learning rate of a T5 that has learnt most of its words."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +57,49 @@ def trained_autoencoder(state: Path, minutes: float, device: torch.device) -> Au
     return model.eval().requires_grad_(False)
 
 
-def ground(state: Path, minutes: float, t5: T5EncoderModel, tokenizer: T5Tokenizer, device: torch.device) -> None:
+def ground(
+    state: Path, minutes: float, t5: T5EncoderModel, tokenizer: T5Tokenizer, device: torch.device, peak: float = PEAK
+) -> None:
     """Train T5 to know its words."""
     torch.manual_seed(2)
     grounding, t5 = Grounding(tokenizer).to(device), t5.to(device)
     modules: dict[str, torch.nn.Module] = {"t5": t5, "grounding": grounding}
-    optimizers = [grounding_optimizer(t5, grounding)]
+    optimizers = [grounding_optimizer(t5, grounding, peak)]
     phase = Phase("grounding", minutes * 60, state, state / LOSSES, modules, optimizers)
     phase.load()
     train_grounding(phase, lambda rng: grounding.loss(t5, rng, device))
 
 
-def load_weights(model: VelocityModel, checkpoint: Path) -> None:
-    """Give the model the weights of a checkpoint."""
-    for module, folder in ((model.clip, "text_encoder"), (model.t5, "text_encoder_2"),
-                           (model.transformer, "transformer")):
+def load_weights(model: VelocityModel, checkpoint: Path, tokenizers: tuple[CLIPTokenizer, T5Tokenizer]) -> None:
+    """Give the model the weights of a checkpoint; a word that is new to it begins as the one it means the same as."""
+    for module, folder, tokenizer in (
+        (model.clip, "text_encoder", tokenizers[0]), (model.t5, "text_encoder_2", tokenizers[1]),
+        (model.transformer, "transformer", None),
+    ):
         saved = type(module).from_pretrained(checkpoint, subfolder=folder, dtype=torch.float32)
-        module.load_state_dict(saved.state_dict())
+        weights = saved.state_dict()
+        if tokenizer is not None:
+            known = type(tokenizer).from_pretrained(checkpoint / folder.replace("text_encoder", "tokenizer"))
+            words = carried_rows(tokenizer.get_vocab(), known.get_vocab())
+            for name, built in module.state_dict().items():
+                if name.endswith(("shared.weight", "embed_tokens.weight", "token_embedding.weight")):
+                    rows = built.clone()
+                    rows[list(words)] = weights[name][list(words.values())]
+                    weights[name] = rows
+                elif name.endswith("position_embedding.weight") and len(built) != len(weights[name]):
+                    weights[name] = torch.cat([weights[name], built[len(weights[name]):]])
+        module.load_state_dict(weights)
+
+
+def carried_rows(new: dict[str, int], known: dict[str, int]) -> dict[int, int]:
+    """For rows of a new vocabulary the rows of a known one that they begin as."""
+    rows = {}
+    for token, row in new.items():
+        word = token.replace("\u2581", "").replace("</w>", "")
+        meant = token if token in known else token.replace(word, SAME_WORDS.get(word, word))
+        if meant in known:
+            rows[row] = known[meant]
+    return rows
 
 
 def cached_latents(state: Path, autoencoder: AutoencoderKL, device: torch.device) -> Latents:
@@ -84,8 +112,8 @@ def cached_latents(state: Path, autoencoder: AutoencoderKL, device: torch.device
 
 def build_tokenizers(state: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
     """CLIP's tokenizer and T5's; building them takes no time and always gives the same."""
-    corpus = sample_captions(4000)
-    return build_clip_tokenizer(state / "tokenizer", corpus), build_t5_tokenizer(state / "tokenizer_2", corpus)
+    words = known_words()
+    return build_clip_tokenizer(state / "tokenizer", words), build_t5_tokenizer(state / "tokenizer_2", words)
 
 
 def export_checkpoint(out: Path, state: Path, training: FlowTraining, autoencoder: AutoencoderKL) -> None:
@@ -94,7 +122,8 @@ def export_checkpoint(out: Path, state: Path, training: FlowTraining, autoencode
     vae = copy.deepcopy(autoencoder).cpu().half()
     vae.register_to_config(shift_factor=training.latents.shift, scaling_factor=training.latents.scale)
     pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        # Most steps near the noise, where what a caption leaves open is settled.
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=average.clip,
         tokenizer=training.clip_tokenizer,
@@ -120,7 +149,7 @@ def thin_log(log: Path, kept: Path, lines: int = 120) -> None:
 def train(out: Path, state: Path, budgets: Budgets, start: Path | None = None) -> None:
     """Train what is still to train, and write the checkpoint to `out` about once a minute and at the end.
 
-    With the checkpoint `start` its autoencoder and T5 are taken as they are, and the rest is trained on from there.
+    With the checkpoint `start` its autoencoder is taken as it is, and the rest is trained on from there.
     """
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     state.mkdir(parents=True, exist_ok=True)
@@ -132,7 +161,8 @@ def train(out: Path, state: Path, budgets: Budgets, start: Path | None = None) -
         ground(state, budgets.grounding, model.t5, t5_tokenizer, device)
     else:
         autoencoder = AutoencoderKL.from_pretrained(start, subfolder="vae", dtype=torch.float32).to(device).eval()
-        load_weights(model, start)
+        load_weights(model, start, (clip_tokenizer, t5_tokenizer))
+        ground(state, budgets.grounding, model.t5, t5_tokenizer, device, peak=LEARNT_PEAK)
     model.to(device)
     latents = cached_latents(state, autoencoder, device)
     training = FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, latents)

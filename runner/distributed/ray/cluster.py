@@ -24,7 +24,7 @@ from runner.distributed.ray.pools import Pools, groups, pools
 from runner.engine.keys import artifact_keys, missing
 from runner.engine.refusals import check_runnable
 from runner.engine.report import Failure, Flushed, Picture, Report, StageReport
-from runner.engine.run import Done, begin, drop_checkpoints, facts_of, record_of, recorded
+from runner.engine.run import Done, begin, drop_checkpoints, facts_of, record_of, recorded, retell
 from runner.engine.session import open_job_store
 from runner.engine.signals import StopRequest
 from runner.events import Emit, from_wire, one_at_a_time
@@ -150,6 +150,7 @@ def run_all(ray: Any, plan: Plan, *, store: Store, emit: Emit, done: Done | None
     run = ClusterRun(plan, stages, keys, todo, store, done if policy.stop_after is None else None)
     whole = record_of(plan, name, keys)
     with recorded(store, name, lambda: {**whole, **run.record()}), StopRequest().listening():
+        retell(store, keys, todo, lambda _, data: run.warn(str(data["text"]), emit))
         emit("begin", {"what": "starting workers"})
         run.finish([at for at in range(len(plan.requests)) if not any(at in todo[stage] for stage in stages)])
         with previewing(ray, emit) if policy.preview else nullcontext() as previews:
@@ -250,6 +251,12 @@ class ClusterRun:
         self.warnings: list[str] = []
         self.finished: set[int] = set()
 
+    def warn(self, text: str, emit: Emit) -> None:
+        """Warn of something, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            emit("warning", {"text": text})
+
     def take(self, group: Mapping[str, Any], emit: Emit) -> None:
         """Take in a group that was done."""
         failures = [Failure(**failure) for failure in group["failures"]]
@@ -261,9 +268,8 @@ class ClusterRun:
             for text in [text for text in did["changes"] if text not in self.changes]:
                 self.changes.append(text)
                 emit("warning", {"text": f"ran out of memory. Tried once more: {text}"})
-            for text in [text for text in did["recorded"]["warnings"] if text not in self.warnings]:
-                self.warnings.append(text)
-                emit("warning", {"text": text})
+            for text in did["recorded"]["warnings"]:
+                self.warn(text, emit)
         for position, key in group["keys"].items():
             self._keys["decode"][int(position)] = key
         self._facts |= {int(position): facts for position, facts in group["facts"].items()}
