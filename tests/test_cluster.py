@@ -117,6 +117,7 @@ def test_ray_makes_the_pictures_of_one_process_and_a_killed_worker_loses_nothing
     assert [stage.ran for stage in again.stages] == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_alone")
 def test_ray_shows_previews_and_records_memory(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []

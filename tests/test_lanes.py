@@ -60,7 +60,8 @@ def test_the_plan_has_a_lane_for_each_card_that_takes_turns(model: Path, cards: 
     assert both.lanes == 2 and alone.lanes == 1
     assert sharded(model, lanes=3).lanes == 3
     for job, says in ((both, "2 pictures in flight"), (resident, "one picture at a time, as one device does all")):
-        assert pace(job) in " ".join(" ".join(lines(job)).split()) and pace(job).startswith(f"denoise: {says}") and "own, as" in pace(job)
+        assert pace(job) in " ".join(" ".join(lines(job)).split())
+        assert pace(job).startswith(f"denoise: {says}") and "own, as" in pace(job)
     assert pace(alone) not in " ".join(" ".join(lines(alone)).split()) and document(both)["lanes"] == 2
     one, two = (sharded(model, lanes=count).needs["denoise"] for count in (1, 2))
     assert all(two[card].activations == 2 * one[card].activations for card in two)

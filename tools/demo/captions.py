@@ -1,4 +1,4 @@
-"""What people say of a scene: all of it in a few set forms, or some of it in many, with words that the demo does not know.
+"""What people say of a scene: all of it in a few set forms, or some of it in many, at times with unknown words.
 
 A caption is written with marks first, "a large red#0 star#0 on white#b": each word that names something carries the
 index of its shape, or b for the background. The text is what is left without the marks.
@@ -42,7 +42,9 @@ OPEN_RELATIONS = ("and", "and", "with")
 """What joins two shapes whose places are left open."""
 OPEN_SHAPES = ("shape", "thing", "object")
 """What a shape is called that is left open."""
-BACKGROUNDS = ("on a {}#b background", "on {}#b", "with a {}#b background", "{}#b background", "on the {}#b background")
+BACKGROUNDS = (
+    "on a {}#b background", "on {}#b", "with a {}#b background", "{}#b background", "on the {}#b background",
+)
 ARTICLES = ("a ", "a ", "the ", "one ", "")
 OPENINGS = ("a picture of ", "a drawing of ", "an image of ", "a photo of ", "draw ")
 SAME_WORDS = {
@@ -50,8 +52,15 @@ SAME_WORDS = {
     "over": "above", "under": "below", "beneath": "below",
 }
 """Words that begin to be learnt as if they were others."""
-UNKNOWN_WORDS = tuple(
-    ["fox", "cat", "dog", "house", "tree", "car", "horse", "astronaut", "moon", "dragon", "robot", "flower", "mountain", "river", "castle", "bird", "fish", "apple", "teapot", "portrait", "city", "forest", "ocean", "sky", "beach", "sunset", "knight", "wizard", "spaceship", "bicycle", "banana", "elephant", "tiger", "panda", "rabbit", "shiny", "detailed", "beautiful", "highly", "realistic", "cinematic", "photo", "8k", "4k", "cute", "dark", "bright", "glowing", "wooden", "golden", "purple", "orange", "gray", "brown", "style", "painting", "watercolor", "sketch", "very", "and", "nice", "night", "space", "dream", "old", "young", "fast", "wearing", "hat", "sitting", "standing", "flying", "under", "water", "fire", "snow", "rain", "happy", "sad", "wild", "ancient", "modern", "tall", "round", "sharp", "soft"]
+UNKNOWN_WORDS = (
+    "fox", "cat", "dog", "house", "tree", "car", "horse", "astronaut", "moon", "dragon", "robot", "flower",
+    "mountain", "river", "castle", "bird", "fish", "apple", "teapot", "portrait", "city", "forest", "ocean", "sky",
+    "beach", "sunset", "knight", "wizard", "spaceship", "bicycle", "banana", "elephant", "tiger", "panda", "rabbit",
+    "shiny", "detailed", "beautiful", "highly", "realistic", "cinematic", "photo", "8k", "4k", "cute", "dark",
+    "bright", "glowing", "wooden", "golden", "purple", "orange", "gray", "brown", "style", "painting", "watercolor",
+    "sketch", "very", "and", "nice", "night", "space", "dream", "old", "young", "fast", "wearing", "hat", "sitting",
+    "standing", "flying", "under", "water", "fire", "snow", "rain", "happy", "sad", "wild", "ancient", "modern",
+    "tall", "round", "sharp", "soft",
 )
 """Some of what people say and the demo cannot draw."""
 

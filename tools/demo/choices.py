@@ -2,8 +2,8 @@
 
 Each value of each part of a scene has a direction among a token's features, and the noise, averaged over its tokens,
 prefers a value by how far it reaches in that direction. The directions are those in which the drawings' own averages
-differ least, so a model can read the choice off noisy latents at any time, as if the caption had said it, and has not to
-aim between pictures.
+differ least, so a model can read the choice off noisy latents at any time, as if the caption had said it, and has not
+to aim between pictures.
 """
 
 import random

@@ -114,7 +114,8 @@ def judge(picture: Image.Image, scene: Scene, said: frozenset[str] | None = None
 
 def score(prompts: Iterable[Prompt], pictures: Iterable[Image.Image]) -> Score:
     """Judge one picture for each prompt, in order; ValueError if their numbers differ."""
-    verdicts = [(prompt, judge(picture, prompt.scene, prompt.said)) for prompt, picture in zip(prompts, pictures, strict=True)]
+    verdicts = [(prompt, judge(picture, prompt.scene, prompt.said))
+                for prompt, picture in zip(prompts, pictures, strict=True)]
     right: Counter[str] = Counter()
     for _, verdict in verdicts:
         right.update(verdict.right)
