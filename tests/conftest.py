@@ -32,6 +32,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Cards = Callable[..., list[str]]
 
+# What takes long and looks again at what other tests look at: marked slow.
+SECOND_LOOK = (
+    "test_benchmarks.py::test_on_cards[sim-load]", "test_benchmarks.py::test_on_cards[sim-lanes]",
+    "test_hosts.py::test_the_script_for_slurm", "test_launchers.py::test_a_killed_rank",
+    "test_midway.py::test_every_family_goes_on_from_any_step[flux2-klein-base]",
+    "test_midway.py::test_every_family_goes_on_from_any_step[z-image-base]",
+    "test_plan.py::test_other_families_of_real_size",
+    "test_plan.py::test_with_the_modulation_table_plans_hold_too[sim-(9",
+    "test_readme.py::test_the_table_of_cards",
+    "test_readme.py::test_two_ranks_make_the_pictures_of_one_process[accelerate]",
+    "test_remote.py::test_three_machines_share_a_bucket",
+    "test_scheduler_choice.py::test_the_picture_is_that_of_diffusers_with_this_scheduler[FlowMatchLCM",
+    "test_tiles.py::test_a_picture_that_is_there_stays_whole", "test_tiles.py::test_a_run_goes_on_as_it_was_planned",
+    "test_ranks.py::test_ranks_show_previews", "test_gpu_benchmark.py::test_all_ways_run_on_a_simulated_card",
+)
+
 # Below this a real card has no room beside what is not ours: cuBLAS takes 8 to 32 MiB, torch reserves 20 MiB steps.
 _LEAST_REAL_LIMIT = 256 * 2**20
 
@@ -44,6 +60,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """
     named = config.args_source is pytest.Config.ArgsSource.ARGS
     return 0 if named or _real_cards() else 2
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what is left out unless it is asked for."""
+    if any(part in item.nodeid for part in SECOND_LOOK):
+        item.add_marker("slow")
 
 
 @pytest.hookimpl(trylast=True)

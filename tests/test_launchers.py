@@ -91,7 +91,8 @@ def test_a_stopped_rank_ends_the_job_with_its_name(flux: Path, tmp_path: Path) -
              "--steps", "1000", "--rank-timeout", "6")
     lost(words, tmp_path, 0, signal.SIGSTOP, "error: rank 0 hangs: no sign of life for ")
     assert not list(tmp_path.glob("*.png"))
-@pytest.mark.slow
+
+
 def test_a_killed_rank_ends_the_job_with_its_name_and_resume_makes_the_rest(
     flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ class Pipeline(Habits):
     """A model and how it runs: `pipe = Pipeline("flux")`, then `pipe("a fox").images[0].save("fox.png")`.
 
     Nothing is loaded before a call, and nothing stays loaded behind it. `family_or_model` is the name of a family, a
-    hub id or a folder. The keywords are:
+    hub id or a folder. The keywords are::
 
         model          another model of the family: a hub id, a folder or "demo"
         revision       a commit, tag or branch of a model of the hub
