@@ -48,7 +48,6 @@ SECOND_LOOK = (
     "test_midway.py::test_every_family_goes_on_from_any_step[z-image-base]",
     "shows_what_is_stored[03_where_memory_goes]",
     "shows_what_is_stored[04_many_prompts]",
-    "shows_what_is_stored[05_distributed]",
     "test_plan.py::test_other_families_of_real_size",
     "test_plan.py::test_with_the_modulation_table_plans_hold_too",
     "test_plan_command.py::test_the_whole_command_takes_little_longer",

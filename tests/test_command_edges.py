@@ -42,7 +42,7 @@ def test_a_full_stream_is_an_error_and_loses_no_picture(flux: Path) -> None:
     (["plan", "demo", "--machine", "2x16GB", "--gpus", "3"], 2, "the machine has no device '3' -> choose from cuda:0"),
     (["plan", "demo", "--ranks", "x"], 2, "ranks must be a whole number"),
     (["plan", "demo", "--engine", "ray", "--ranks", "2"], 2, "--ranks has no meaning with --engine ray"),
-    (["plan", "demo", "--machine", "2xT44"], 2, "2xT44"),
+    (["plan", "demo", "--machine", "2xT44"], 2, "'T44' is no card that is known here -> did you mean T4?"),
     (["demo", "--prompt", "x", "--log", "/dev/full"], 5, "cannot write --log /dev/full: No space left on device"),
     (["demo", "--prompt", "x", "--out", "/proc/x.png"], 2, "cannot write in /proc"),
     (["demo", "--prompt", "x", "--rank-timeout", "0"], 2, "rank-timeout must be"),

@@ -76,7 +76,7 @@ def test_a_host_is_measured(plan: Plan, flux: Path, monkeypatch: pytest.MonkeyPa
     assert found is not None and (found.shortest, found.longest) == pytest.approx((18000, 60000))
     text = " ".join(" ".join(lines(slow)).split())
     assert "a picture takes 5.0 h to 17 h, estimated" in text and "(measured on this CPU)" in text
-    assert "less to compute: flux2-klein (4 steps)" in text and "takes half the memory of float32" in text
+    assert "less to compute: flux2-klein (4 steps)" in text and "dtype='bfloat16' takes half the memory" in text
     assert "less to compute" not in "\n".join(lines(here)), "it takes a moment"
 
 

@@ -33,6 +33,8 @@ _HIDING = (
     # What was going on when a run was stopped.
     (re.compile(r"\bpicture [\d,]+/[\d,]+, [^<\n]* left\b|\b\d+ of \d+ pictures done\b"), HIDDEN),
     (re.compile(r"\b\d+(\.\d+)? s\b"), f"{HIDDEN} s"),
+    # What a verdict says is free on the fullest device.
+    (re.compile(r"(\bpeak [\d.]+(?: [KMG]iB)? of) [\d.]+ ([KMG]iB)"), rf"\1 {HIDDEN} \2"),
     (re.compile(r"\b((?:peak|encode|denoise|decode) (?:rank \d )?[\w:]+|measured|freed) -?[\d,.]+ ([KMG]i)?B\b"),
      rf"\1 {HIDDEN}"),
 )
