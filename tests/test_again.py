@@ -14,10 +14,11 @@ from runner import Job, Request
 from runner.artifacts import FolderStore
 from runner.commands.cli import answer, app
 from runner.commands.refusal import better
-from runner.commands.words import again, quoted, reads_input, spellings
+from runner.commands.words import again, reads_input, spellings
 from runner.placement_options import MemoryLimits
 from runner.planning.planner import smaller_sizes
 from runner.planning.suggestions import _amount
+from runner.text import quoted
 from stages.errors import DoesNotFit, Fix
 from tests import sparse, tiny
 

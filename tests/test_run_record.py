@@ -16,8 +16,8 @@ from tests import tiny
 
 Cards = Callable[..., list[str]]
 ASKED = Request("a red <circle>", 64, 48, 4, 3.5, 7, 32)
-UNKNOWN = ("text_encoder_2 does not know '<', '>' of the prompt, so the picture will not show it; it knows: b, c, dog, l, "
-           "o, s, t")
+UNKNOWN = ("text_encoder_2 does not know '<', '>' of the prompt, so the picture will not show it; it knows: "
+           "b, c, dog, l, o, s, t")
 
 
 def test_a_run_on_two_cards_can_be_reported_from_the_store_alone(tmp_path: Path, cards: Cards) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
-from runner.commands.words import shell_line
+from runner.reports.repeat import line
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
@@ -43,7 +43,7 @@ def first_word(words: Sequence[str], commands: Collection[str]) -> list[str]:
         return [word.lower(), *rest]
     if " " in word.strip():
         raise InvalidInput(f"{shown(word)} is no family and no command; to draw it -> "
-                           f"{shell_line(('flux', word, *rest))}")
+                           f"{line('flux', word, *rest)}")
     if (family := named(word)) is None:
         raise InvalidInput(unknown(word, rest, commands))
     return [family, *rest]
@@ -80,8 +80,8 @@ def unknown(word: str, rest: Sequence[str], choices: Collection[str], command: s
         return f"{shown(word)} is not supported -> {supported}"
     if _ID.fullmatch(word):
         if (family := next((name for hint, name in _HINTS if hint in last), None)) is not None:
-            line = shell_line((*((command,) if command else ()), family, "--model", word, *rest))
-            return f"{shown(word)} is the default model of no family -> {line}"
+            meant = line(*((command,) if command else ()), family, "--model", word, *rest)
+            return f"{shown(word)} is the default model of no family -> {meant}"
         return (f"{shown(word)} is the default model of no family -> name the family that it is of, and the model "
                 f"with --model {word}; {supported}")
     close = get_close_matches(word.lower(), choices, 1)

@@ -4,7 +4,8 @@ import os
 from collections.abc import Collection, Sequence
 
 from runner.commands.options import FamilyOptions, PlanOptions, RunOptions
-from runner.commands.words import Said, Spellings, read, shell_line
+from runner.commands.words import Said, Spellings, read
+from runner.reports.repeat import line
 from runner.text import quoted, shown
 from stages.errors import InvalidInput
 
@@ -20,11 +21,11 @@ def check_prompt_words(
     if first in commands and len(others) < 2 and not options.prompts:
         family = words[0] if lead == 1 else ""
         meant = (first, family) if first == "plan" and family else (first, *others)
-        raise InvalidInput(f"{shown(first)} is a command, and stands in front -> {shell_line(meant)}; or to draw that "
+        raise InvalidInput(f"{shown(first)} is a command, and stands in front -> {line(*meant)}; or to draw that "
                            f"word, --prompt {quoted(first)}")
     if others and not options.prompts:
         raise InvalidInput(f"a prompt of {len(options.words)} words stands in quotes -> "
-                           f"{shell_line(_in_one(words, options.words, known))}")
+                           f"{line(*_in_one(words, options.words, known))}")
     if first.endswith((".txt", ".jsonl")) and os.path.exists(first) and not isinstance(options, PlanOptions):
         raise InvalidInput(f"{shown(first)} is a file -> --prompt-file {quoted(first)} draws its lines; to draw that "
                            f"word, --prompt {quoted(first)}")

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from runner.text import quoted
+from runner.reports.repeat import line
 
 # By each spelling of an option, its first long one, and whether it takes no value.
 Spellings = Mapping[str, tuple[str, bool]]
@@ -71,18 +71,14 @@ def again(words: Sequence[str], changes: Mapping[str, str], known: Spellings) ->
     added = [word for name, value in changes.items() if value for word in (name.partition(" ")[0], value)]
     # What stands behind "--" is no option.
     at = next((at for at, said in enumerate(kept) if said.words == ("--",)), len(kept))
-    return shell_line([*(word for said in kept[:at] for word in said.words), *added,
-                       *(word for said in kept[at:] for word in said.words)])
+    return line(*(word for said in kept[:at] for word in said.words), *added,
+                *(word for said in kept[at:] for word in said.words))
 
 
-def shell_line(words: Iterable[str]) -> str:
-    """The command of these words as it can be pasted."""
-    return " ".join(map(quoted, ("python", "-m", "runner", *words)))
-
-
-def line_words(line: str) -> list[str]:
-    """The words behind the program's, of a line that `shell_line` made."""
-    return shlex.split(line)[3:]
+def line_words(text: str) -> list[str]:
+    """The words behind the program's, of a line that `line` made."""
+    program, *words = shlex.split(text)
+    return words if program == "stagerun" else words[2:]
 
 
 def with_prompt(words: Sequence[str], prompt: str, known: Spellings) -> list[str]:

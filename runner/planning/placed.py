@@ -22,11 +22,18 @@ class Need:
     """Of the weights that it holds."""
     activations: int
     """Of all else, at most."""
+    copy_check: int = 0
+    """Of the check of copies between cards, which is over before there are weights."""
+
+    @property
+    def running(self) -> int:
+        """What the stage takes once it is loaded."""
+        return self.weights + self.activations
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return self.weights + self.activations
+        """The most at any time."""
+        return max(self.running, self.copy_check)
 
 
 @dataclass

@@ -59,11 +59,10 @@ class StageTask:
             if component.loras:
                 held = places[component.name].placement.share(self.weights[component.name])
                 merging |= Counter(dict.fromkeys(held, bytes_to_merge(component)))
-        # Before there are any weights, copies between the cards are tried.
         cards = {card for place in places.values() for card in place.placement.compute_devices.values()} - {"cpu"}
-        tried = {card: PATTERN_BYTES - shares[card] for card in cards} if len(cards) > 1 else {}
+        checked = dict.fromkeys(cards, PATTERN_BYTES) if len(cards) > 1 else {}
         # Nothing computes while weights are loaded.
-        return {name: Need(shares[name], max(estimate.peak.get(name, 0), merging[name], tried.get(name, 0)))
+        return {name: Need(shares[name], max(estimate.peak.get(name, 0), merging[name]), checked.get(name, 0))
                 for name in devices}
 
 

@@ -17,7 +17,6 @@ from runner.text import gib
 from stages.errors import DoesNotFit, Fix, Fixes
 from stages.machine import Machine
 from stages.placement.placement import DISK
-from stages.placement.transfers import PATTERN_BYTES
 
 OFFLOADS = (None, "cpu", "disk")
 ROUNDS = 6
@@ -71,8 +70,7 @@ def after_out_of_memory(plan: Plan, stage: str, replan: Replan) -> tuple[Fixes, 
             other = replan(applied(plan.job, fixes))
         except DoesNotFit:
             continue
-        # What the check of copies takes hides how much less a stage of a few bytes needs.
-        if fullest(other, stage) < fullest(plan, stage) or fullest(plan, stage) <= PATTERN_BYTES:
+        if fullest(other, stage) < fullest(plan, stage):
             found.append(fixes)
         if len(found) == WAYS:
             break
@@ -104,8 +102,8 @@ def reference(fix: Fix) -> str:
 
 
 def fullest(plan: Plan, stage: str) -> int:
-    """The bytes that a stage needs on the device that it fills most."""
-    return max(need.total for need in plan.needs[stage].values())
+    """The bytes that a stage takes, once loaded, on the device that it fills most."""
+    return max(need.running for need in plan.needs[stage].values())
 
 
 def _together(job: Job, plan: Replan) -> Fixes:
