@@ -1,20 +1,35 @@
 """Which scene a caption stands for in training, where it leaves something open: the noise chooses.
 
-Each value of each part of a scene has a direction among a token's features, and the noise, averaged over its tokens,
-prefers a value by how far it reaches in that direction. The directions are those in which the drawings' own averages
-differ least, so a model can read the choice off noisy latents at any time, as if the caption had said it, and has not
-to aim between pictures.
+The noise has one of STYLES, told by the direction among a token's features in which its average over the tokens
+reaches farthest; and each style has values of its own for whatever is not said. The directions are those in which the
+drawings' own averages differ least, so a model can read the style off noisy latents at any time, as if the caption
+had said it, and has not to aim between pictures.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from tools.demo.captions import PAIR_PARTS, SOLO_PARTS, Caption, everything, training_caption
 from tools.demo.latents import Latents
-from tools.demo.scenes import Pair, Scene
+from tools.demo.scenes import POSITIONS, RADII, RELATIONS, Pair, Scene, Solo, held_out
+from tools.demo.shapes import COLORS, SHAPES
+
+STYLES = 8
+# By part of a scene its values, and at which of them the first style begins; each further style begins one later.
+_VALUES = {
+    "color": (list(COLORS), 0),
+    "shape": (list(SHAPES), 0),
+    "size": (list(RADII), 0),
+    "position": (list(POSITIONS), 0),
+    "relation": (list(RELATIONS), 0),
+    "other_color": (list(COLORS), 5),
+    "other_shape": (list(SHAPES), 4),
+    "background": (list(COLORS), 3),
+}
 
 
 @dataclass(frozen=True)
@@ -23,57 +38,61 @@ class Choice:
 
     caption: Caption
     """What is said."""
-    at: int
-    """The number of the scene among all."""
-    complete: bool
-    """Whether all of the scene is said."""
+    scene: Scene
+    """What was in mind."""
 
     @property
     def text(self) -> str:
         """The caption's words."""
         return self.caption.text
 
+    @property
+    def complete(self) -> bool:
+        """Whether all of the scene is said."""
+        return self.caption.said == everything(self.scene)
+
+    def styled(self, style: int) -> Scene:
+        """The first scene that shows what is said, and for the rest the style's values, and is not held out."""
+        return next(scene for scene in self._scenes(style) if not held_out(scene))
+
+    def _scenes(self, style: int) -> Iterator[Scene]:
+        said = self.caption.said
+        # Where nothing is said, one shape will do.
+        kind = type(self.scene) if said else Solo
+        parts = PAIR_PARTS if kind is Pair else SOLO_PARTS
+        orders = [[getattr(self.scene, part)] if part in said else _in_order(part, style) for part in parts]
+        for values in product(*orders):
+            scene = kind(**dict(zip(parts, values, strict=True)))
+            colors = [value for part, value in vars(scene).items() if _VALUES[part][0] == list(COLORS)]
+            if len(set(colors)) == len(colors):
+                yield scene
+
 
 class SceneChoices:
-    """The scenes of a training, half of them chosen with one shape and half with two."""
+    """The captions of a training, half of them of one shape and half of two, and what their noise makes of them."""
 
     def __init__(self, latents: Latents) -> None:
-        self._scenes = latents.scenes
-        pairs = torch.tensor([isinstance(scene, Pair) for scene in latents.scenes])
-        self._of_kind = [found.nonzero().flatten().tolist() for found in (~pairs, pairs) if bool(found.any())]
-        self._words = sorted({word for scene in latents.scenes for word in vars(scene).values()})
-        self._codes = {
-            name: torch.tensor([self._code(scene, name) for scene in latents.scenes])
-            for name in dict.fromkeys((*SOLO_PARTS, *PAIR_PARTS))
-        }
-        self._pairs = pairs
-        values = sorted({(name, int(code)) for name, codes in self._codes.items() for code in codes if code >= 0})
-        self._shown = torch.stack([self._codes[name] == code for name, code in values], 1).float()
+        pairs = [isinstance(scene, Pair) for scene in latents.scenes]
+        kinds = [[scene for scene, pair in zip(latents.scenes, pairs, strict=True) if pair == kind]
+                 for kind in (False, True)]
+        self._of_kind = [kind for kind in kinds if kind]
         averages = latents.values.float().mean(1)
         # By falling spread of the averages; the last ones hardly differ between drawings.
-        self._directions = torch.linalg.svd(averages - averages.mean(0), full_matrices=False).Vh[-len(values) :]
+        self._directions = torch.linalg.svd(averages - averages.mean(0), full_matrices=False).Vh[-STYLES:]
 
     def caption(self, rng: random.Random) -> Choice:
         """A caption of any scene."""
-        at = rng.choice(rng.choice(self._of_kind))
-        caption = training_caption(rng, self._scenes[at])
-        return Choice(caption, at, caption.said == everything(self._scenes[at]))
+        scene = rng.choice(rng.choice(self._of_kind))
+        return Choice(training_caption(rng, scene), scene)
 
-    def chosen(self, noise: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
-        """For each caption the scene that fits it and that its noise [captions, tokens, 64] chooses."""
-        preferred = noise.mean(1) @ self._directions.T @ self._shown.T
-        return [
-            choice.at if choice.complete else int(row.masked_fill(~self.fitting(choice), -torch.inf).argmax())
-            for choice, row in zip(choices, preferred, strict=True)
-        ]
+    def styles(self, noise: torch.Tensor) -> list[int]:
+        """The style of each noise [pictures, tokens, 64]."""
+        found: list[int] = (noise.mean(1) @ self._directions.T).argmax(1).tolist()
+        return found
 
-    def fitting(self, choice: Choice) -> torch.Tensor:
-        """Which scenes show all that the caption says [scenes]; any scene where it says nothing."""
-        scene = self._scenes[choice.at]
-        fits = self._pairs == isinstance(scene, Pair) if choice.caption.said else torch.ones_like(self._pairs)
-        for name in choice.caption.said:
-            fits = fits & (self._codes[name] == self._code(scene, name))
-        return fits
 
-    def _code(self, scene: Scene, name: str) -> int:
-        return self._words.index(getattr(scene, name)) if hasattr(scene, name) else -1
+def _in_order(part: str, style: int) -> list[str]:
+    """The values of a part, from the one on that the style prefers."""
+    values, begin = _VALUES[part]
+    start = (begin + style) % len(values)
+    return values[start:] + values[:start]

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
 from tools.demo.choices import SceneChoices
-from tools.demo.latents import CHANNELS, GRID, Latents
+from tools.demo.latents import CHANNELS, GRID, LatentCache
 from tools.demo.muon import Muon
 from tools.demo.phase import Phase
 from tools.demo.text import CLIP_TOKENS, CLIP_WIDTH, T5_WIDTH, TEXT_TOKENS
@@ -119,12 +119,12 @@ class FlowTraining:
     """For the ids that CLIP reads."""
     t5_tokenizer: T5Tokenizer
     """For the ids that T5 reads."""
-    latents: Latents
+    latents: LatentCache
     """What the model learns to make."""
 
     @cached_property
     def _choices(self) -> SceneChoices:
-        return SceneChoices(self.latents)
+        return SceneChoices(self.latents.cached)
 
     def loss(self, rng: random.Random, device: torch.device) -> torch.Tensor:
         """The flow-matching error on one batch: logit-normal times, nearer the noise than the picture.
@@ -132,9 +132,10 @@ class FlowTraining:
         What a caption leaves open is chosen by the noise, so that the model can tell which of many pictures is meant.
         """
         captions = [self._choices.caption(rng) for _ in range(BATCH)]
-        noise = torch.randn(BATCH, *self.latents.values.shape[1:])
-        picks = self._choices.chosen(noise, captions)
-        clean, noise = self.latents.values[picks].float().to(device), noise.to(device)
+        noise = torch.randn(BATCH, *self.latents.cached.values.shape[1:])
+        scenes = [each.scene if each.complete else each.styled(style)
+                  for each, style in zip(captions, self._choices.styles(noise), strict=True)]
+        clean, noise = self.latents.of(scenes).float().to(device), noise.to(device)
         shift = torch.tensor([TIME_SHIFT if each.complete else OPEN_TIME_SHIFT for each in captions], device=device)
         t = torch.sigmoid(torch.randn(BATCH, device=device) + shift)
         mixed = torch.lerp(clean, noise, t[:, None, None])

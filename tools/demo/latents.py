@@ -1,6 +1,7 @@
 """The drawings' latents, encoded once for the whole training of the transformer."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -46,22 +47,45 @@ def _training_scenes() -> list[Scene]:
     return scenes
 
 
+class LatentCache:
+    """Latents of scenes, encoded when they are first asked for."""
+
+    def __init__(self, cached: Latents, autoencoder: AutoencoderKL) -> None:
+        self.cached = cached
+        self._at = {scene: at for at, scene in enumerate(cached.scenes)}
+        self._more: dict[Scene, torch.Tensor] = {}
+        self._autoencoder = autoencoder
+
+    def of(self, scenes: Sequence[Scene]) -> torch.Tensor:
+        """Their latents: [scenes, tokens, 64], float16 on the host."""
+        new = list(dict.fromkeys(scene for scene in scenes if scene not in self._at and scene not in self._more))
+        if new:
+            packed = pack(modes_of(new, self._autoencoder), self.cached.shift, self.cached.scale).half()
+            self._more.update(zip(new, packed, strict=True))
+        return torch.stack([self.cached.values[self._at[scene]] if scene in self._at else self._more[scene]
+                            for scene in scenes])
+
+
+@torch.no_grad()
+def modes_of(scenes: Sequence[Scene], autoencoder: AutoencoderKL) -> torch.Tensor:
+    """The autoencoder's latents of scenes, on the host: [scenes, 16, 16, 16]."""
+    pixels = np.stack([pixels_of(scene) for scene in scenes])
+    pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    modes: torch.Tensor = autoencoder.encode(pictures.to(autoencoder.device)).latent_dist.mode().cpu()
+    return modes
+
+
 def pack(latents: torch.Tensor, shift: float, scale: float) -> torch.Tensor:
     """The autoencoder's latents [scenes, 16, 16, 16] as the transformer sees them: [scenes, tokens, 64]."""
     packed: torch.Tensor = FluxPipeline._pack_latents((latents - shift) * scale, *latents.shape)
     return packed
 
 
-@torch.no_grad()
-def encode_training_scenes(autoencoder: AutoencoderKL, device: torch.device) -> Latents:
-    """The latents of all that the transformer is trained on."""
+def encode_training_scenes(autoencoder: AutoencoderKL) -> Latents:
+    """The latents of all that the transformer is trained on at first."""
     scenes = _training_scenes()
-    modes = []
-    for start in range(0, len(scenes), BATCH):
-        pixels = np.stack([pixels_of(scene) for scene in scenes[start : start + BATCH]])
-        pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
-        modes.append(autoencoder.encode(pictures.to(device)).latent_dist.mode().cpu())
-    latents = torch.cat(modes)
+    latents = torch.cat([modes_of(scenes[start : start + BATCH], autoencoder)
+                         for start in range(0, len(scenes), BATCH)])
     shift, scale = latents.mean().item(), 1 / latents.std().item()
     return Latents(scenes, pack(latents, shift, scale).half(), shift, scale)
 

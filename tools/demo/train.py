@@ -20,7 +20,7 @@ from tools.demo.autoencoder import autoencoder_optimizer, build_autoencoder, tra
 from tools.demo.captions import SAME_WORDS, known_words
 from tools.demo.flow import FlowTraining, VelocityModel, build_transformer, flow_optimizers, frozen_copy, train_flow
 from tools.demo.grounding import PEAK, Grounding, grounding_optimizer, train_grounding
-from tools.demo.latents import Latents, encode_training_scenes, load_latents, save_latents
+from tools.demo.latents import LatentCache, encode_training_scenes, load_latents, save_latents
 from tools.demo.phase import Phase
 from tools.demo.text import (
     build_clip_encoder,
@@ -102,12 +102,12 @@ def carried_rows(new: dict[str, int], known: dict[str, int]) -> dict[int, int]:
     return rows
 
 
-def cached_latents(state: Path, autoencoder: AutoencoderKL, device: torch.device) -> Latents:
-    """The training scenes' latents, from the state folder or encoded and kept there."""
+def cached_latents(state: Path, autoencoder: AutoencoderKL) -> LatentCache:
+    """The training scenes' latents, from the state folder or encoded and kept there, and others when asked."""
     path = state / "latents.pt"
     if not path.exists():
-        save_latents(encode_training_scenes(autoencoder, device), path)
-    return load_latents(path)
+        save_latents(encode_training_scenes(autoencoder), path)
+    return LatentCache(load_latents(path), autoencoder)
 
 
 def build_tokenizers(state: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
@@ -120,7 +120,7 @@ def export_checkpoint(out: Path, state: Path, training: FlowTraining, autoencode
     """Write the average of the weights as a FluxPipeline folder in float16: half the size, and no difference seen."""
     average = copy.deepcopy(training.average).cpu().half()
     vae = copy.deepcopy(autoencoder).cpu().half()
-    vae.register_to_config(shift_factor=training.latents.shift, scaling_factor=training.latents.scale)
+    vae.register_to_config(shift_factor=training.latents.cached.shift, scaling_factor=training.latents.cached.scale)
     pipe = FluxPipeline(
         # Most steps near the noise, where what a caption leaves open is settled.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -164,7 +164,7 @@ def train(out: Path, state: Path, budgets: Budgets, start: Path | None = None) -
         load_weights(model, start, (clip_tokenizer, t5_tokenizer))
         ground(state, budgets.grounding, model.t5, t5_tokenizer, device, peak=LEARNT_PEAK)
     model.to(device)
-    latents = cached_latents(state, autoencoder, device)
+    latents = cached_latents(state, autoencoder)
     training = FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, latents)
     # Called "painter", here and in its seed, as in the log of the training that made the checkpoint.
     modules: dict[str, torch.nn.Module] = {"painter": model, "average": training.average}
