@@ -18,11 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from tests.fuzz.targets import TARGETS, Target
 
-# Of computing; a machine may be busy, so that all of it may take longer.
+# Of computing; a machine may be busy, so that a process that waits for its turn has no limit.
 SECONDS = 10
-PATIENCE = 60
+# Of waiting for something else than its turn.
+ASLEEP = 60
+TICK = 0.5
 BYTES = 2**30
 ROOT = Path(__file__).parent.parent.parent
 
@@ -90,7 +94,7 @@ def _forked(target: Target, folder: Path) -> Outcome:
         _used(target, folder, writer)
     os.close(writer)
     with open(reader, "rb") as pipe:
-        ready, _, _ = select.select([pipe], [], [], PATIENCE)
+        ready = _answers(child, pipe)
         if not ready:
             os.kill(child, signal.SIGKILL)
         text = pipe.read()
@@ -100,6 +104,19 @@ def _forked(target: Target, folder: Path) -> Outcome:
         return Outcome("died" if ready else "timeout", "", seconds, usage.ru_maxrss * 1024)
     kind, words, took = json.loads(text)
     return Outcome(kind, words, seconds, took)
+
+
+def _answers(child: int, pipe: IO[bytes]) -> bool:
+    """Whether a process writes to its pipe, or ends, before it has computed or slept for too long."""
+    process, asleep = psutil.Process(child), 0.0
+    while asleep < ASLEEP:
+        if select.select([pipe], [], [], TICK)[0]:
+            return True
+        spent = process.cpu_times()
+        if spent.user + spent.system > 2 * SECONDS:
+            return False
+        asleep += TICK * (process.status() == psutil.STATUS_SLEEPING)
+    return False
 
 
 def _used(target: Target, folder: Path, writer: int) -> None:
