@@ -10,12 +10,12 @@ from dataclasses import asdict
 import typer
 
 from runner.commands.settings import safe_usual_store
-from runner.commands.words import Spellings, again, line_words, read, reads_input, spellings
+from runner.commands.words import Said, Spellings, again, line_words, read, reads_input, spellings
 from runner.events import Emit
 from runner.job import RefusedLine
 from runner.reports.repeat import resume_line
 from runner.terminal import TolerantStream, say, say_json
-from runner.text import clean, wrapped
+from runner.text import clean, shown, wrapped
 from stages.errors import (
     BadResult,
     DoesNotFit,
@@ -93,6 +93,8 @@ def failed(
         head = f"does not fit: {head.removesuffix(' does not fit.')}"
     said = [] if reads_input(words, spellings(app, words)) else [
         line for line in better(app, error, words) if plans(line_words(line))]
+    if isinstance(error, DoesNotFit) and not said:
+        lines += _own_sizes(error.fixes, read(words, spellings(app, words)))
     return refuse(head, code, error, lines, said, as_json=as_json)
 
 
@@ -137,6 +139,14 @@ def better(app: typer.Typer, error: Exception, words: Sequence[str]) -> list[str
         lines = [_resume_words(error), words]
         return [line for fixes in error.alternatives for line in _changed(app, lines, options_of(fixes))]
     return _changed(app, [words], options_of(error.fixes))
+
+
+def _own_sizes(fixes: Fixes, words: Iterable[Said]) -> list[str]:
+    """What no command says of a smaller size: that lines of a prompt file keep their own."""
+    sizes = [fix.value for fix in fixes if fix.field == "size"]
+    files = [said.value for said in words if said.option == "--prompt-file" and said.value]
+    return [f"-> a line of {shown(files[-1])} that says a size keeps it: there, say {sizes[-1]} too"
+            ] if sizes and files else []
 
 
 def options_of(fixes: Fixes) -> dict[str, str]:

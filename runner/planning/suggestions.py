@@ -44,6 +44,8 @@ def with_fixes(job: Job, plan: Replan) -> Plan:
                 break
             fixes |= {(fix.field, fix.component): fix for fix in refused.fixes}
             refused = _refusal(applied(job, tuple(fixes.values())), plan)
+        if refused is None and len(fixes) > len(error.fixes):
+            error.text = f"{error.text}\n-> with what other stages need, it fits {_listed(tuple(fixes.values()))}"
         if refused is not None and fixes:
             tried = " ".join(map(reference, fixes.values()))
             error.text = f"{error.text}\nThat is not enough, with {tried}: {refused.text}"

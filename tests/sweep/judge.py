@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from runner.commands.cli import answer
+from runner.commands.cli import answer, app
+from runner.commands.refusal import options_of
+from runner.commands.words import again, line_words, spellings
 from runner.request import Request
+from stages.errors import Fix
 from tests.sweep.case import Case, pair
 from tests.sweep.models import Models
 
@@ -27,6 +30,8 @@ NEXT = f"next: {PROGRAM}"
 ARITHMETIC = re.compile(r"[0-9](\.[0-9]+)? ?([KMGT]i)?B\b|[0-9] bytes")
 # What a refusal says of more memory, where no change of the command would help.
 NEEDED = re.compile(r"it would fit with [0-9.]+ ([KMG]i)?B more on ")
+# What it says where a command alone would not help, as lines of the prompt file have a size of their own.
+KEPT = re.compile(r"that says a size keeps it: there, say ([0-9]+x[0-9]+) too")
 # In place of all options that may stand in the way.
 FREED = ("--max-memory", "--place", "--allow-offload", "--lanes")
 
@@ -135,6 +140,8 @@ def refused(case: Case, first: Answer, models: Models) -> Verdict:
     if not commands:
         # A strategy that cannot be has no arithmetic, and always goes without it.
         told = " ".join(first.err.split())
+        if (kept := KEPT.search(told)) and case.own:
+            return _with_lines_of(kept[1], case, first, models)
         fault = "" if ARITHMETIC.search(told) and NEEDED.search(told) else "neither a way nor a need"
         if (better := overlooked(case.words)) is not None:
             fault = f"something fits: {better}"
@@ -147,6 +154,23 @@ def refused(case: Case, first: Answer, models: Models) -> Verdict:
         if faults := [*wrongs(case, words, second, models)]:
             return Verdict("suggested", f"after the suggestion: {'; '.join(faults)}", command)
     return Verdict("suggested", "", commands[0])
+
+
+def _with_lines_of(size: str, case: Case, first: Answer, models: Models) -> Verdict:
+    """What comes of the fixes that a refusal has as data, with their size in the lines that have one too."""
+    width, height = pair(size)
+    changed = replace(
+        case, lines=tuple({**line, "size": size} if "size" in line else line for line in case.lines),
+        requests=tuple(replace(request, width=width, height=height) if request.index in case.own else request
+                       for request in case.requests),
+    )
+    (models.folder / case.file).write_text("".join(f"{json.dumps(line)}\n" for line in changed.lines))
+    fixes = tuple(Fix(**fix) for fix in json.loads(first.out.splitlines()[-1])["fixes"])
+    words = line_words(again(case.words, options_of(fixes), spellings(app, case.words)))
+    second = said(words)
+    faults = [f"ends with {second.code}: {second.err[-2000:]}"] if second.code else [
+        *wrongs(changed, words, second, models)]
+    return Verdict("suggested with lines", "; ".join(faults), shlex.join(words))
 
 
 def overlooked(words: Sequence[str]) -> str | None:
