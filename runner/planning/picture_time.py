@@ -38,7 +38,8 @@ class PictureTime:
     def __str__(self) -> str:
         read = f", and reading {gib(self.unread)} from the disk meanwhile," if self.unread else ""
         comes = "come" if read else "comes"
-        return (f"a picture takes {spoken(self.shortest)} to {spoken(self.longest)}, estimated, not measured: "
+        whole = "less than a second" if self.longest < 1 else f"{spoken(self.shortest)} to {spoken(self.longest)}"
+        return (f"a picture takes {whole}, estimated, not measured: "
                 f"{self.steps} steps of {self.step / 1e12:.3g} TFLOP, encode and decode, at "
                 f"{' and '.join(self.rates)}; loading the weights{read} {comes} on top")
 
