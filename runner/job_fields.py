@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from runner.inputs import PIXELS, SIDE, check_whole, read_whole
 from runner.placement_options import MemoryLimits, PlaceRequest
 from runner.request import FilledRequest, Request, first_seed
-from runner.text import shown
+from runner.text import choices, shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES, Family
 
@@ -42,8 +42,7 @@ def family(value: Any) -> str:
     """The name of a family that there is."""
     name = text("family", value)
     if name not in FAMILIES:
-        close = get_close_matches(name.lower(), FAMILIES, 1)
-        raise InvalidInput(f"there is no family {shown(name)} -> choose from {', '.join(close or FAMILIES)}")
+        raise InvalidInput(f"there is no family {shown(name)} -> {choices(name, FAMILIES)}")
     return name
 
 

@@ -3,7 +3,8 @@
 import shlex
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -41,6 +42,13 @@ def visible(value: object, most: int = 2000) -> str:
 def shown(text: str) -> str:
     """`text` quoted for an error message: ASCII, and cut where it is long."""
     return ascii(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def choices(word: str, of: Iterable[str]) -> str:
+    """What to choose instead of a word, the nearest first in words: `did you mean flux? choose from flux, sd3`."""
+    known = list(of)
+    close = get_close_matches(word.lower(), known, 1)
+    return f"{f'did you mean {close[0]}? ' if close else ''}choose from {', '.join(known)}"
 
 
 def wrapped(line: str, columns: int, indent: str = "") -> list[str]:

@@ -232,7 +232,7 @@ def test_what_ray_does_not_do_is_refused_in_python_too() -> None:
 
 
 def test_batch_is_the_command_of_the_family_that_it_names(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, says in ((("flucks",), "there is no family 'flucks' -> choose from flux"),
+    for words, says in ((("flucks",), "there is no family 'flucks' -> did you mean flux? choose from flux, "),
                         (("--engine", "ray", "--ranks", "2"), "--ranks has no meaning with --engine ray"),
                         (("flux-schnell", "--guidance", "3"), "flux-schnell takes no guidance")):
         assert answer(["batch", "--prompt", "x", *words]) == 2

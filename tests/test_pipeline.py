@@ -262,7 +262,7 @@ def test_on_step_hears_of_every_step_and_may_stop(flux: Path, theirs: DiffusionP
         heard.append((index, step, timestep, values["latents"]))
         return False if (index, step) == (1, 0) and len(heard) == 3 else None
 
-    with pytest.raises(stagerun.Interrupted):
+    with pytest.raises(stagerun.Interrupted, match="stopped by on_step"):
         pipe([RED, STAR], seed=7, on_step=told, **SMALL)
     assert [entry[:2] for entry in heard] == [(0, 0), (0, 1), (1, 0)]
     latents: list[tuple[float, torch.Tensor]] = []

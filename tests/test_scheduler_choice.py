@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    LTXEulerAncestralRFScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 
 import stagerun
@@ -17,6 +24,7 @@ from runner.commands.cli import answer
 from runner.media.image import read_card
 from stages.errors import InvalidInput, ModelError
 from stages.models.scheduler import SchedulerRequest
+from stages.pipeline.scheduler import exchanged
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 TEXT = "UniPCMultistepScheduler,use_flow_sigmas=true,prediction_type=flow_prediction"
@@ -47,6 +55,17 @@ def test_the_picture_is_that_of_diffusers_with_this_scheduler(
         image, = theirs("a red circle", generator=torch.Generator().manual_seed(7), guidance_scale=3.5, **small).images
         assert np.array_equal(result.images[0], image)
     assert f"scheduler: {request} (asked for)" in " ".join(str(pipe.plan_for("a red circle")).split())
+
+
+@pytest.mark.parametrize("kind", [LTXEulerAncestralRFScheduler, FlowMatchHeunDiscreteScheduler, EDMEulerScheduler])
+def test_another_class_keeps_what_its_own_has_no_use_for_as_in_diffusers(kind: type[Any]) -> None:
+    """One makes a second scheduler of its config, in which the model's shift is."""
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False)
+    ours, expected = exchanged(own, SchedulerRequest(kind.__name__)), kind.from_config(own.config)
+    for scheduler in (ours, expected):
+        scheduler.set_timesteps(4)
+    assert torch.equal(ours.timesteps, expected.timesteps) and torch.equal(ours.sigmas, expected.sigmas)
+    assert ours.config == expected.config
 
 
 def test_a_scheduler_is_said_in_any_way_and_kept_in_one(flux: Path) -> None:

@@ -87,7 +87,7 @@ def test_the_table_is_that_of_the_family_and_the_demo_has_its_own(config: Path) 
     ("\n\nlanes = 0", 3, "lanes: lanes must be"), ("max_memory = \"0=\"", 1, "is no device=amount"),
     ("prompt = \"x\"", 1, "prompt: there is no such setting"), ("seed = 1", 1, "seed: there is no such setting"),
     ("max-memry = 1", 1, "did you mean max-memory?"), ("steps = 20", 1, "it is of one family -> write it below"),
-    ("[flx]\nsteps = 1", 1, "there is no family 'flx' -> choose from flux"),
+    ("[flx]\nsteps = 1", 1, "there is no family 'flx' -> did you mean flux? choose from flux, "),
     ("[flux]\nsteps = 1\nsteps = 2", 3, "it is no TOML"), ("[flux]\nsize = \"axb\"", 2, "size: size must be WxH"),
     ("[flux-schnell]\nsteps = 2\nguidance = 3", 3, "flux-schnell takes no guidance"), ("steps", 1, "it is no TOML"),
     ("preview = true", 1, "is no text and no number"), ("model = [\"a\"]", 1, "it is a list"),

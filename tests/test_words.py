@@ -112,7 +112,7 @@ def test_types_have_short_names_too(asked: list[Job]) -> None:
      "-> python -m runner plan sd3 --model stabilityai/stable-diffusion-3.5-medium\n"),
     (["nobody/nothing", "x"], "name the family that it is of, and the model with --model nobody/nothing"),
     (["fluxx", "x"], "Did you mean 'flux'?"), (["resme", "last"], "Did you mean 'resume'?"),
-    (["zzz"], "python -m runner --help lists them"), (["plan", "flx"], "choose from flux"),
+    (["zzz"], "python -m runner --help lists them"), (["plan", "flx"], "did you mean flux? choose from flux, "),
     (["flux", "x", "--size", "64x64", "-W", "32"], "both say the size"), (["flux", "x", "-W", "0"], "width must be"),
     (["flux", "x", "-H", "x"], "height must be"), (["flux", "x", "-W", "16384"], "the limit is 4,194,304"),
     (["flux", "x", "-o", "x.tiff"], "must end in .png, .webp, .jpg or .jpeg"),

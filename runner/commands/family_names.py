@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
 from runner.reports.repeat import line
-from runner.text import shown
+from runner.text import choices, shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 
@@ -70,7 +70,7 @@ def named(word: str) -> str | None:
     return plain if plain in FAMILIES else _ALIASES.get(plain)
 
 
-def unknown(word: str, rest: Sequence[str], choices: Collection[str], command: str = "") -> str:
+def unknown(word: str, rest: Sequence[str], known: Collection[str], command: str = "") -> str:
     """What to say of a word that names no family: what it may be, and the command that would do."""
     if word.endswith((".txt", ".jsonl")):
         return f"{shown(word)} is no family -> name one, and the file with --prompt-file {word}"
@@ -84,10 +84,11 @@ def unknown(word: str, rest: Sequence[str], choices: Collection[str], command: s
             return f"{shown(word)} is the default model of no family -> {meant}"
         return (f"{shown(word)} is the default model of no family -> name the family that it is of, and the model "
                 f"with --model {word}; {supported}")
-    close = get_close_matches(word.lower(), choices, 1)
-    if command or not close:
-        return (f"there is no family {shown(word)} -> choose from {', '.join(close or FAMILIES)}" if command else
-                f"there is no family and no command {shown(word)} -> python -m runner --help lists them")
+    if command:
+        return f"there is no family {shown(word)} -> {choices(word, FAMILIES)}"
+    close = get_close_matches(word.lower(), known, 1)
+    if not close:
+        return f"there is no family and no command {shown(word)} -> python -m runner --help lists them"
     return f"there is no family and no command {shown(word)}. Did you mean {close[0]!r}?"
 
 

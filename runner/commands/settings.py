@@ -21,7 +21,7 @@ from runner.job_defaults import default_store
 from runner.job_fields import places
 from runner.media.paths import check_out
 from runner.placement_options import MemoryLimits
-from runner.text import shown
+from runner.text import choices, shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 
@@ -223,9 +223,8 @@ def _text(path: Path) -> str:
 
 def _layer(path: Path, text: str, table: str, values: Mapping[str, Any]) -> Layer:
     if table and table not in FAMILIES:
-        close = get_close_matches(table, FAMILIES, 1)
-        raise InvalidInput(f"{path}, line {_line(text, table, '')}: there is no family {shown(table)} -> choose from "
-                           f"{', '.join(close or FAMILIES)}")
+        raise InvalidInput(f"{path}, line {_line(text, table, '')}: there is no family {shown(table)} -> "
+                           f"{choices(table, FAMILIES)}")
     found: dict[str, Setting] = {}
     for key, value in values.items():
         name, line = key.replace("_", "-"), _line(text, table, key)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from runner.planning import describe
 from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
 from runner.planning.suggestions import after_out_of_memory
-from runner.text import shown
+from runner.text import choices, shown
 from stages.errors import BadResult, InvalidInput, StageOutOfMemory
 from stages.machine import probe
 from stages.pipeline.stage import Stage
@@ -82,8 +81,7 @@ def run_stage(
     what it makes is returned and not kept.
     """
     if stage not in STAGES:
-        close = get_close_matches(str(stage), STAGES, 1)
-        raise InvalidInput(f"there is no stage {shown(str(stage))} -> choose from {', '.join(close or STAGES)}")
+        raise InvalidInput(f"there is no stage {shown(str(stage))} -> {choices(str(stage), STAGES)}")
     check_runnable(plan, None, stage)
     check_listeners(emit)
     store = _opened(plan, store, emit)

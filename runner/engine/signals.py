@@ -11,10 +11,10 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that somebody stopped: `run` is its name, `code` the exit code that says by which signal."""
+    """A run that somebody stopped: `run` is its name, `code` the exit code of the signal."""
 
-    def __init__(self, number: int, run: str = "") -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+    def __init__(self, number: int, run: str = "", by: str = "") -> None:
+        super().__init__(f"stopped by {by or signal.Signals(number).name}")
         self.signal, self.run, self.code = signal.Signals(number), run, 128 + number
 
 
@@ -27,6 +27,7 @@ class StopRequest:
 
     def __init__(self, wanted: Callable[[], bool] | None = None) -> None:
         self.signal: int | None = None
+        self._by = ""
         self._wanted = wanted
         self._patient = False
 
@@ -34,7 +35,7 @@ class StopRequest:
     def asked(self) -> bool:
         """Whether somebody asked, and it still waits for a good moment."""
         if self.signal is None and self._wanted is not None and self._wanted():
-            self.signal = signal.SIGINT
+            self.signal, self._by = signal.SIGINT, "on_step"
         return self.signal is not None
 
     def ask(self) -> None:
@@ -44,7 +45,7 @@ class StopRequest:
     def raise_if_asked(self) -> None:
         """Raise Interrupted if somebody asked."""
         if self.asked and self.signal is not None:
-            raise Interrupted(self.signal)
+            raise Interrupted(self.signal, by=self._by)
 
     @contextmanager
     def patiently(self) -> Iterator[None]:

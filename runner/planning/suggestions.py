@@ -116,9 +116,9 @@ def _together(job: Job, plan: Replan) -> Fixes:
     lifted = [*(Fix("place", None, stage) for stage in dict.fromkeys(place.stage for place in job.place)),
               *([Fix("max_memory")] if job.max_memory.by_device else []),
               *([Fix("lanes", 1)] if job.lanes not in (None, 1) else [])]
-    for offload in (None, *OFFLOADS[OFFLOADS.index(job.allow_offload) + 1 :]) if lifted else ():
+    for offload in (None, *OFFLOADS[OFFLOADS.index(job.allow_offload) + 1 :]):
         fixes = [*lifted, *([Fix("allow_offload", offload)] if offload else [])]
-        if _refusal(applied(job, tuple(fixes)), plan) is None:
+        if fixes and _refusal(applied(job, tuple(fixes)), plan) is None:
             for fix in lifted:
                 fewer = [other for other in fixes if other != fix]
                 if fewer and _refusal(applied(job, tuple(fewer)), plan) is None:

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers.utils import logging
 
 from stages.errors import InvalidInput
 from stages.models.scheduler import SchedulerRequest
@@ -27,13 +28,16 @@ def exchanged(scheduler: Any, asked: SchedulerRequest) -> Any:
             close = get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
             raise InvalidInput(f"`scheduler`: {kind.__name__} has no {name} -> {hint}")
-    # What another class has no use for would be told in warnings; what its own class took by default, it takes anew.
-    kept = {name: value for name, value in scheduler.config.items() if name in known or name == "_use_default_values"}
+    level = logging.get_verbosity()
+    # What another class has no use for is told in warnings, and kept: some make a second scheduler of it.
+    logging.set_verbosity_error()
     try:
-        return kind.from_config(kept, **asked.config)
+        return kind.from_config(scheduler.config, **asked.config)
     except Exception as error:  # Anything: it is a library's constructor with anybody's numbers.
         raise InvalidInput(f"`scheduler`: {kind.__name__} cannot be made of {asked} ({error!s:.200}) -> another "
                            f"config") from None
+    finally:
+        logging.set_verbosity(level)
 
 
 def _class(name: str) -> Any:
