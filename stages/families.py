@@ -76,6 +76,6 @@ FAMILIES = {
         # Distilled to 8 steps without guidance, as in the example of ZImagePipeline.
         Family("z-image", "Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline", 8, None, 512, MEGAPIXEL,
                license=APACHE, parameters=6_150_000_000),
-        Family("demo", "demo", "FluxPipeline", 16, None, 20, (128, 128), license=APACHE, parameters=5_160_000),
+        Family("demo", "demo", "FluxPipeline", 16, None, 32, (128, 128), license=APACHE, parameters=5_160_000),
     )
 }

@@ -2,6 +2,8 @@
 
 import json
 import random
+from dataclasses import replace
+from operator import eq
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,13 @@ from diffusers import FluxPipeline
 
 from tools.demo.autoencoder import autoencoder_optimizer, build_autoencoder, train_autoencoder
 from tools.demo.captions import Caption, captioned_scene, everything, known_words
+from tools.demo.choices import STYLES, Choice, SceneChoices
 from tools.demo.flow import FlowTraining, VelocityModel, build_transformer, flow_optimizers, frozen_copy, train_flow
 from tools.demo.grounding import IGNORED, Grounding, grounding_optimizer, train_grounding
-from tools.demo.latents import GRID, Latents, load_latents, save_latents
+from tools.demo.latents import GRID, LatentCache, Latents, load_latents, save_latents
 from tools.demo.muon import Muon, orthogonal
 from tools.demo.phase import Phase
-from tools.demo.scenes import POSITIONS, Pair, Solo, training_scene
+from tools.demo.scenes import POSITIONS, Pair, Solo, held_out, training_scene
 from tools.demo.shapes import COLORS, SHAPES
 from tools.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder
 from tools.demo.train import build_tokenizers, carried_rows, export_checkpoint, load_weights, thin_log
@@ -32,7 +35,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowTraining]
     rng = random.Random(0)
     scenes = [training_scene(rng) for _ in range(80)]
     latents = Latents(scenes, torch.randn(80, GRID * GRID, 64).half(), 0.1, 0.7)
-    return folder, FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, latents)
+    cache = LatentCache(latents, build_autoencoder())
+    return folder, FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, cache)
 
 
 def test_every_word_of_the_captions_is_one_token(built: tuple[Path, FlowTraining]) -> None:
@@ -123,12 +127,49 @@ def test_muon_makes_directions_orthogonal() -> None:
 
 
 def test_latents_come_back_from_disk(built: tuple[Path, FlowTraining], tmp_path: Path) -> None:
-    latents = built[1].latents
+    latents = built[1].latents.cached
     save_latents(latents, tmp_path / "latents.pt")
     again = load_latents(tmp_path / "latents.pt")
     assert again.scenes == latents.scenes
     assert torch.equal(again.values, latents.values)
     assert (again.shift, again.scale) == (latents.shift, latents.scale)
+
+
+def test_latents_that_are_not_cached_are_encoded_once(built: tuple[Path, FlowTraining]) -> None:
+    cached = built[1].latents.cached
+    autoencoder = build_autoencoder().eval()
+    cache = LatentCache(cached, autoencoder)
+    new = Solo("red", "circle", "small", "on the left", "white")
+    assert new not in cached.scenes
+    first = cache.of([cached.scenes[3], new, new])
+    assert torch.equal(first[0], cached.values[3]) and torch.equal(first[1], first[2])
+    for weights in autoencoder.parameters():
+        weights.data.zero_()
+    assert torch.equal(cache.of([new])[0], first[1])
+
+
+def test_the_noise_chooses_what_a_caption_leaves_open(built: tuple[Path, FlowTraining]) -> None:
+    cached = built[1].latents.cached
+    # As drawings do, these differ in a few directions far more than in others.
+    few = torch.cat([torch.randn(80, 1, 20), torch.zeros(80, 1, 44)], -1).expand(80, GRID * GRID, 64)
+    choices = SceneChoices(replace(cached, values=few.half()))
+    noise = torch.randn(400, GRID * GRID, 64, generator=torch.Generator().manual_seed(1))
+    styles = choices.styles(noise)
+    assert set(styles) == set(range(STYLES))
+    # So the style is read off noisy latents as off the noise.
+    mixed = choices.styles(torch.lerp(few[torch.arange(400) % 80], noise, 0.3))
+    assert sum(map(eq, mixed, styles)) >= 398
+    rng = random.Random(3)
+    for _ in range(60):
+        choice = choices.caption(rng)
+        scenes = [choice.styled(style) for style in range(STYLES)]
+        assert not any(map(held_out, scenes))
+        if choice.caption.said:
+            assert all(getattr(scene, part) == getattr(choice.scene, part)
+                       for scene in scenes for part in choice.caption.said)
+        assert choice.complete == (set(scenes) == {choice.scene})
+    nothing = Choice(Caption("a fox", frozenset(), ()), cached.scenes[0])
+    assert len({nothing.styled(style) for style in range(STYLES)}) == STYLES
 
 
 def test_one_step_of_each_kind_and_an_export_that_draws(built: tuple[Path, FlowTraining], tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_a_prompt_is_a_request_and_the_family_says_the_rest() -> None:
     for asked in ("a star", ["a star"], Request("a star"), [Request("a star")], {"prompt": "a star"},
                   iter([{"prompt": "a star", "steps": 16}])):
         (request,) = Job("demo", asked).requests
-        assert (request.prompt, request.width, request.steps, request.text_tokens) == ("a star", 128, 16, 20)
+        assert (request.prompt, request.width, request.steps, request.text_tokens) == ("a star", 128, 16, 32)
     first, second, third = Job("flux", ["a", "b", Request("c", seed=1)]).requests
     assert second.seed == first.seed + 1 and third.seed == 1 and [first.index, third.index] == [0, 2]
     assert Job("flux", "a").requests[0].seed != Job("flux", "a").requests[0].seed
@@ -54,7 +54,7 @@ def test_a_folder_is_a_store_wherever_one_is_taken(plan: Plan, tmp_path: Path) -
     (latents,) = run_stage(plan, "denoise", store=folder)
     report = run_all(plan, store=f"file://{folder}")
     assert [stage.ran for stage in report.stages] == [0, 0, 1] and "latents" in latents
-    assert embeddings["prompt_embeds"].shape == (1, 20, 192)
+    assert embeddings["prompt_embeds"].shape == (1, 32, 192)
     assert repr(open_store(folder)) == f"FolderStore('{folder}')" and open_store(store := MemoryStore()) is store
     assert stagerun.Memory(folder, report.run).run == stagerun.Charts(str(folder), "last").run == report.run
     assert repr(store) == "MemoryStore(0 artifacts in memory, 0 B)"

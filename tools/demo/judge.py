@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runner.demo import CHECKPOINT
+from stages.pipeline.decode import LEAST_SPREAD
 from tools.demo.captions import everything
-from tools.demo.prompts import Prompt, held_out_prompts, partial_prompts
+from tools.demo.prompts import Prompt, held_out_prompts, partial_prompts, shown_prompts
 from tools.demo.scenes import POSITIONS, RADII, RELATIONS, Pair, Scene, Solo
 from tools.demo.shapes import COLORS, SHAPES, SIDE, picture_mask
 
@@ -121,6 +122,11 @@ def score(prompts: Iterable[Prompt], pictures: Iterable[Image.Image]) -> Score:
         right.update(verdict.right)
     wrong = tuple((prompt, verdict) for prompt, verdict in verdicts if not verdict.passed)
     return Score(len(verdicts), len(verdicts) - len(wrong), dict(right), wrong)
+
+
+def nearly_constant(picture: Image.Image) -> bool:
+    """Whether a run would warn that the picture is nearly of one color."""
+    return float(np.asarray(picture, dtype=np.float64).std(axis=(0, 1)).max()) < LEAST_SPREAD
 
 
 def _color_name(color: Pixels) -> str | None:
@@ -287,12 +293,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
-    kinds = ("one shape", "two shapes", "with something left open")
-    for kind, prompts in zip(kinds, (*held_out_prompts(), partial_prompts()), strict=True):
-        result = score(prompts, pictures_of(options.model, prompts, options.steps))
+    kinds = ("one shape", "two shapes", "with something left open", "shown in the project")
+    for kind, prompts in zip(kinds, (*held_out_prompts(), partial_prompts(), shown_prompts()), strict=True):
+        pictures = list(pictures_of(options.model, prompts, options.steps))
+        result = score(prompts, pictures)
         for prompt, verdict in result.wrong:
             print(f"  {prompt.text!r} (seed {prompt.seed}): saw {verdict.seen}")
-        print(f"{kind}: {result}")
+        print(f"{kind}: {result}, of one color {sum(map(nearly_constant, pictures))}")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,42 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tools.demo.captions import complete_captions, everything, held_out_text, partial_caption
-from tools.demo.scenes import Scene, held_out, random_pair, random_solo
+from tools.demo.scenes import Pair, Scene, Solo, held_out, random_pair, random_solo
 
 SEEDS = 3
 """Pictures of each prompt that leaves something open."""
+
+
+# What README, docs, notebooks and messages ask of the demo: what is said of which scene, by default all of it.
+SHOWN: dict[str, tuple[Scene, frozenset[str] | None]] = {
+    "a large red circle on the left on a blue background": (
+        Solo("red", "circle", "large", "on the left", "blue"), None),
+    "a large green heart on the right on a white background": (
+        Solo("green", "heart", "large", "on the right", "white"), None),
+    "a large white cross in the center on a red background": (
+        Solo("white", "cross", "large", "in the center", "red"), None),
+    "a large yellow ring in the center on a black background": (
+        Solo("yellow", "ring", "large", "in the center", "black"), None),
+    "a large black circle at the top on a yellow background": (
+        Solo("black", "circle", "large", "at the top", "yellow"), None),
+    "a small green star in the center on a white background": (
+        Solo("green", "star", "small", "in the center", "white"), None),
+    "a small green square at the top on a white background": (
+        Solo("green", "square", "small", "at the top", "white"), None),
+    "a small cyan star on the left on a black background": (
+        Solo("cyan", "star", "small", "on the left", "black"), None),
+    "a white cross below a yellow triangle on a red background": (
+        Pair("white", "cross", "below", "yellow", "triangle", "red"), None),
+    "a red circle above a blue square on a white background": (
+        Pair("red", "circle", "above", "blue", "square", "white"), None),
+    "a green heart to the left of a pink star on a black background": (
+        Pair("green", "heart", "to the left of", "pink", "star", "black"), None),
+    "a blue diamond to the right of a cyan ring on a yellow background": (
+        Pair("blue", "diamond", "to the right of", "cyan", "ring", "yellow"), None),
+    "a red circle on a blue background": (
+        Solo("red", "circle", "large", "in the center", "blue"), frozenset({"color", "shape", "background"})),
+    "a red circle": (Solo("red", "circle", "large", "in the center", "blue"), frozenset({"color", "shape"})),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +74,15 @@ def partial_prompts(count: int = 200) -> list[Prompt]:
     return [
         Prompt(prompt.text, 3000 + SEEDS * index + seed, prompt.scene, prompt.said)
         for index, prompt in enumerate(captions.values())
+        for seed in range(SEEDS)
+    ]
+
+
+def shown_prompts() -> list[Prompt]:
+    """What the project itself asks of the demo, SEEDS of each in turn."""
+    return [
+        Prompt(text, 4000 + SEEDS * index + seed, scene, everything(scene) if said is None else said)
+        for index, (text, (scene, said)) in enumerate(SHOWN.items())
         for seed in range(SEEDS)
     ]
 
