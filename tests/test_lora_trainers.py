@@ -255,6 +255,29 @@ CONFIGS: Mapping[str, Any] = {
 }
 
 
+def merged_by_peft(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of the layers that have an adapter, with the adapter in them."""
+    expected = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+            layer.merge()
+            expected |= {f"{name}.{leaf}": value for leaf, value in layer.get_base_layer().state_dict().items()}
+    return expected
+
+
+def test_an_adapter_that_the_transformer_saved_by_itself_is_what_peft_merges(models: Models, tmp_path: Path) -> None:
+    """Its config has no word in front that says whose it is."""
+    checkpoint = models("flux")
+    component = checkpoint.components["transformer"]
+    model = model_class(component).from_pretrained(component.folder)
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    model.save_lora_adapter(tmp_path)
+    ours, expected = merged(checkpoint, tmp_path / "pytorch_lora_weights.safetensors"), merged_by_peft(model)
+    assert expected
+    for name, weight in expected.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_it_is_what_peft_merges(models: Models, tmp_path: Path, kind: str) -> None:
     """With PEFT's own layers as the truth, and its config as diffusers' trainers write it."""
@@ -272,11 +295,7 @@ def test_it_is_what_peft_merges(models: Models, tmp_path: Path, kind: str) -> No
     told = {f"transformer.{name}": sorted(value) if isinstance(value, set) else value
             for name, value in config.to_dict().items()}
     save_file(tensors, tmp_path / "style.safetensors", metadata={"lora_adapter_metadata": json.dumps(told)})
-    expected = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
-            layer.merge()
-            expected |= {f"{name}.{leaf}": value for leaf, value in layer.get_base_layer().state_dict().items()}
+    expected = merged_by_peft(model)
     assert len(trained) == len(tensors) and len(expected) == 2 * len(OWN["flux"])
     ours = merged(checkpoint, tmp_path / "style.safetensors")
     for name, weight in expected.items():

@@ -185,10 +185,24 @@ def test_stable_diffusion_3_without_t5_runs_as_diffusers_runs_it(tmp_path: Path)
     assert (images.images[0].permute(1, 2, 0) * 255 - staged).abs().max() <= 1
 
 
+def test_an_encoder_that_has_no_tokenizer_is_not_left_unused_without_a_word(tmp_path: Path) -> None:
+    model = tiny_families.sd3(tmp_path / "model")
+    rewrite(model / "model_index.json", tokenizer_3=[None, None])
+    with pytest.raises(ModelError, match="names no tokenizer_3, which StableDiffusion3Pipeline needs for encode"):
+        planned(model, "sd3")
+
+
+def test_a_whole_clip_in_the_place_of_its_text_half(flux: Path, model: Path) -> None:
+    tensors = {"logit_scale": torch.ones(()), "visual_projection.weight": torch.ones(2, 2),
+               "vision_model.layer_scale": torch.ones(2)}
+    edit(model / "text_encoder" / "model.safetensors", lambda there: there.update(tensors))
+    assert torch.equal(picture(model), picture(flux))
+
+
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "scheduler", "tokenizer_2", "vae"])
 def test_a_model_without_what_it_cannot_do_without(model: Path, part: str) -> None:
     rewrite(model / "model_index.json", **{part: [None, None]})
-    with pytest.raises(ModelError, match=r"names nothing with weights for|does not go together|cannot be read"):
+    with pytest.raises(ModelError, match=f"names no {part}, which FluxPipeline needs for"):
         planned(model)
     index = json.loads((model / "model_index.json").read_text())
     del index[part]

@@ -67,7 +67,8 @@ def read_configs(lora: Lora) -> Mapping[str, TrainerConfig]:
         raise ModelError(f"{lora.source} has a trainer's config that is no table -> use another LoRA")
     tables: dict[str, dict[str, Any]] = {}
     for name, value in document.items():
-        component, _, field = name.partition(".")
+        # A model that saves its own adapter has no word for itself.
+        component, _, field = name.partition(".") if "." in name else ("transformer", ".", name)
         tables.setdefault(component, {})[field] = value
     for table in tables.values():
         _check(lora, table)

@@ -67,8 +67,8 @@ def refuse_quantized(config: Mapping[str, object], folder: Path) -> None:
 def refuse_companions(tensors: Iterable[str], path: Path, *, unknown: bool = False) -> None:
     """Raise ModelError where weights have tensors beside them without which they mean something else, such as scales.
 
-    The libraries read the weights all the same, and leave these out. Of `unknown` tensors, which no class asks for,
-    all are meant that can be such.
+    The libraries read the weights all the same, and leave these out. Of `unknown` tensors, which stand beside weights
+    and which no class asks for, all are meant that can be such.
     """
     pattern = _SCALE_LIKE if unknown else _COMPANION
     if found := [name for name in tensors if pattern.search(name)]:

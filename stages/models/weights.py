@@ -136,7 +136,9 @@ def compare(component: Component, model: nn.Module, found: Mapping[str, StoredTe
     ignored = any_of(getattr(model, "_keys_to_ignore_on_load_unexpected", None))
     known = {*wanted, *(name for name, _ in model.named_buffers())}
     extra = tuple(sorted(name for name in found if name not in known and not ignored(name)))
-    refuse_companions(extra, component.folder, unknown=True)
+    # What belongs to a layer that is not read, such as the other half of CLIP, is nothing beside a weight.
+    layers = tuple(f"{layer}{sign}" for layer in {name.rpartition(".")[0] for name in wanted} - {""} for sign in "._")
+    refuse_companions((name for name in extra if name.startswith(layers)), component.folder, unknown=True)
     return extra
 
 

@@ -25,6 +25,8 @@ from stages.pipeline.denoise import Denoise
 from stages.pipeline.encode import Encode
 from stages.pipeline.stage import Stage
 
+# An encoder without which a pipeline draws by its others, though diffusers does not call it optional; its tokenizer.
+_DISPENSABLE = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}
 
 def split(checkpoint: Checkpoint, inputs: Collection[str]) -> tuple[Encode, Denoise, Decode]:
     """The three stages of `checkpoint` for requests that give `inputs`.
@@ -52,15 +54,23 @@ def split(checkpoint: Checkpoint, inputs: Collection[str]) -> tuple[Encode, Deno
 
 def _check_whole(stage: Stage) -> None:
     """ModelError where the index names too few of the parts that a stage is made of."""
-    there = stage.checkpoint.components
+    there, spared = stage.checkpoint.components, _spared(stage.checkpoint)
     for spec in stage.blocks.expected_components:
-        left_out = spec.name not in there and spec.name not in stage.checkpoint.absent
+        left_out = spec.name not in there and spec.name not in spared
         if left_out and spec.default_creation_method == "from_pretrained":
             raise ModelError(f"{stage.checkpoint.path} names no {spec.name}, which {stage.checkpoint.pipeline} needs "
                              f"for {stage.name}; use a model that is whole")
     if not stage.components:
         raise ModelError(f"{stage.checkpoint.path} names nothing with weights for {stage.name}; use a model that is "
                          f"whole")
+
+
+def _spared(checkpoint: Checkpoint) -> set[str]:
+    """The parts that the index says are absent, and that the pipeline can do without."""
+    absent = set(checkpoint.absent)
+    optional = set(getattr(getattr(diffusers, checkpoint.pipeline, None), "_optional_components", ()))
+    encoder, tokenizer = _DISPENSABLE.get(checkpoint.pipeline, ("", ""))
+    return absent & (optional | {encoder, tokenizer} if encoder in absent else optional)
 
 
 def require(modules: Iterable[str]) -> None:
