@@ -89,13 +89,13 @@ def test_type_checkers_see_every_field_of_a_job_in_its_order() -> None:
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"family": "fluks"}, r"there is no family 'fluks' -> did you mean flux. choose from flux, "),
+    ({"family": "fluks"}, r"there is no family 'fluks' -> did you mean flux\? choose from flux, "),
     ({"requests": []}, "requests are none"),
     ({"requests": [3]}, "requests has '3' -> a prompt, or Request"), ({"requests": [{"seed": 1}]}, "without a prompt"),
     ({"requests": {"prompt": "a", "sead": 1}}, "has no 'sead' -> did you mean seed"),
     ({"requests": [Request("a", guidance=3.5)], "family": "demo"}, "demo takes no guidance -> leave guidance out"),
     ({"requests": [Request("a", negative_prompt="b")]}, "flux reads no negative prompt"),
-    ({"requests": [""]}, "empty prompt"), ({"family": "FLX"}, r"there is no family 'FLX' -> did you mean flux. "),
+    ({"requests": [""]}, "empty prompt"), ({"family": "FLX"}, r"there is no family 'FLX' -> did you mean flux\? "),
     ({"requests": 3}, "requests is '3' -> give a list"), ({"requests": None}, "requests is 'None' -> give a list"),
     ({"place": 1}, "place is '1'"), ({"devices": 1.5}, "devices is '1.5'"),
     ({"devices": {"0": 1}}, "devices is .{'0'"),

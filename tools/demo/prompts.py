@@ -37,6 +37,12 @@ SHOWN: dict[str, tuple[Scene, frozenset[str] | None]] = {
         Pair("green", "heart", "to the left of", "pink", "star", "black"), None),
     "a blue diamond to the right of a cyan ring on a yellow background": (
         Pair("blue", "diamond", "to the right of", "cyan", "ring", "yellow"), None),
+    "a small red circle on the left on a white background": (
+        Solo("red", "circle", "small", "on the left", "white"), None),
+    "large green star at the top, black background": (Solo("green", "star", "large", "at the top", "black"), None),
+    "a yellow heart, small, in the center, on blue": (Solo("yellow", "heart", "small", "in the center", "blue"), None),
+    "pink ring to the left of black cross, cyan background": (
+        Pair("pink", "ring", "to the left of", "black", "cross", "cyan"), None),
     "a red circle on a blue background": (
         Solo("red", "circle", "large", "in the center", "blue"), frozenset({"color", "shape", "background"})),
     "a red circle": (Solo("red", "circle", "large", "in the center", "blue"), frozenset({"color", "shape"})),

@@ -132,6 +132,11 @@ def export_checkpoint(out: Path, state: Path, training: FlowTraining, autoencode
         transformer=average.transformer,
     )
     pipe.save_pretrained(out)
+    # Where the autoencoder was read from is nobody's business.
+    config = out / "vae" / "config.json"
+    told = json.loads(config.read_text())
+    told.pop("_name_or_path", None)
+    config.write_text(json.dumps(told, indent=2) + "\n")
     # The sentencepiece model itself, which save_pretrained leaves out in favor of tokenizer.json.
     (out / "tokenizer_2" / "spiece.model").write_bytes((state / "tokenizer_2" / "spiece.model").read_bytes())
 
