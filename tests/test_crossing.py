@@ -77,6 +77,24 @@ def test_a_copy_lives_as_long_as_its_source_and_follows_its_changes(cards: Cards
     assert torch.accelerator.memory_allocated(second) == 0
 
 
+def test_of_what_a_model_gives_no_copy_stays(cards: Cards, sim: ModuleType) -> None:
+    """Hidden states of a text encoder live on while the next encoder runs."""
+    first, second = cards(MIB, MIB)
+
+    class Encoder(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            hidden = self[0](x) + 1
+            return [hidden, self[1](hidden)]
+
+    model = Encoder(nn.Identity(), nn.Identity())
+    Crossing(model, {"": first, "0": first, "1": second}, first)
+    hidden, last = model(torch.ones(1000, device=first))
+    assert hidden.cpu().tolist() == last.cpu().tolist() == [2.0] * 1000
+    assert hidden.device == last.device == torch.device(first)
+    gc.collect()
+    assert torch.accelerator.memory_allocated(second) == 0
+
+
 def test_cards_that_garble_copies_are_gone_around(cards: Cards, sim: ModuleType) -> None:
     first, second = cards(MIB, MIB)
     sim.corrupt(first, second, "zeros")

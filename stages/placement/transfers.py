@@ -39,7 +39,7 @@ class Crossing:
     """Hooks on one model: the inputs of each named module go to its device, the model's outputs go home."""
 
     def __init__(self, model: nn.Module, devices: Mapping[str, str], home: str, transfer: Transfer = direct) -> None:
-        self._transfer = transfer
+        self._transfer, self._devices = transfer, {*devices.values(), home}
         self._copies: dict[tuple[int, str, int], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
         for name, device in devices.items():
             model.get_submodule(name).register_forward_pre_hook(self._enter(device), with_kwargs=True)
@@ -55,6 +55,8 @@ class Crossing:
     def _leave(self, home: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             home_again = self._sent(output, home)
+            # What a model gives may live for long (the hidden states of an encoder), and no block reads it any more.
+            recursively_apply(self._forget, output)
             device_turns.leave()
             return home_again
 
@@ -75,6 +77,11 @@ class Crossing:
             source = weakref.ref(tensor, lambda _: self._copies.pop(key, None))
             self._copies[key] = source, tensor._version, copy
         return copy
+
+    def _forget(self, tensor: torch.Tensor) -> torch.Tensor:
+        for device in self._devices:
+            self._copies.pop((id(tensor), device, threading.get_ident()), None)
+        return tensor
 
 
 def corrupted_pairs(devices: Collection[str]) -> list[tuple[str, str]]:
