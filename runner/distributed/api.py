@@ -18,10 +18,12 @@ from runner.job import STAGES, Job
 from runner.media.writer import PictureWriter
 from runner.placement_options import PROCESSES
 from stages.errors import InvalidInput, from_json
+from stages.signatures import checked_call
 
 Done = Callable[[Picture], None]
 
 
+@checked_call
 def spawn(
     job: Job, ranks: int | RankProcesses | None = None, *, emit: Emit = silent, done: Done | None = None,
     timeout: float = TIMEOUT, verbose: bool = False,
@@ -51,6 +53,7 @@ def spawn(
     return report
 
 
+@checked_call
 def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbose: bool = False) -> Report:
     """Do a job with workers of a Ray cluster, or of a Ray of this machine's own; the report of all of it.
 

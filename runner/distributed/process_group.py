@@ -21,6 +21,7 @@ from runner.distributed.watchdog import TIMEOUT, Watchdog
 from runner.events import Emit, from_wire, silent
 from runner.text import clean
 from stages.errors import RankLost, from_json
+from stages.signatures import checked_class
 
 WORKER = (sys.executable, "-P", "-m", "runner.distributed.worker")
 GRACE = 30.0
@@ -66,6 +67,7 @@ class RankProcess:
         return f"; its last words: {clean(words)}" if words else ""
 
 
+@checked_class
 class RankProcesses:
     """`size` ranks on this host, for a `with` statement; leaving it ends every one of them.
 

@@ -94,7 +94,7 @@ def check_source(source: str) -> None:
 def check_unchanged(lora: Lora) -> None:
     """Raise ModelError where the file is another than when it was found: what is made goes by the hash of that one."""
     if not lora.path.exists() or _digest_of(lora.path) != lora.digest:
-        raise ModelError(f"{lora.source} was changed or taken away since the run was planned -> run the same command "
+        raise ModelError(f"{lora.source} was changed or taken away since the run was planned -> run the same "
                          f"again once it stays as it is")
 
 
