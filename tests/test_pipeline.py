@@ -148,7 +148,7 @@ def test_a_generator_that_was_drawn_from_is_refused(pipe: stagerun.Pipeline) -> 
     ({"prompt": [RED, 3]}, "the prompt must be text"),
     ({"generator": 7}, r"generator is a int -> torch.Generator\(\).manual_seed"),
     ({"generator": [seeded(1), seeded(2)]}, "2 generators for 1 pictures"),
-    ({"prompt": [RED, STAR], "generator": seeded(1)}, r"one generator for 2 pictures: .* for n in range\(1, 3\)\], or seed=1, wh"),
+    ({"prompt": [RED, STAR], "generator": seeded(1)}, r"one generator for 2 pictures: .* range\(1, 3\)\], or seed=1"),
     ({"num_images_per_prompt": 2, "generator": [seeded(1)] * 2}, None),
     ({"generator": seeded(1), "seed": 1}, "seed and generator both say the noise"),
     ({"seed": [1, 2]}, "2 seeds for 1 pictures -> one for each"), ({"seed": -2}, "seed must be a whole number"),
@@ -162,7 +162,7 @@ def test_a_generator_that_was_drawn_from_is_refused(pipe: stagerun.Pipeline) -> 
     ({"negative_prompt": ["a", "b"]}, "1 prompts and 2 negative prompts"),
     ({"true_cfg_scale": 4.0}, "flux has no true_cfg_scale -> guidance_scale="),
     ({"on_step": 3}, r"on_step is a int -> a function of \(index, step, timestep, values\)"),
-    ({"on_step": lambda: None}, r"on_step cannot be called with \(index, step, timestep, values\) -> def on_step\(ind"),
+    ({"on_step": lambda: None}, r"on_step cannot be called with \(index, step, timestep, values\) -> def on_step"),
     ({"on_step": lambda a, b, c, d, e: None}, "on_step cannot be called with"), ({"emit": 3}, "emit is a int -> a fu"),
     ({"emit": lambda: None}, r"emit cannot be called with \(kind, data\)"),
     ({"num_inference_step": 3}, "a call takes no 'num_inference_step' -> did you mean num_inference_steps=?"),
@@ -253,7 +253,7 @@ def test_the_family_is_that_of_the_model(flux: Path, tmp_path: Path, monkeypatch
         stagerun.Pipeline(3)  # type: ignore[arg-type]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
-    with pytest.raises(ModelError, match="is not supported: it is a PixArtAlphaPipeline, which no .* choose from flux"):
+    with pytest.raises(ModelError, match=r"is not supported: it is a PixArtAlphaPipeline, .* choose from flux"):
         stagerun.Pipeline(tmp_path / "other")
 
 

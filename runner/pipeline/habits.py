@@ -167,3 +167,16 @@ class Habits:
     numpy_to_pil = Instead("result.images are PIL's already")
     save_pretrained = Instead("leave it out: the model's folder stays as it is, and can be copied")
     push_to_hub = Instead("leave it out: the model's folder stays as it is, and can be copied")
+
+
+class ResultHabits:
+    """What users of diffusers, and others, may look for in a result."""
+
+    image = Instead("result.images[0], or for image in result")
+    pictures = Instead("result.images, or result.report.pictures, which save themselves")
+    seed = Instead("result.seeds[0]")
+    save = Instead('result.images[0].save("fox.png")')
+    show = Instead("result.images[0]")
+    latents = Instead("pipe.denoise(pipe.encode(...)), which gives them")
+    frames = Instead("result.images: no video is made")
+    nsfw_content_detected = Instead("leave it out: no picture is checked or blacked")

@@ -48,8 +48,10 @@ ANYTHING = "a picture"
 class Pipeline(Habits):
     """A model and how it runs: `pipe = Pipeline("flux")`, then `pipe("a fox").images[0].save("fox.png")`.
 
-    Nothing is loaded before a call, and nothing stays loaded behind it. `family_or_model` is the name of a family, a
-    hub id or a folder. The keywords are::
+    Nothing is loaded before a call, and nothing stays loaded behind it. A call takes what `__call__` below says;
+    `pipe.encode`, `pipe.denoise` and `pipe.decode` are its stages one by one, and `print(pipe.plan)` says where all of
+    it goes. `family_or_model` is the name of a family (FAMILIES), a hub id or a folder. What a keyword that is left
+    out would say, the plan decides. The keywords are::
 
         model          another model of the family: a hub id, a folder or "demo"
         revision       a commit, tag or branch of a model of the hub
@@ -61,15 +63,17 @@ class Pipeline(Habits):
         place          where stages go: "denoise=sharded", {"denoise": "0:9,1:28,0:20"}
         device_map     the same in diffusers' words: "balanced" leaves it to the plan, {"vae": 0}, or a device
         allow_offload  "cpu", or "disk", lets blocks that fit no card wait there
-        lanes          pictures that are denoised at a time
-        tile           pixels along a side of the tiles that are decoded one by one, 0 for whole pictures
+        lanes          pictures that are denoised at a time; by default as many as keep the cards busy
+        tile           pixels along a side of the tiles that are decoded one by one, 0 for whole pictures; by default
+                       those pictures alone are decoded in tiles that do not fit whole
         store          where results of stages are kept: "memory", a folder, a URL, or a store
         policy         a RunPolicy, or in its place its own keywords, such as step_every=60 or strict=True
         progress       True shows how a call goes on, False does not; by default a notebook and a terminal do
         modulation_table, peer_copies
                        False switches them off
 
-    The hub's cache and its token are those of the environment: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN.
+    The hub's cache and its token are those of the environment: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN. What pipelines of
+    diffusers have besides is either done, or says what does it here: `pipe.to`, `pipe.vae`, `pipe.load_lora_weights`.
 
     Raises InvalidInput for what cannot be, and ModelError for a model that cannot be read or is of no family.
     """
@@ -152,7 +156,10 @@ class Pipeline(Habits):
     @checked_call
     @keywords.in_words_of_a_call()
     def job_for(self, prompt: str | Sequence[str] | None, **asked: Unpack[Asked]) -> Job:
-        """The job of a call with these arguments, for `spawn`, `run_on_ray` and others that do jobs."""
+        """The job of a call with these arguments, for `spawn`, `run_on_ray` and others that do jobs.
+
+        `asked` are the keywords of a call, such as `num_inference_steps=8`, but on_step and emit.
+        """
         return replace(self._job, requests=requests_of(self.family, prompt, asked))
 
     @property
@@ -164,7 +171,10 @@ class Pipeline(Habits):
     @keywords.in_words_of_a_call()
     def plan_for(self, prompt: str | Sequence[str] = ANYTHING, *, machine: str | Machine | None = None,
                  **asked: Unpack[Asked]) -> Plan:
-        """Where everything would go for a call with these arguments, here or on a machine such as "2x16GB"."""
+        """Where everything would go for a call with these arguments, here or on a machine such as "2x16GB".
+
+        `asked` are the keywords of a call, such as `height=512`, but on_step and emit.
+        """
         return make_plan(self.job_for(prompt, **asked), machine=machine, download=False)
 
     @checked_call
@@ -184,7 +194,7 @@ class Pipeline(Habits):
         seed: int | Sequence[int] | None = None,
         max_sequence_length: int | None = None,
         on_step: OnStep | None = None,
-        emit: Emit = silent,
+        emit: Emit | None = None,
         **unknown: Any,
     ) -> Result:
         """Make pictures; what is not said comes from the family. The names are diffusers'.
@@ -193,7 +203,8 @@ class Pipeline(Habits):
         or a list, or those of fresh generators on the CPU, one for each picture. `on_step(index, step, timestep,
         values)` is called after every step with the number of the picture, the step from 0, the scheduler's timestep
         and {"latents": tensor}; where it gives False the run ends, as Interrupted, and the same call goes on from
-        there. `emit` hears of every event.
+        there. `emit(kind, data)` hears of every event. Keywords of diffusers that ask for nothing, such as
+        `latents=None`, are taken, too.
 
         Raises InvalidInput, DoesNotFit, ModelError, StageOutOfMemory, StoreError, or BadResult for a picture that came
         to nothing.
@@ -216,9 +227,12 @@ class Pipeline(Habits):
 
     @checked_call
     @keywords.in_words_of_a_call()
-    def encode(self, prompt: str | Sequence[str] | None = None, *, emit: Emit = silent,
+    def encode(self, prompt: str | Sequence[str] | None = None, *, emit: Emit | None = None,
                **asked: Unpack[Asked]) -> States:
-        """The first stage of a call with these arguments: the embeddings, on the host. Nothing stays loaded."""
+        """The first stage of a call with these arguments: the embeddings, on the host. Nothing stays loaded.
+
+        `asked` are the keywords of a call, such as `seed=7`: what the later stages need of them, the states know.
+        """
         plan = make_plan(self.job_for(prompt, **asked))
         with self._heard(plan.job, None, emit) as listener:
             states = run_stage(plan, "encode", store=self.store, emit=listener)
@@ -227,13 +241,16 @@ class Pipeline(Habits):
 
     @checked_call
     @keywords.in_words_of_a_call()
-    def denoise(self, states: States, *, on_step: OnStep | None = None, emit: Emit = silent) -> States:
-        """The second stage: the latents, on the host, of what `encode` gave, whatever was changed in it."""
+    def denoise(self, states: States, *, on_step: OnStep | None = None, emit: Emit | None = None) -> States:
+        """The second stage: the latents, on the host, of what `encode` gave, whatever was changed in it.
+
+        Raises InvalidInput, before anything is loaded, for states that the stage cannot work on.
+        """
         return self._next("denoise", states, on_step, emit)
 
     @checked_call
     @keywords.in_words_of_a_call()
-    def decode(self, states: States, *, emit: Emit = silent) -> Result:
+    def decode(self, states: States, *, emit: Emit | None = None) -> Result:
         """The last stage: the pictures of what `denoise` gave, whatever was changed in it.
 
         They say how they were made unless something was changed: then that could not be made again.
@@ -242,13 +259,14 @@ class Pipeline(Habits):
         return Result(made.plan.requests, partial(_images, made))
 
     @contextmanager
-    def _heard(self, job: Job, on_step: OnStep | None, emit: Emit) -> Iterator[StepListener]:
+    def _heard(self, job: Job, on_step: OnStep | None, emit: Emit | None) -> Iterator[StepListener]:
         """What hears of a run inside of the block."""
+        emit = silent if emit is None else emit
         fields_of.function("emit", emit, "kind, data")
         with shown(self._progress) as told:
             yield StepListener(on_step, job.requests, tee(told, emit), warns=told is silent)
 
-    def _next(self, stage: str, states: Any, on_step: OnStep | None, emit: Emit) -> States:
+    def _next(self, stage: str, states: Any, on_step: OnStep | None, emit: Emit | None) -> States:
         before = STAGES[STAGES.index(stage) - 1]
         if not isinstance(states, States) or states.stage != before:
             what = f"states after {states.stage}" if isinstance(states, States) else f"a {type(states).__name__}"

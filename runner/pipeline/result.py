@@ -8,14 +8,14 @@ from typing import Any
 from PIL.Image import Image
 
 from runner.engine.report import Report
-from runner.pipeline.habits import Instead
+from runner.pipeline.habits import ResultHabits
 from runner.request import FilledRequest
 from runner.text import pictures, shown
 from stages.errors import InvalidInput
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(ResultHabits):
     """Pictures that were made: `result.images`, or `for image in result`."""
 
     requests: tuple[FilledRequest, ...]
@@ -49,15 +49,6 @@ class Result:
             return self.seeds
         raise InvalidInput(f"result[{shown(name) if isinstance(name, str) else repr(name)}] may mean all pictures or "
                            f"one -> result.images, or result.images[0]")
-
-    image = Instead("result.images[0], or for image in result")
-    pictures = Instead("result.images, or result.report.pictures, which save themselves")
-    seed = Instead("result.seeds[0]")
-    save = Instead('result.images[0].save("fox.png")')
-    show = Instead("result.images[0]")
-    latents = Instead("pipe.denoise(pipe.encode(...)), which gives them")
-    frames = Instead("result.images: no video is made")
-    nsfw_content_detected = Instead("leave it out: no picture is checked or blacked")
 
     def __repr__(self) -> str:
         stages = () if self.report is None else self.report.stages
