@@ -4,8 +4,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from inspect import signature
+from operator import index
 from typing import Any, TypeVar
 
 from runner.inputs import PIXELS, SIDE, check_whole, read_whole
@@ -68,7 +70,7 @@ def function(name: str, value: Any, of: str) -> None:
     """InvalidInput for what cannot be called with these arguments."""
     if not callable(value):
         raise InvalidInput(f"`{name}` is a {type(value).__name__} -> a function of ({of}), or leave it out")
-    if not takes_so_many(value, of.count(",") + 1):
+    if not takes_so_many(value, len(of.split(",")) if of else 0):
         raise InvalidInput(f"`{name}` cannot be called with ({of}) -> def {name}({of}), whatever it does with them")
 
 
@@ -170,6 +172,9 @@ def _amount(value: Any, of: str = "") -> str:
     """Bytes as text, or the text of an amount."""
     if isinstance(value, str):
         return value
+    with suppress(TypeError):
+        # A whole number of any library.
+        value = value if isinstance(value, bool) else index(value)
     if value is None:
         raise InvalidInput(f"`max_memory`{of} is None -> leave {of.removeprefix(' of ')} out where there is no limit")
     if type(value) is not int or value < 0:
@@ -253,6 +258,8 @@ def made(kind: Callable[..., Kind], options: Mapping[str, Any], **more: Any) -> 
     names = [name for name in signature(kind).parameters if name not in more]
     for name in options:
         if name not in names:
+            if name == "prompt":
+                raise InvalidInput("a job takes no 'prompt' -> `requests` says it, such as [\"a red circle\"]")
             if name in signature(Request).parameters:
                 raise InvalidInput(f"a job takes no {shown(name)} -> a request says it: Request(\"a red circle\", "
                                    f"{name}=...)")

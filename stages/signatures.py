@@ -63,7 +63,7 @@ def takes_so_many(function: Callable[..., Any], count: int) -> bool:
 def _refusal(
     function: Callable[..., Any], takes: Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> str:
-    named = [name for name in takes.parameters if name != "self"]
+    named = [name for name in takes.parameters if name not in ("self", "cls")]
     is_method = len(named) < len(takes.parameters)
     args, what = args[is_method:], _what(function)
     parameters = [takes.parameters[name] for name in named]

@@ -35,7 +35,7 @@ class State:
     def __getitem__(self, name: str) -> Value:
         if name not in self.values:
             close = get_close_matches(str(name), self.values, 1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(self.values)}"
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(self.values) or 'none'}"
             raise InvalidInput(f"the state has no {name!a} -> {hint}")
         return self.values[name]
 

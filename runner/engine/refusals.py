@@ -24,8 +24,12 @@ def check_runnable(plan: Plan, collectives: Collectives | None, stage: str = "de
                            "ranks=2)")
 
 
-def check_listeners(emit: Emit, done: Callable[[Any], None] | None = None) -> None:
+def check_listeners(
+    emit: Emit, done: Callable[[Any], None] | None = None, stop: Callable[[], bool] | None = None
+) -> None:
     """Raise InvalidInput for listeners that cannot be called."""
     job_fields.function("emit", emit, "kind, data")
     if done is not None:
         job_fields.function("done", done, "picture")
+    if stop is not None:
+        job_fields.function("stop", stop, "")

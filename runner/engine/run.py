@@ -57,7 +57,7 @@ def run_all(
     Raises BadResult, ModelError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
     check_runnable(plan, collectives)
-    check_listeners(emit, done)
+    check_listeners(emit, done, stop)
     if policy is not None:
         plan = replace(plan, job=replace(plan.job, policy=policy))
     policy = plan.job.policy
@@ -88,7 +88,7 @@ def run_stage(
     if stage not in STAGES:
         raise InvalidInput(f"there is no stage {shown(str(stage))} -> {choices(str(stage), STAGES)}")
     check_runnable(plan, None, stage)
-    check_listeners(emit)
+    check_listeners(emit, stop=stop)
     store = _opened(plan, store, emit)
     keys = artifact_keys(plan)
     index = STAGES.index(stage)

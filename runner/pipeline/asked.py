@@ -113,8 +113,9 @@ def _seeds_of(generator: Any, count: int) -> list[int]:
         raise InvalidInput(f"one generator for {count} pictures: each has noise of its own here, and does not go on "
                            f"where the one before it ended -> generator=[torch.Generator().manual_seed(n) for n in "
                            f"range({first}, {first + count})], or seed={first}, which counts up")
-    if not isinstance(given, list | tuple) or not all(isinstance(one, torch.Generator) for one in given):
-        raise InvalidInput(f"generator is a {type(generator).__name__} -> torch.Generator().manual_seed(7), or a list")
+    given = given if isinstance(given, list | tuple) else [given]
+    if wrong := [type(one).__name__ for one in given if not isinstance(one, torch.Generator)]:
+        raise InvalidInput(f"generator is a {wrong[0]} -> torch.Generator().manual_seed(7), or a list of such")
     if len(given) != count:
         raise InvalidInput(f"{len(given)} generator{'' if len(given) == 1 else 's'} for {count} pictures, each of "
                            f"which has noise of its own -> {SEEDS}")

@@ -67,8 +67,10 @@ PIPELINE: Mapping[str, str] = {
     "ranks": "stagerun.spawn(pipe.job_for(...), ranks=2)", "engine": "stagerun.run_on_ray(pipe.job_for(...))",
     "out": "result.images[0].save(\"fox.png\")",
     "device": "devices=, such as \"cuda:0\"", "lora": "loras=", "artifacts": "store=", "step_callback": "on_step= of "
-    "the call", "seed": "seed= of the call", "prompt": "the call: pipe(\"a red circle\")",
-    "num_inference_steps": "num_inference_steps= of the call", "guidance_scale": "guidance_scale= of the call",
+    "the call", "prompt": "the call: pipe(\"a red circle\")", "steps": "num_inference_steps= of the call",
+    **{name: f"{name}= of the call" for name in (
+        "negative_prompt", "num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width",
+        "num_images_per_prompt", "generator", "seed", "max_sequence_length")},
     **dict.fromkeys(("on_step", "emit"), "pipe(...) takes it"),
 }
 # A None for one of these asks for a model without it, which is something else than not to ask.

@@ -133,6 +133,7 @@ class Pipeline(Habits):
         self._store = open_store(store, strict=policy.strict)
 
     @classmethod
+    @checked_call
     def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> "Pipeline":
         """The pipeline of a hub id or a folder, whose own index says of which family it is; see `Pipeline`."""
         name = as_name(model)
