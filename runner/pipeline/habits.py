@@ -34,7 +34,10 @@ class Instead:
         self._refuse(self._owner)
 
     def _refuse(self, owner: type) -> NoReturn:
-        raise NotHere(f"a {owner.__name__.lower()} has no {self._name} -> {self._text}")
+        error = NotHere(f"a {owner.__name__.lower()} has no {self._name} -> {self._text}")
+        # Otherwise Python adds a guess of its own.
+        error.name = self._name
+        raise error
 
 
 _PLACES = "devices=, place= or max_memory= of the pipeline, and print(pipe.plan) says where all of it goes"
