@@ -22,7 +22,7 @@ from typing import Any
 _NUMBERS = frozenset(("count", "guidance", "guidance_scale", "lanes", "max_sequence_length", "num_images_per_prompt",
                       "num_inference_steps", "preview", "ranks", "seed", "step_every", "steps", "text_tokens", "tile"))
 # What Python calls differently than a command line does, where no value is named.
-_KEYWORDS = {"count": "requests", "out": "path", "overwrite": "overwrite=True", "size": "width and height"}
+_KEYWORDS = {"count": "requests", "out": "path", "size": "width and height"}
 # Not part of a path or of what stands in quotes: that is a user's own.
 Word = Callable[[str, str | None], str | None]
 _REFERENCE = re.compile(r"(?<![\w'\"/.])`([a-z_]+)(?:=([^`]*))?`(?![\w'\"/]|\.\w)")
