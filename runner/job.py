@@ -15,6 +15,7 @@ from stages.errors import InvalidInput
 from stages.families import FAMILIES, Family
 from stages.models.lora import LoraRequest, read_loras
 from stages.models.scheduler import SchedulerRequest
+from stages.signatures import checked_class
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ STEP_EVERY = 10.0
 StageName = Literal["encode", "denoise", "decode"]
 
 
+@checked_class
 @dataclass(frozen=True)
 class RunPolicy:
     """How a run goes about its job, whatever the job is. Raises InvalidInput for what cannot be."""
@@ -57,6 +59,7 @@ class RunPolicy:
             fields_of.flag(name, getattr(self, name))
 
 
+@checked_class
 @dataclass(frozen=True)
 class Output:
     """Which files the pictures of a run go to. Raises InvalidInput for what cannot be."""
@@ -113,6 +116,7 @@ class Origin:
     """What to do where it is another now."""
 
 
+@checked_class
 @dataclass(frozen=True)
 class Job:
     """What a run is asked for.

@@ -4,9 +4,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from difflib import get_close_matches
 from inspect import signature
+from operator import index
 from typing import Any, TypeVar
 
 from runner.inputs import PIXELS, SIDE, check_whole, read_whole
@@ -15,6 +16,7 @@ from runner.request import FilledRequest, Request, first_seed
 from runner.text import choices, shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES, Family
+from stages.signatures import takes_so_many, unknown_name
 
 DTYPES = ("float32", "bfloat16", "float16")
 # What people call them.
@@ -24,6 +26,7 @@ LONGEST = 24 * 3600.0
 AUTO = "auto"
 # Overlaps of tiles are whole latents of every VAE then.
 MULTIPLE = 64
+DEVICE = re.compile("[0-9]{1,4}|cpu|[a-z]{2,16}:[0-9]{1,4}")
 RUN = re.compile("[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 Kind = TypeVar("Kind")
@@ -67,6 +70,8 @@ def function(name: str, value: Any, of: str) -> None:
     """InvalidInput for what cannot be called with these arguments."""
     if not callable(value):
         raise InvalidInput(f"`{name}` is a {type(value).__name__} -> a function of ({of}), or leave it out")
+    if not takes_so_many(value, len(of.split(",")) if of else 0):
+        raise InvalidInput(f"`{name}` cannot be called with ({of}) -> def {name}({of}), whatever it does with them")
 
 
 def all_of(name: str, values: Any, kind: type[Kind]) -> tuple[Kind, ...]:
@@ -147,6 +152,10 @@ def devices(values: Any) -> tuple[str, ...]:
     """The names of devices, from a list, or from a text such as "0,1"."""
     given = values.split(",") if isinstance(values, str) and values else several(
         "devices", () if values is None or values == "" else values, int)
+    for value in given:
+        # A torch.device, by its name: torch is not imported before a job is checked.
+        if (not isinstance(value, str | int) and type(value).__name__ != "device") or isinstance(value, bool):
+            raise InvalidInput(f"`devices` has {shown(repr(value))} -> such as \"cpu\", \"cuda:0\" or 0")
     return tuple(text("devices", str(value)) for value in given)
 
 
@@ -155,19 +164,39 @@ def limits(given: Any) -> MemoryLimits:
     if isinstance(given, MemoryLimits):
         return given
     if isinstance(given, Mapping):
-        given = ",".join(f"{name}={_amount(amount)}" for name, amount in given.items())
+        given = ",".join(f"{_limited(name)}={_amount(amount, f' of {name}')}" for name, amount in given.items())
     return MemoryLimits() if given is None or given == "" else MemoryLimits.read(_amount(given))
 
 
-def _amount(value: Any) -> str:
+def _amount(value: Any, of: str = "") -> str:
     """Bytes as text, or the text of an amount."""
-    return f"{value}B" if type(value) is int else text("max_memory", value)
+    if isinstance(value, str):
+        return value
+    with suppress(TypeError):
+        # A whole number of any library.
+        value = value if isinstance(value, bool) else index(value)
+    if value is None:
+        raise InvalidInput(f"`max_memory`{of} is None -> leave {of.removeprefix(' of ')} out where there is no limit")
+    if type(value) is not int or value < 0:
+        example = "" if of else ', or {0: "14GiB", "cpu": "24GiB"}'
+        raise InvalidInput(f"`max_memory`{of} is {shown(repr(value))} -> bytes as a whole number from 1 on, or text "
+                           f"such as \"14GiB\"{example}")
+    return f"{value}B"
+
+
+def _limited(name: Any) -> str:
+    """The name of a device that has a limit."""
+    if isinstance(name, bool) or not DEVICE.fullmatch(str(name)):
+        raise InvalidInput(f"`max_memory` names the device {shown(str(name))} -> a card's number such as 0, its name "
+                           f"such as \"cuda:0\", or \"cpu\" for the host")
+    return str(name)
 
 
 def places(values: Any, stages: tuple[str, ...]) -> tuple[PlaceRequest, ...]:
     """Places that were asked for, also as a mapping of stages to where; `STAGE=auto` asks for none."""
     found = []
-    values = [f"{stage}={where}" for stage, where in values.items()] if isinstance(values, Mapping) else values
+    if isinstance(values, Mapping):
+        values = [f"{stage}={_where(stage, where)}" for stage, where in values.items()]
     for value in several("place", values, str | PlaceRequest):
         place = value if isinstance(value, PlaceRequest) else PlaceRequest.read(text("place", value))
         if place.stage not in stages:
@@ -175,6 +204,15 @@ def places(values: Any, stages: tuple[str, ...]) -> tuple[PlaceRequest, ...]:
                                f"or STAGE.COMPONENT=WHERE with a stage of {', '.join(stages)}")
         found += [] if place.where == AUTO else [place]
     return tuple(found)
+
+
+def _where(stage: Any, where: Any) -> Any:
+    """Where a stage is to go, by a name or a number."""
+    # Of a torch.device, the name.
+    if (not isinstance(where, str | int) and type(where).__name__ != "device") or isinstance(where, bool):
+        raise InvalidInput(f"`place` of {shown(str(stage))} is {shown(repr(where))} -> such as \"sharded\", "
+                           f"\"cuda:0\" or 0, or leave it out")
+    return where
 
 
 def lanes(value: Any) -> int | None:
@@ -220,11 +258,12 @@ def made(kind: Callable[..., Kind], options: Mapping[str, Any], **more: Any) -> 
     names = [name for name in signature(kind).parameters if name not in more]
     for name in options:
         if name not in names:
-            close = get_close_matches(name, names, 1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+            if name == "prompt":
+                raise InvalidInput("a job takes no 'prompt' -> `requests` says it, such as [\"a red circle\"]")
             if name in signature(Request).parameters:
-                hint = f'a request says it: Request("a red circle", {name}=...)'
-            raise InvalidInput(f"there is no option {shown(name)} -> {hint}")
+                raise InvalidInput(f"a job takes no {shown(name)} -> a request says it: Request(\"a red circle\", "
+                                   f"{name}=...)")
+            raise InvalidInput(unknown_name("a job", name, names))
     return kind(**more, **options)
 
 

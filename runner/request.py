@@ -12,12 +12,14 @@ from runner.inputs import INPUTS, PIXELS, SEED, check_size, check_whole
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import Family
+from stages.signatures import checked_class
 
 COUNT = 64
 # The CPU generator of torch starts from the low 32 bits alone, so a larger random seed would add nothing.
 SEED_BITS = 32
 
 
+@checked_class
 @dataclass(frozen=True)
 class Request:
     """One picture. `Request("a fox")` is enough: what is None comes from the family, as soon as a `Job` names one.

@@ -18,6 +18,7 @@
     log_in                    asks for the token that a gated model needs, and only then
     FAMILIES                  the model families, with their defaults
     StagerunError             the root of all errors; each is one line that says what to do
+    Interrupted               a run that Ctrl-C, a signal or on_step stopped: no error, but a KeyboardInterrupt
 
 All of them come from the packages `runner` and `stages`, which stay where they are; this one has their public names.
 """
@@ -108,4 +109,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*__all__, "__version__"})

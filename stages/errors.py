@@ -19,7 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_NUMBERS = frozenset(("count", "guidance", "lanes", "preview", "ranks", "seed", "step_every", "steps", "tile"))
+_NUMBERS = frozenset(("count", "guidance", "guidance_scale", "lanes", "max_sequence_length", "num_images_per_prompt",
+                      "num_inference_steps", "preview", "ranks", "seed", "step_every", "steps", "text_tokens", "tile"))
+# What Python calls differently than a command line does, where no value is named.
+_KEYWORDS = {"count": "requests", "out": "path", "size": "width and height"}
 # Not part of a path or of what stands in quotes: that is a user's own.
 Word = Callable[[str, str | None], str | None]
 _REFERENCE = re.compile(r"(?<![\w'\"/.])`([a-z_]+)(?:=([^`]*))?`(?![\w'\"/]|\.\w)")
@@ -115,7 +118,7 @@ class RankLost(StagerunError, RuntimeError):
 
     def message(self, word: Callable[[str, str | None], str | None]) -> str:
         """The message, and that nothing is lost."""
-        return f"{super().message(word)}; what was finished is kept, the same command goes on from there"
+        return f"{super().message(word)}; what was finished is kept, and the same once more goes on from there"
 
 
 KINDS: Mapping[str, type[StagerunError]] = {
@@ -154,7 +157,7 @@ def as_own(text: str, words: Sequence[str]) -> str:
 def as_keyword(name: str, value: str | None) -> str:
     """A name of the job as Python has it."""
     if value is None:
-        return name
+        return _KEYWORDS.get(name, name)
     if name == "size" and (sides := re.fullmatch("([0-9]+)x([0-9]+)", value)) is not None:
         return f"width={sides[1]}, height={sides[2]}"
     if name == "place" and "=" not in value:

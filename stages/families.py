@@ -1,5 +1,6 @@
 """The model families that have a name on the command line: pure data, no torch."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -79,3 +80,28 @@ FAMILIES = {
         Family("demo", "demo", "FluxPipeline", 16, None, 32, (128, 128), license=APACHE, parameters=5_160_000),
     )
 }
+
+# Models that others run, by how their names begin, as `plain` has them.
+_OTHERS = (
+    "sdxl", "sd1", "sd2", "sd-1", "sd-2", "sd-xl", "sd-turbo", "sdxl-turbo", "sd-v1", "stable-diffusion",
+    "stable-cascade", "stable-video", "stable-audio", "stable-unclip", "svd", "ssd-1b", "pixart", "hunyuan", "wan",
+    "kandinsky", "lumina", "sana", "auraflow", "cogview", "hidream", "chroma", "kolors", "playground", "ltx",
+    "kontext", "flux-kontext", "flux1-kontext", "flux-fill", "flux1-fill", "flux1-redux", "flux1-canny", "flux1-depth",
+    "qwen-image-edit", "qwen-image-layered", "omnigen", "deepfloyd", "if-i", "dalle", "midjourney", "imagen",
+    "ideogram", "mochi", "cogvideo", "bria", "ovis", "dreamshaper", "realistic-vision", "openjourney", "animatediff",
+    "animagine", "juggernaut", "realvis", "pony-diffusion", "illustrious", "noobai", "waifu-diffusion", "wuerstchen",
+    "amused", "instruct-pix2pix", "controlnet", "ip-adapter", "cosmos", "skyreels", "allegro", "easyanimate", "latte",
+    "longcat", "glm-image", "unidiffuser", "marigold", "musicldm", "audioldm", "shap-e", "lcm-", "vq-diffusion",
+    "ldm-", "gpt", "llama", "meta-llama", "mistral", "bert-", "whisper", "clip-vit", "t5-",
+)
+
+
+def is_unsupported(model: str) -> bool:
+    """Whether it is the name or the hub id of a model that is known not to be of a family here."""
+    name = plain(model.rpartition("/")[2])
+    return name.startswith(_OTHERS) and not name.startswith("stable-diffusion-3")
+
+
+def plain(name: str) -> str:
+    """A name in small letters without dots, its parts apart by dashes."""
+    return re.sub("[ _]", "-", name.lower()).replace(".", "")

@@ -57,7 +57,7 @@ def test_one_process_has_all_of_it() -> None:
         {"a": [1], "b": [1, 2]}
     ):
         pass
-    with pytest.raises(ValueError, match="can be split, not str"), split_between_ranks("a dog"):
+    with pytest.raises(ValueError, match="a str cannot be split or gathered -> a list"), split_between_ranks("a dog"):
         pass
 
 

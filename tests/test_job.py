@@ -116,7 +116,7 @@ def test_type_checkers_see_every_field_of_a_job_in_its_order() -> None:
     ({"run": 3}, "run must be text"), ({"run": "x" * 300}, "no name of a run"),
     ({"run": "last"}, "no name of a run"), ({"run": "-x"}, "no name of a run"),
     ({"model": "/x\udcff"}, "model is not valid UTF-8"), ({"max_memory": 0}, "no memory at all"),
-    ({"max_memory": {"0": 0}}, "no memory at all"), ({"max_memory": 1.5}, "max_memory must be text"),
+    ({"max_memory": {"0": 0}}, "no memory at all"), ({"max_memory": 1.5}, "max_memory is '1.5' -> bytes as a"),
     ({"requests": [replace(FOX, index=3), replace(FOX, index=3)]}, "two of the requests have the index 3"),
     ({"dtype": ["vae=float32", "vae=bfloat16"]}, "type of a component twice"), ({"lanes": "many"}, "lanes must be"),
     ({"requests": [replace(FOX, text_tokens=513)]}, "512"),

@@ -8,7 +8,6 @@ import torch
 from runner import Job, Request, RunPolicy, make_plan, run_all, run_stage
 from runner.artifacts import MemoryStore
 from runner.planning.plan import Plan
-from stages.errors import BadResult
 from stages.state import State
 
 RED, GREEN = "a red circle", "a green star"
@@ -69,7 +68,7 @@ def test_states_that_cannot_be_used_are_refused(kept: tuple[Plan, MemoryStore]) 
     with pytest.raises(ValueError, match="1 states for 2 requests"):
         run_stage(plan, "decode", store=store, states=latents[:1])
     broken = latents[0].merged(State({"latents": torch.full_like(latents[0].values["latents"], torch.nan)}))
-    with pytest.raises(BadResult, match="latents"):
+    with pytest.raises(ValueError, match="decode cannot work on state 0: latents holds NaN or infinity"):
         run_stage(plan, "decode", store=store, states=[broken, latents[1]])
     with pytest.raises(ValueError, match="run that stage first"):
         run_stage(plan, "decode", store=MemoryStore())

@@ -15,6 +15,7 @@ from runner.artifacts.manifest import checked_key, checked_run
 from runner.artifacts.store import Store, Warn
 from runner.text import gib
 from stages.errors import StoreError
+from stages.signatures import checked_call
 
 # What may be said in the place of a store.
 Where = Store | str | os.PathLike[str]
@@ -166,6 +167,7 @@ class ForwardingStore(Store):
         self._store.drop_run(run)
 
 
+@checked_call
 def open_store(where: Where, *, warn: Warn = warnings.warn, strict: bool = False, readonly: bool = False) -> Store:
     """The store at `where`: "memory", a folder whose parent exists, or a URL such as s3://bucket/folder; or a store.
 

@@ -190,6 +190,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise StoreError(f"`store` {url} needs a package: {error} -> pip install {package}") from error
     except ValueError as error:
         raise StoreError(f"`store` {url}: {error} -> a folder, memory, s3://... or gs://...") from error
+    except Exception as error:  # some connect at once, and have errors of their own, which nothing lists
+        raise StoreError(f"`store` {url} cannot be opened: {type(error).__name__}: {str(error)[:200]} -> check the "
+                         f"address, credentials and connection, or choose another `store`") from error
     return files, path.rstrip("/")
 
 

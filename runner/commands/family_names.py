@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from runner.reports.repeat import line
 from runner.text import choices, shown
 from stages.errors import InvalidInput
-from stages.families import FAMILIES
+from stages.families import FAMILIES, is_unsupported, plain
 
 _ALIASES = {
     "flux1": "flux", "flux-dev": "flux", "flux1-dev": "flux", "flux-krea": "flux", "flux1-schnell": "flux-schnell",
@@ -17,14 +17,6 @@ _ALIASES = {
     "stable-diffusion-3": "sd3", "stable-diffusion-35": "sd3", "stable-diffusion-35-large": "sd3",
     "zimage": "z-image", "z-image-turbo": "z-image", "zimage-turbo": "z-image",
 }
-# What others run, by how their names begin, as `_plain` has them.
-_OTHERS = (
-    "sdxl", "sd1", "sd2", "sd-1", "sd-2", "sd-xl", "sd-turbo", "sdxl-turbo", "stable-diffusion", "stable-cascade",
-    "pixart", "hunyuan", "wan", "kandinsky", "lumina", "sana", "auraflow", "cogview", "hidream", "chroma", "kolors",
-    "playground", "ltx", "kontext", "flux-kontext", "flux1-kontext", "flux-fill", "flux1-fill", "flux1-redux",
-    "flux1-canny", "flux1-depth", "qwen-image-edit", "omnigen", "deepfloyd", "dalle", "midjourney", "imagen",
-    "ideogram", "mochi", "cogvideo", "bria", "ovis",
-)
 # Which family the rest of a hub id is of, by what is in it; the first that fits.
 _HINTS = (
     ("klein-base", "flux2-klein-base"), ("klein", "flux2-klein"), ("flux2", "flux2"), ("schnell", "flux-schnell"),
@@ -65,18 +57,17 @@ def named(word: str) -> str | None:
     for family in FAMILIES.values():
         if word.lower() in (family.name, family.repo.lower()):
             return family.name
-    plain = _plain(word)
     # "flux.2" is flux2, and "FLUX.1-schnell" flux-schnell.
-    return plain if plain in FAMILIES else _ALIASES.get(plain)
+    return spelled if (spelled := plain(word)) in FAMILIES else _ALIASES.get(spelled)
 
 
 def unknown(word: str, rest: Sequence[str], known: Collection[str], command: str = "") -> str:
     """What to say of a word that names no family: what it may be, and the command that would do."""
     if word.endswith((".txt", ".jsonl")):
         return f"{shown(word)} is no family -> name one, and the file with --prompt-file {word}"
-    last = _plain(word.rpartition("/")[2])
+    last = plain(word.rpartition("/")[2])
     supported = f"supported are {', '.join(FAMILIES)}; python -m runner models tells more"
-    if last.startswith(_OTHERS) and not last.startswith("stable-diffusion-3"):
+    if is_unsupported(word):
         return f"{shown(word)} is not supported -> {supported}"
     if _ID.fullmatch(word):
         if (family := next((name for hint, name in _HINTS if hint in last), None)) is not None:
@@ -90,8 +81,3 @@ def unknown(word: str, rest: Sequence[str], known: Collection[str], command: str
     if not close:
         return f"there is no family and no command {shown(word)} -> python -m runner --help lists them"
     return f"there is no family and no command {shown(word)}. Did you mean {close[0]!r}?"
-
-
-def _plain(word: str) -> str:
-    """A name in small letters without dots, its parts apart by dashes."""
-    return re.sub("[ _]", "-", word.lower()).replace(".", "")

@@ -40,7 +40,7 @@ RESUME = "; go on with: "
 # What the command line calls differently than a job does.
 _OPTIONS = {"loras": "--lora", "devices": "--device", "store": "--artifacts", "output": "--out",
             "modulation_table=False": "--no-modulation-table", "peer_copies=False": "--no-p2p",
-            "degrade=False": "--no-degrade", "download=True": "no plan command"}
+            "degrade=False": "--no-degrade", "overwrite=True": "--overwrite", "download=True": "no plan command"}
 
 
 def refuse(

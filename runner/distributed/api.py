@@ -15,13 +15,16 @@ from runner.engine.session import open_job_store, prepared
 from runner.events import Emit, silent
 from runner.inputs import check_whole
 from runner.job import STAGES, Job
+from runner.job_fields import function
 from runner.media.writer import PictureWriter
 from runner.placement_options import PROCESSES
 from stages.errors import InvalidInput, from_json
+from stages.signatures import checked_call
 
 Done = Callable[[Picture], None]
 
 
+@checked_call
 def spawn(
     job: Job, ranks: int | RankProcesses | None = None, *, emit: Emit = silent, done: Done | None = None,
     timeout: float = TIMEOUT, verbose: bool = False,
@@ -34,6 +37,7 @@ def spawn(
     failed, left early or does nothing for `timeout` seconds.
     """
     check_job(job)
+    _check_listeners(emit, done)
     if job.store == "memory":
         raise InvalidInput("ranks share a store, and each has a memory of its own -> `store=DIR`, or leave it out")
     if not isinstance(ranks, RankProcesses):
@@ -51,6 +55,7 @@ def spawn(
     return report
 
 
+@checked_call
 def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbose: bool = False) -> Report:
     """Do a job with workers of a Ray cluster, or of a Ray of this machine's own; the report of all of it.
 
@@ -59,6 +64,7 @@ def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbo
     InvalidInput where Ray is not installed.
     """
     check_job(job)
+    _check_listeners(emit, done)
     if job.store == "memory":
         raise InvalidInput("Ray needs a store that all its workers share -> `store=DIR` or a URL")
     if job.tensor_parallel is not None:
@@ -79,6 +85,12 @@ def check_job(job: Any) -> None:
     if not isinstance(job, Job):
         raise InvalidInput(f"a {type(job).__name__} is no job -> Job(\"flux\", ...), a plan's plan.job, or a "
                            f"pipeline's pipe.job_for(...)")
+
+
+def _check_listeners(emit: Emit, done: Done | None) -> None:
+    function("emit", emit, "kind, data")
+    if done is not None:
+        function("done", done, "picture")
 
 
 def process_count(job: Job, ranks: int | None) -> int:

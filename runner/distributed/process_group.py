@@ -19,8 +19,11 @@ from runner.distributed.channel import PIPE
 from runner.distributed.shares import Shares
 from runner.distributed.watchdog import TIMEOUT, Watchdog
 from runner.events import Emit, from_wire, silent
+from runner.inputs import check_whole
+from runner.placement_options import PROCESSES
 from runner.text import clean
 from stages.errors import RankLost, from_json
+from stages.signatures import checked_class
 
 WORKER = (sys.executable, "-P", "-m", "runner.distributed.worker")
 GRACE = 30.0
@@ -66,6 +69,7 @@ class RankProcess:
         return f"; its last words: {clean(words)}" if words else ""
 
 
+@checked_class
 class RankProcesses:
     """`size` ranks on this host, for a `with` statement; leaving it ends every one of them.
 
@@ -77,6 +81,7 @@ class RankProcesses:
         self, size: int, *, timeout: float = TIMEOUT, verbose: bool = False, command: Sequence[str] = WORKER
     ) -> None:
         """A rank is lost after `timeout` seconds in which it does nothing."""
+        check_whole("size", size, 1, PROCESSES)
         self.size, self._timeout, self._verbose, self._command = size, timeout, verbose, tuple(command)
         self.members: list[RankProcess] = []
         self._shares = Shares(size, silent)

@@ -19,6 +19,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from runner.distributed.env import share
+from stages.errors import InvalidInput
+from stages.signatures import checked_call
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,13 @@ class Split:
 _LAST: ContextVar[Split | None] = ContextVar("last_split", default=None)
 
 
+@checked_call
 @contextmanager
 def split_between_ranks(items: Any, apply_padding: bool = False) -> Iterator[Any]:
     """This rank's share of a list, a tuple, a tensor's rows, or a dict of such: neighbors together, the rest empty.
 
     With `apply_padding` every share has the same length, by copies of the last item; `gather` leaves them out. Raises
-    ValueError for anything else and for a dict of unequal lengths.
+    InvalidInput for anything else and for a dict of unequal lengths.
     """
     state = PartialState()
     count = _length(items)
@@ -49,6 +52,7 @@ def split_between_ranks(items: Any, apply_padding: bool = False) -> Iterator[Any
     yield _part(items, mine, most)
 
 
+@checked_call
 def gather(items: Any) -> Any:
     """What all ranks have, in their order, without the copies of a padded split: a list or tuple of any things.
 
@@ -73,10 +77,12 @@ def _length(items: Any) -> int:
     if isinstance(items, dict):
         lengths = {name: _length(value) for name, value in items.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"a dict is split by its values, which must be equally long: {lengths}")
+            raise InvalidInput(f"a dict is split by its values, which must be equally long: {lengths} -> give as many "
+                               f"of each")
         return next(iter(lengths.values()), 0)
     if not isinstance(items, list | tuple | torch.Tensor):
-        raise ValueError(f"lists, tuples, tensors and dicts of them can be split, not {type(items).__name__}")
+        raise InvalidInput(f"a {type(items).__name__} cannot be split or gathered -> a list, a tuple, a tensor or a "
+                           f"dict of such")
     return len(items)
 
 

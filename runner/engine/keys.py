@@ -69,7 +69,7 @@ def missing(
         if needed and from_stage is not None and not anew:
             raise InvalidInput(
                 f"`from_stage={from_stage}` needs the artifacts of {stage.name}, and {len(needed)} are not in the "
-                f"store: leave `from_stage` out, or name the store with `store`"
+                f"store: leave `from_stage` out, or give the `store` that has them"
             )
         todo[stage.name] = needed
     return todo

@@ -20,12 +20,16 @@ def check_runnable(plan: Plan, collectives: Collectives | None, stage: str = "de
         raise InvalidInput(f"{plan.checkpoint.bytes_to_download} bytes of weights are not here: plan with "
                            f"`download=True` to run")
     if stage == "denoise" and plan.processes > 1 and collectives is None:
-        raise InvalidInput("denoise=tensor_parallel takes a process for each card -> runner.spawn(job, ranks=2), or "
-                           "the command line")
+        raise InvalidInput("denoise=tensor_parallel takes a process for each card -> stagerun.spawn(plan.job, "
+                           "ranks=2)")
 
 
-def check_listeners(emit: Emit, done: Callable[[Any], None] | None = None) -> None:
+def check_listeners(
+    emit: Emit, done: Callable[[Any], None] | None = None, stop: Callable[[], bool] | None = None
+) -> None:
     """Raise InvalidInput for listeners that cannot be called."""
     job_fields.function("emit", emit, "kind, data")
     if done is not None:
         job_fields.function("done", done, "picture")
+    if stop is not None:
+        job_fields.function("stop", stop, "")

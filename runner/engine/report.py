@@ -10,6 +10,7 @@ from runner.job import Job
 from runner.media.image import card_of
 from runner.request import FilledRequest
 from runner.text import gib, pictures, shown
+from stages.signatures import checked_call
 
 if TYPE_CHECKING:
     import os
@@ -116,6 +117,7 @@ class Picture:
 
         return image_of(self.pixels, self.card)
 
+    @checked_call
     def save(self, path: "str | os.PathLike[str]", *, overwrite: bool = False) -> "Path":
         """Write the picture with its metadata, as the command line does; the path.
 

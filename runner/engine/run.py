@@ -1,13 +1,14 @@
 """A run: stage by stage, every request through each, so that each weight is loaded once."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from runner.artifacts import MemoryStore, Store, Where, key_of, open_store
+from runner.artifacts import Store, Where, open_store
 from runner.engine.keys import artifact_keys, checkpoint_key, computed_anew, missing
+from runner.engine.lent import lent
 from runner.engine.oom import degrade
 from runner.engine.recorder import Recorder
 from runner.engine.refusals import check_listeners, check_runnable
@@ -29,11 +30,13 @@ from runner.text import choices, shown
 from stages.errors import BadResult, InvalidInput, StageOutOfMemory
 from stages.machine import probe
 from stages.pipeline.stage import Stage
+from stages.signatures import checked_call
 from stages.state import State
 
 Done = Callable[[Picture], None]
 
 
+@checked_call
 def run_all(
     plan: Plan,
     policy: RunPolicy | None = None,
@@ -54,7 +57,7 @@ def run_all(
     Raises BadResult, ModelError, StageOutOfMemory or StoreError; what was finished before stays in the store.
     """
     check_runnable(plan, collectives)
-    check_listeners(emit, done)
+    check_listeners(emit, done, stop)
     if policy is not None:
         plan = replace(plan, job=replace(plan.job, policy=policy))
     policy = plan.job.policy
@@ -71,6 +74,7 @@ def run_all(
     return replace(report, failures=(*report.failures, *failed))
 
 
+@checked_call
 def run_stage(
     plan: Plan, stage: str, *, store: Where | None = None, emit: Emit = silent, states: Sequence[State] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -78,19 +82,21 @@ def run_stage(
     """One stage alone, for every request: the states after it. The stages before it must be in the store.
 
     `store` and `stop` are as in `run_all`. With `states`, one for each request, the stage works on these instead, and
-    what it makes is returned and not kept.
+    what it makes is returned and not kept. Raises InvalidInput, before anything is loaded, for states that it cannot
+    work on.
     """
     if stage not in STAGES:
         raise InvalidInput(f"there is no stage {shown(str(stage))} -> {choices(str(stage), STAGES)}")
     check_runnable(plan, None, stage)
-    check_listeners(emit)
+    check_listeners(emit, stop=stop)
     store = _opened(plan, store, emit)
     keys = artifact_keys(plan)
     index = STAGES.index(stage)
     sources: Sequence[str] | None = keys[STAGES[index - 1]] if index else None
     made: Sequence[str] = keys[stage]
     if states is not None:
-        store, sources, made = _lent(plan, stage, states)
+        kept = [store.get(key) for key in sources or ()]
+        store, sources, made = lent(plan, stage, states, kept)
     elif sources is not None and any(store.get(key) is None for key in sources):
         raise InvalidInput(f"{stage} needs the artifacts of {STAGES[index - 1]}: run that stage first")
     todo = [position for position, key in enumerate(made) if store.get(key) is None]
@@ -106,23 +112,6 @@ def _opened(plan: Plan, store: Where | None, emit: Emit) -> Store:
     """The store that is meant, opened."""
     where = (plan.job.store or "memory") if store is None else store
     return open_store(where, warn=lambda text: emit("warning", {"text": text}), strict=plan.job.policy.strict)
-
-
-def _lent(plan: Plan, stage: str, states: Any) -> tuple[Store, list[str], list[str]]:
-    """A store of its own with `states`, their keys in it, and the keys for what the stage makes of them."""
-    if stage == STAGES[0]:
-        raise InvalidInput(f"{stage} is the first stage: it works on requests -> leave `states` out")
-    listed = isinstance(states, Iterable) and not isinstance(states, State)
-    given = list(states) if listed else [states]
-    if not listed or not all(isinstance(state, State) for state in given):
-        raise InvalidInput("`states` must be a list of states -> as run_stage gives them")
-    if len(given) != len(plan.requests):
-        raise InvalidInput(f"{len(given)} `states` for {len(plan.requests)} requests -> one for each")
-    store = MemoryStore()
-    sources = [key_of({"lent": number}) for number in range(len(given))]
-    for key, state in zip(sources, given, strict=True):
-        store.put(key, STAGES[STAGES.index(stage) - 1], state, {})
-    return store, sources, [key_of({"made of": key}) for key in sources]
 
 
 class Run:

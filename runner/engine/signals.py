@@ -11,7 +11,10 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that somebody stopped: `run` is its name, `code` the exit code of the signal."""
+    """A run that somebody stopped: `run` is its name, `code` the exit code of the signal.
+
+    It is a KeyboardInterrupt and no StagerunError: `except Exception` is not to swallow a Ctrl-C.
+    """
 
     def __init__(self, number: int, run: str = "", by: str = "") -> None:
         super().__init__(f"stopped by {by or signal.Signals(number).name}")

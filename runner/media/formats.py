@@ -32,7 +32,7 @@ def format_of(path: Path) -> str:
     """The format that the suffix of a path asks for; InvalidInput for one that is not written."""
     found = FORMATS.get(path.suffix.lower())
     if found is None:
-        raise InvalidInput(f"`out` {shown(path.name)} must end in {SUFFIXES}, or in / for a folder")
+        raise InvalidInput(f"`out` {shown(path.name)} must end in {SUFFIXES}")
     return found
 
 

@@ -183,4 +183,4 @@ def taken(path: Path) -> str:
     """What to say of a path where something is already."""
     if path.is_dir():
         return f"{path} is a folder -> write {path}/ to put pictures inside"
-    return f"{path} is there already -> `overwrite`, or another `out`"
+    return f"{path} is there already -> `overwrite=True`, or another `out`"

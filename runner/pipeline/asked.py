@@ -37,7 +37,7 @@ def requests_of(family: Family, prompt: Any, asked: Asked) -> tuple[FilledReques
 
     Raises InvalidInput for keywords that there are not, and for what the family does not take.
     """
-    given: dict[str, Any] = dict(asked)
+    given = keywords.asked_for(asked, keywords.CALL)
     keywords.refuse(given.keys() - Asked.__annotations__.keys(), Asked.__annotations__, keywords.CALL, "a call")
     prompts, each = _prompts(prompt), given.get("num_images_per_prompt", 1)
     each = 1 if each is None else _whole(each)
@@ -51,11 +51,8 @@ def requests_of(family: Family, prompt: Any, asked: Asked) -> tuple[FilledReques
         "guidance": _guidance(family, given.get("guidance_scale"), given.get("true_cfg_scale")),
     }
     pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(each)]
-    try:
-        return tuple(Request(words, index=at, negative_prompt=negative, **more).filled(family, seed)
-                     for at, ((words, negative), seed) in enumerate(zip(pairs, seeds, strict=True)))
-    except InvalidInput as error:
-        raise InvalidInput(error.text.replace("`guidance`", "`guidance_scale`")) from None
+    return tuple(Request(words, index=at, negative_prompt=negative, **more).filled(family, seed)
+                 for at, ((words, negative), seed) in enumerate(zip(pairs, seeds, strict=True)))
 
 
 def spend(generator: Any) -> None:
@@ -111,8 +108,14 @@ def _seeds_of(generator: Any, count: int) -> list[int]:
     import torch
 
     given = [generator] if isinstance(generator, torch.Generator) else generator
-    if not isinstance(given, list | tuple) or not all(isinstance(one, torch.Generator) for one in given):
-        raise InvalidInput(f"generator is a {type(generator).__name__} -> torch.Generator().manual_seed(7), or a list")
+    if isinstance(generator, torch.Generator) and count > 1:
+        first = min(generator.initial_seed(), SEED - count + 1)
+        raise InvalidInput(f"one generator for {count} pictures: each has noise of its own here, and does not go on "
+                           f"where the one before it ended -> generator=[torch.Generator().manual_seed(n) for n in "
+                           f"range({first}, {first + count})], or seed={first}, which counts up")
+    given = given if isinstance(given, list | tuple) else [given]
+    if wrong := [type(one).__name__ for one in given if not isinstance(one, torch.Generator)]:
+        raise InvalidInput(f"generator is a {wrong[0]} -> torch.Generator().manual_seed(7), or a list of such")
     if len(given) != count:
         raise InvalidInput(f"{len(given)} generator{'' if len(given) == 1 else 's'} for {count} pictures, each of "
                            f"which has noise of its own -> {SEEDS}")

@@ -6,12 +6,14 @@ from getpass import getpass
 from huggingface_hub import get_token
 from huggingface_hub.errors import GatedRepoError
 
+from runner.pipeline.model import as_name, family_named, unknown
 from stages.errors import InvalidInput, ModelError
-from stages.families import FAMILIES
 from stages.models.checkpoint import find
 from stages.models.hub import is_id
+from stages.signatures import checked_call
 
 
+@checked_call
 def log_in(model: str | os.PathLike[str]) -> None:
     """Ask for an access token of the hub, if the model is gated and there is none yet.
 
@@ -20,10 +22,17 @@ def log_in(model: str | os.PathLike[str]) -> None:
     in HF_TOKEN alone, for this process and those that it starts. Of the model come configs and headers, which a plan
     needs.
 
-    Raises ModelError where the token gives no access, and InvalidInput where nobody can be asked.
+    Raises ModelError where the token gives no access, and InvalidInput where nobody can be asked, or for what is no
+    model.
     """
-    name = FAMILIES[str(model)].repo if str(model) in FAMILIES else str(model)
-    if os.path.exists(name) or not is_id(name) or get_token():
+    name = as_name(model)
+    family = family_named(name)
+    name = name if family is None else family.repo
+    if os.path.exists(os.path.expanduser(name)) or (family is not None and not is_id(name)):
+        return
+    if not is_id(name):
+        raise unknown(name)
+    if get_token():
         return
     try:
         find(name, weights=False)

@@ -3,10 +3,11 @@
 import os
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from runner.text import shown
 from stages.errors import InvalidInput, ModelError
-from stages.families import FAMILIES, Family
+from stages.families import FAMILIES, Family, is_unsupported
 from stages.models.checkpoint import Checkpoint, find
 from stages.models.files import read_json
 from stages.models.hub import is_id
@@ -19,12 +20,24 @@ def family_of(model: str, revision: str | None) -> tuple[str, str | None]:
     `model` is the name of a family, a hub id, or a folder. Raises InvalidInput for what is none of them, and
     ModelError for a model that cannot be read or that no family runs.
     """
-    for family in FAMILIES.values():
-        if model.lower() in (family.name, family.repo.lower()) and not os.path.exists(model):
-            return family.name, None
+    if (family := family_named(model)) is not None:
+        return family.name, None
     if not is_id(model) and not os.path.exists(os.path.expanduser(model)):
         raise unknown(model)
     return _by_its_index(model, revision).name, model
+
+
+def family_named(model: str) -> Family | None:
+    """The family that is meant by its name or the hub id of its own model; None for a folder, or another model."""
+    return next((family for family in FAMILIES.values()
+                 if model.lower() in (family.name, family.repo.lower()) and not os.path.exists(model)), None)
+
+
+def as_name(model: Any) -> str:
+    """The name or the path that somebody gave for a model, as text; InvalidInput for what is neither."""
+    if not isinstance(model, str | os.PathLike):
+        raise InvalidInput(f"a {type(model).__name__} is no model -> a family such as \"flux\", a hub id or a folder")
+    return os.fspath(model)
 
 
 def is_model_folder(name: str) -> bool:
@@ -34,6 +47,9 @@ def is_model_folder(name: str) -> bool:
 
 def unknown(model: str) -> InvalidInput:
     """The error for a name that is no family, no hub id and no folder."""
+    if "/" not in model and is_unsupported(model):
+        return InvalidInput(f"{shown(model)} is not supported -> choose from {', '.join(FAMILIES)}, or another model "
+                            f"of one of these")
     by_name = {family.repo.rpartition("/")[2].lower(): family.repo for family in FAMILIES.values()}
     by_name |= {name.lower(): name for family in FAMILIES.values() for name in (family.repo, family.name)}
     # What is no more than the beginning of a name is not close to it.
@@ -50,7 +66,8 @@ def _by_its_index(model: str, revision: str | None) -> Family:
     fitting = [family for family in FAMILIES.values() if family.pipeline == pipeline and family.repo != "demo"]
     if not fitting:
         runs = ", ".join(dict.fromkeys(family.pipeline for family in FAMILIES.values()))
-        raise ModelError(f"{model} is a {named.pipeline}, which no family here runs -> a model of {runs}")
+        raise ModelError(f"{model} is not supported: it is a {named.pipeline}, which no family here runs -> choose "
+                         f"from {', '.join(FAMILIES)}, or a model of {runs}")
     if len(fitting) == 1:
         return fitting[0]
     guided = _guided(named, model, revision)

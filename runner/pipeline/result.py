@@ -1,19 +1,22 @@
 """What a call of a pipeline gives: the pictures, the seeds they came from, and the report of the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from PIL.Image import Image
 
 from runner.engine.report import Report
+from runner.pipeline.habits import ResultHabits
 from runner.request import FilledRequest
-from runner.text import pictures
+from runner.text import pictures, shown
+from stages.errors import InvalidInput
 
 
 @dataclass(frozen=True)
-class Result:
-    """Pictures that were made."""
+class Result(ResultHabits):
+    """Pictures that were made: `result.images`, or `for image in result`."""
 
     requests: tuple[FilledRequest, ...]
     """What was asked for, one for each picture."""
@@ -31,6 +34,21 @@ class Result:
     def seeds(self) -> list[int]:
         """The seed of each picture."""
         return [request.seed for request in self.requests]
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[Image]:
+        return iter(self.images)
+
+    def __getitem__(self, name: str) -> Any:
+        """The pictures or the seeds, by their names alone: `[0]` is all pictures in diffusers, and one elsewhere."""
+        if name == "images":
+            return self.images
+        if name == "seeds":
+            return self.seeds
+        raise InvalidInput(f"result[{shown(name) if isinstance(name, str) else repr(name)}] may mean all pictures or "
+                           f"one -> result.images, or result.images[0]")
 
     def __repr__(self) -> str:
         stages = () if self.report is None else self.report.stages

@@ -60,7 +60,13 @@ class States:
             raise InvalidInput(f"there are {len(self._states)} states -> states[0][{name!r}]")
         return self._states[0]
 
+    def __delitem__(self, name: int | str) -> None:
+        raise InvalidInput("there is a state for each picture, with all of its values -> encode fewer pictures")
+
     def _at(self, number: int) -> int:
+        if not isinstance(number, int):
+            raise InvalidInput(f"a {type(number).__name__} is no number of a state -> states[0], or "
+                               f"states[0][\"prompt_embeds\"]")
         if not -len(self._states) <= number < len(self._states):
             raise InvalidInput(f"there is no state {number} -> 0 to {len(self._states) - 1}")
         return number % len(self._states)
@@ -69,7 +75,8 @@ class States:
 def same(one: Value, other: Value) -> bool:
     """Whether two values of states are equal, to the last bit."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+        alike = all(getattr(one, name) == getattr(other, name) for name in ("dtype", "shape", "layout", "device"))
+        return alike and torch.equal(one, other)
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):

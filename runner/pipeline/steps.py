@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from runner.events import Emit
+from runner.job_fields import function
 from runner.request import FilledRequest
 from stages.errors import InvalidInput
 
@@ -20,9 +21,8 @@ class StepListener:
 
     def __init__(self, on_step: OnStep | None, requests: Sequence[FilledRequest], emit: Emit, *,
                  warns: bool = True) -> None:
-        if on_step is not None and not callable(on_step):
-            raise InvalidInput(f"on_step is a {type(on_step).__name__} -> a function of (index, step, timestep, "
-                               f"values)")
+        if on_step is not None:
+            function("on_step", on_step, "index, step, timestep, values")
         self._on_step, self._requests, self._emit, self._warns = on_step, requests, emit, warns
         self.stopping = False
 

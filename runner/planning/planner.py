@@ -32,8 +32,10 @@ from stages.models.files import OutOfReach
 from stages.models.lora import LoraRequest, find_lora
 from stages.pipeline.split import require, split
 from stages.pipeline.stage import Stage
+from stages.signatures import checked_call
 
 
+@checked_call
 def make_plan(
     job: Job | str, requests: Any = (), *, machine: str | Machine | None = None, download: bool = True,
     cache: PlanCache | None = None, shapes: bool = False, **options: Any,

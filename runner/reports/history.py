@@ -12,7 +12,7 @@ from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store, StoredRun
 from runner.artifacts.usage import Usage
 from runner.text import clean, cut, gib, shown, table
-from stages.errors import StagerunError, StoreError
+from stages.errors import InvalidInput, StagerunError, StoreError
 
 SHOWN = 10
 HEAD = ("run", "age", "status", "pictures", "alone", "shared")
@@ -81,6 +81,9 @@ def list_runs(rows: Sequence[RunSummary], width: int) -> list[str]:
 
 def find_run(store: Store, text: str) -> str:
     """The run that `text` names: by its name, by the start of it, or as `last`; StoreError where that is not one."""
+    if not isinstance(text, str):
+        raise InvalidInput(f"a {type(text).__name__} is no name of a run -> \"last\", or one of "
+                           f"open_store(...).runs()")
     if text == "last":
         runs = store.runs()
         if not runs:

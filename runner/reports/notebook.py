@@ -16,6 +16,7 @@ from runner.reports.report import stages_table
 from runner.reports.templates import Thumbnail, thumbnail
 from runner.text import gib, harmless, pictures
 from stages.errors import InvalidInput
+from stages.signatures import checked_class
 
 if TYPE_CHECKING:
     # What needs torch is imported when it is asked for: every notebook imports this module before anything else.
@@ -38,6 +39,7 @@ MOST_PICTURES, MOST_TENSORS = 12, 20
 html = partial(templates.call, "notebook.html.j2")
 
 
+@checked_class
 class Live:
     """An emit for the cell that makes it: `run_all(plan, emit=Live())`.
 
@@ -96,6 +98,7 @@ class StageMemory:
     """What was in use after it."""
 
 
+@checked_class
 class Memory:
     """The memory of a run of `store`: on each device, in each stage, before it, planned, at most and after it."""
 
@@ -118,6 +121,7 @@ class Memory:
                  gib(row.after)) for row in self.rows])
 
 
+@checked_class
 class Charts:
     """The charts of the report of a run of `store`: where every block lay, memory over time, where the time went."""
 

@@ -9,10 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stages.errors import InvalidInput, ModelError
-from stages.families import FAMILIES, Family
+from stages.families import FAMILIES, Family, is_unsupported
 from stages.models import hub, remote_headers
 from stages.models.config_check import check_scheduler, check_tokenizer
-from stages.models.files import HEADER_ONLY, Incomplete, add_to, head, is_small, read_json, visible, weight_files
+from stages.models.files import (
+    HEADER_ONLY,
+    Incomplete,
+    OutOfReach,
+    add_to,
+    head,
+    is_small,
+    read_json,
+    visible,
+    weight_files,
+)
 from stages.models.foreign_code import refuse_code, refuse_fields
 from stages.models.format import refuse_companions, refuse_quantized
 from stages.models.index import BLOCKS, INDEX, MODULAR, Index, read_index
@@ -178,7 +188,14 @@ def _find_on_hub(
             return _checked(cached, model, f"{model}@{cached.name}", components, headers)
         except Incomplete as missing:
             hub.refuse_offline(model, revision, missing)
-    root = hub.fetch_index(model, revision)
+    try:
+        root = hub.fetch_index(model, revision)
+    except OutOfReach as error:
+        # Whoever got in would meet a model that nothing here runs.
+        if is_unsupported(model):
+            raise ModelError(f"{model} is not supported -> choose from {', '.join(FAMILIES)}, or another model of one "
+                             f"of these") from error
+        raise
     index = read_index(root, model)
     names = _chosen(index, model, components)
     classes = {name: index.part(name) for name in names}

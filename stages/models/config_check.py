@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, Literal, Union, get_args, get_origin
 
 from stages.errors import ModelError, StagerunError
@@ -21,6 +22,7 @@ LARGEST_COUNT = 50_000
 FEW = 1000
 LARGEST_ID = 2**24
 _LARGEST = {"diffusers": 2**16, "transformers": LARGEST_ID}
+OURS = ("stages", "runner")
 # Names of numbers that say how often something is made.
 _COUNTED = ("layer", "block", "depth", "stage")
 _MEASURED = ("channel", "dim", "size", "width", "_id", "ratio")
@@ -162,7 +164,8 @@ def _shown(value: object) -> str:
 def explained(what: str, next_step: str | Callable[[], str]) -> Iterator[None]:
     """What upstream raises of a model whose configs were not foreseen, as ModelError with its reason.
 
-    Not that memory ran out: whoever runs the stage has an answer to that.
+    Not that memory ran out: whoever runs the stage has an answer to that. Not what is raised in a file of ours either:
+    that is a mistake of ours, which no other model would mend.
     """
     from torch import OutOfMemoryError  # A model is found and checked before torch is imported.
 
@@ -173,11 +176,17 @@ def explained(what: str, next_step: str | Callable[[], str]) -> Iterator[None]:
         # the Rust of tokenizers is not even an Exception.
         is_upstream = isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
         is_memory = isinstance(error, MemoryError | OutOfMemoryError) or "allocate memory" in str(error)
-        if isinstance(error, StagerunError) or is_memory or not is_upstream:
+        if isinstance(error, StagerunError) or is_memory or not is_upstream or _is_ours(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         step = next_step if isinstance(next_step, str) else next_step()
         raise ModelError(f"{what} ({reason:.200}); {step}") from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised in a file of this project, not in one of the libraries that it calls."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in OURS
 
 
 @contextmanager

@@ -239,7 +239,7 @@ def _explained(
     except errors.HfHubHTTPError as error:
         raise OutOfReach(_answered(model, error.response.status_code)) from error
     except errors.HTTPError as error:  # the HTTP library's own, which differs between versions of the hub's
-        raise OutOfReach(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
+        raise OutOfReach(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same "
                          f"again: what has arrived is kept") from error
 
 

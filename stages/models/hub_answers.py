@@ -82,7 +82,7 @@ class _Answers:
         self._silent_since = self._silent_since or now
         if (silent := now - self._silent_since) > 1.5 * longest:
             raise ModelError(f"{settings.ENDPOINT} has not answered for {silent:.0f} s ({self._model}); look at the "
-                             f"network, and run the same command again: what has arrived is kept")
+                             f"network, and run the same again: what has arrived is kept")
 
     def answered(self, response: Any) -> None:
         """An answer begins; its body is still to come."""
@@ -109,7 +109,7 @@ class _Answers:
         if not _COMMIT.fullmatch(commit) or (is_ours and self._commit not in (None, commit)):
             asked = f" where {self._commit} was asked for" if self._commit else ""
             raise ModelError(f"{settings.ENDPOINT} answered with the commit {commit!r:.60}{asked} ({self._model}): "
-                             f"refused; run the same command again, or give a `revision` that stays")
+                             f"refused; run the same again, or give a `revision` that stays")
         for name in ("etag", settings.HUGGINGFACE_HEADER_X_LINKED_ETAG):
             tag = headers.get(name)
             if tag is not None and not _TAG.fullmatch(tag.removeprefix("W/").strip('"')):
@@ -123,7 +123,7 @@ class _Answers:
         said = response.headers.get("retry-after", "") + ";" + response.headers.get("ratelimit", "")
         if (pause := max(map(float, _SECONDS.findall(said)), default=0.0)) > LONGEST_PAUSE:
             raise ModelError(f"{settings.ENDPOINT} asks for a pause of {pause:.0f} s ({self._model}), and more than "
-                             f"{LONGEST_PAUSE:.0f} are not waited for; run the same command again later")
+                             f"{LONGEST_PAUSE:.0f} are not waited for; run the same again later")
 
     def _limits(self, request: Any) -> tuple[int | None, float]:
         """The most bytes of the answer and its seconds; None where any number is right."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ def read_loras(loras: Iterable[str | Path | LoraRequest]) -> tuple[LoraRequest, 
         raise InvalidInput(f"`loras` is {str(loras)!r}, which is one -> loras=[{str(loras)!r}]")
     if not isinstance(loras, Iterable):
         raise InvalidInput(f"`loras` is {loras!r} -> give a list")
+    loras = list(loras)
+    if wrong := [lora for lora in loras if not isinstance(lora, str | os.PathLike | LoraRequest)]:
+        raise InvalidInput(f"`loras` has {wrong[0]!r:.80} -> a file, a folder or one of the hub, with its scale "
+                           f"behind it: \"style.safetensors=0.8\"")
     return tuple(lora if isinstance(lora, LoraRequest) else _request(str(lora)) for lora in loras)
 
 
@@ -94,7 +99,7 @@ def check_source(source: str) -> None:
 def check_unchanged(lora: Lora) -> None:
     """Raise ModelError where the file is another than when it was found: what is made goes by the hash of that one."""
     if not lora.path.exists() or _digest_of(lora.path) != lora.digest:
-        raise ModelError(f"{lora.source} was changed or taken away since the run was planned -> run the same command "
+        raise ModelError(f"{lora.source} was changed or taken away since the run was planned -> run the same "
                          f"again once it stays as it is")
 
 
