@@ -69,7 +69,7 @@ PAIR_PARTS = ("color", "shape", "relation", "other_color", "other_shape", "backg
 SOLO_SHARES = {"color": 0.65, "shape": 0.75, "size": 0.4, "position": 0.4, "background": 0.4}
 PAIR_SHARES = {"color": 0.8, "shape": 0.8, "relation": 0.75, "other_color": 0.8, "other_shape": 0.8, "background": 0.4}
 """How often a partial caption says each part of a scene."""
-COMPLETE_SHARE = 0.4
+COMPLETE_SHARE = 0.2
 SET_FORM_SHARE = 0.7
 NOTHING_SHARE = 0.04
 FULL_STOP_SHARE = 0.1

@@ -1,7 +1,7 @@
 """Trains the demo checkpoint from nothing, on a CPU or an accelerator; interrupted and started again, it goes on.
 
     python -m tools.demo.train [--out FOLDER] [--state FOLDER] [--minutes-vae M] [--minutes-words M] [--minutes M]
-                               [--start CHECKPOINT]
+                               [--start CHECKPOINT] [--bfloat16]
 """
 
 import argparse
@@ -151,10 +151,13 @@ def thin_log(log: Path, kept: Path, lines: int = 120) -> None:
     kept.write_text("\n".join(picked) + "\n")
 
 
-def train(out: Path, state: Path, budgets: Budgets, start: Path | None = None) -> None:
+def train(
+    out: Path, state: Path, budgets: Budgets, start: Path | None = None, dtype: torch.dtype = torch.float32
+) -> None:
     """Train what is still to train, and write the checkpoint to `out` about once a minute and at the end.
 
-    With the checkpoint `start` its autoencoder is taken as it is, and the rest is trained on from there.
+    With the checkpoint `start` its autoencoder is taken as it is, and the rest is trained on from there. The
+    transformer and CLIP multiply in `dtype`.
     """
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     state.mkdir(parents=True, exist_ok=True)
@@ -170,7 +173,7 @@ def train(out: Path, state: Path, budgets: Budgets, start: Path | None = None) -
         ground(state, budgets.grounding, model.t5, t5_tokenizer, device, peak=LEARNT_PEAK)
     model.to(device)
     latents = cached_latents(state, autoencoder)
-    training = FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, latents)
+    training = FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, latents, dtype)
     # Called "painter", here and in its seed, as in the log of the training that made the checkpoint.
     modules: dict[str, torch.nn.Module] = {"painter": model, "average": training.average}
     phase = Phase("painter", budgets.flow * 60, state, state / LOSSES, modules, flow_optimizers(model))
@@ -190,10 +193,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90.0, help="budget of the transformer and CLIP")
     parser.add_argument("--start", type=Path, help="checkpoint whose weights to begin with")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16, which many processors do faster")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     budgets = Budgets(options.minutes_vae, options.minutes_words, options.minutes)
-    train(options.out, options.state, budgets, options.start)
+    dtype = torch.bfloat16 if options.bfloat16 else torch.float32
+    train(options.out, options.state, budgets, options.start, dtype)
 
 
 if __name__ == "__main__":
