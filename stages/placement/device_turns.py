@@ -33,12 +33,14 @@ class DeviceTurns:
             return len(self._waiting.get(card, ()))
 
     def give(self, card: str) -> None:
-        """Let the next one have the card, once what this thread ordered of it is done."""
-        # Orders run ahead of the card by far: without this, one lane's whole step would be in front of the next lane.
-        torch.accelerator.current_stream(card).synchronize()
-        with self._changed:
-            self._waiting[card].popleft()
-            self._changed.notify_all()
+        """Let the next one have the card, once what this thread ordered of it is done, or the card fails."""
+        try:
+            # Orders run ahead of the card by far: without this, one lane's whole step would be before the next lane's.
+            torch.accelerator.current_stream(card).synchronize()
+        finally:
+            with self._changed:
+                self._waiting[card].popleft()
+                self._changed.notify_all()
 
 
 class _Here(threading.local):
@@ -56,8 +58,10 @@ def taking(turns: DeviceTurns) -> Iterator[None]:
     try:
         yield
     finally:
-        leave()
-        _here.turns = None
+        try:
+            leave()
+        finally:
+            _here.turns = None
 
 
 def enter(device: str) -> None:

@@ -8,6 +8,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/stack.h>
+#include <ATen/native/ConvUtils.h>
 #include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <ATen/ops/_fused_sdp_choice.h>
 #include <ATen/ops/empty_like.h>
@@ -66,6 +67,20 @@ at::Tensor like(const at::Tensor& tensor, c10::Device device) {
   return made;
 }
 
+// Whether numbers are in the same order: where a size is 1 its stride means nothing.
+bool laid_out_alike(const at::Tensor& a, const at::Tensor& b) {
+  if (a.numel() == 0) return true;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
+  }
+  return true;
+}
+
+// By which the host's kernels choose their way.
+at::MemoryFormat suggested(const at::Tensor& tensor) {
+  return tensor.numel() == 0 ? at::MemoryFormat::Contiguous : tensor.suggest_memory_format();
+}
+
 class Ordering {
  public:
   Ordering(const c10::OperatorHandle& op, torch::jit::Stack& stack)
@@ -92,7 +107,7 @@ class Ordering {
   const at::IValue& argument(size_t i) const { return stack_[first_ + i]; }
 
   bool can_be_foreseen() {
-    if (waits_for_numbers(op_) || (op_.hasTag(at::Tag::nondeterministic_seeded) && !is_attention())) return false;
+    if ((waits_for_numbers(op_) && !takes_rows()) || (op_.hasTag(at::Tag::nondeterministic_seeded) && !is_attention())) return false;
     for (const c10::Argument& result : schema_.returns()) {
       const auto kind = result.type()->kind();
       if (kind != c10::TypeKind::TensorType && kind != c10::TypeKind::ListType) return false;
@@ -104,6 +119,16 @@ class Ordering {
 
   // It draws only where it drops something out.
   bool is_attention() const { return schema_.name() == "aten::scaled_dot_product_attention"; }
+
+  // How many rows a mask takes depends on its numbers; how many a list of their indices takes does not.
+  bool takes_rows() const {
+    if (op_.operator_name() != c10::OperatorName("aten::index", "Tensor")) return false;
+    bool masks = false;
+    each_tensor(argument(1), [&](const at::Tensor& index) {
+      masks = masks || index.scalar_type() == at::kBool || index.scalar_type() == at::kByte;
+    });
+    return !masks;
+  }
 
   // The one card of all tensors, or that on which a factory is to make some.
   bool find_card() {
@@ -153,6 +178,7 @@ class Ordering {
     } catch (const std::exception&) {
       return false;
     }
+    if (schema_.name() == "aten::convolution") foresee_layout();
     for (const auto& [tensor, meta] : growing_) tensor.resize_(meta.sizes());
     return foreseen_.size() == schema_.returns().size();
   }
@@ -177,6 +203,18 @@ class Ordering {
     return true;
   }
 
+  // Some of the host's kernels lay out their results as they find their operands; the Meta kernel goes by the device.
+  void foresee_layout() {
+    const at::Tensor input = on_host(argument(0).toTensor()), weight = on_host(argument(1).toTensor());
+    const auto backend = at::native::select_conv_backend(
+        input, weight, argument(2).isTensor() ? std::optional(on_host(argument(2).toTensor())) : std::nullopt,
+        argument(3).toSymIntVector(), argument(4).toSymIntVector(), argument(5).toSymIntVector(), argument(6).toBool(),
+        argument(7).toSymIntVector(), argument(8).toSymInt(), std::nullopt);
+    const auto format = at::native::_determine_backend_memory_format(input, weight, backend);
+    const at::Tensor meta = foreseen_[0].toTensor();
+    foreseen_ = {at::empty(meta.sizes(), meta.options(), format)};
+  }
+
   void take_arguments() {
     for (size_t i = 0; i < schema_.arguments().size(); ++i) {
       const at::IValue& value = argument(i);
@@ -199,13 +237,37 @@ class Ordering {
       }
       std::vector<at::Tensor> hosts;
       results_.push_back(turned(foreseen_[r], [&](const at::Tensor& meta) {
-        at::Tensor made = like(meta, c10::Device(CARD, static_cast<c10::DeviceIndex>(card_)));
+        at::Tensor made = like(as_the_host(meta), c10::Device(CARD, static_cast<c10::DeviceIndex>(card_)));
         hosts.push_back(on_host(made));
         return made;
       }));
       into_.emplace_back(r, std::move(hosts));
     }
     return true;
+  }
+
+  // Where a size is 1 its stride means nothing, but the host's kernels choose their way by it, and Meta kernels give
+  // others: for a normalization, and where a number is combined with a tensor, whose strides the host keeps.
+  at::Tensor as_the_host(const at::Tensor& meta) const {
+    if (schema_.name() == "aten::native_group_norm" && meta.dim() > 2) {
+      return at::empty(meta.sizes(), meta.options(), argument(0).toTensor().suggest_memory_format());
+    }
+    at::Tensor operand;
+    bool with_number = false;
+    for (size_t i = 0; i < schema_.arguments().size(); ++i) {
+      if (!argument(i).isTensor() || !argument(i).toTensor().defined()) continue;
+      const at::Tensor tensor = argument(i).toTensor();
+      if (tensor.dim() == 0) {
+        with_number = true;
+      } else if (operand.defined()) {
+        return meta;
+      } else {
+        operand = tensor;
+      }
+    }
+    const bool alike = with_number && operand.defined() && operand.sizes() == meta.sizes() &&
+        operand.is_non_overlapping_and_dense() && laid_out_alike(operand, meta);
+    return alike ? at::empty_strided(meta.sizes(), operand.strides(), meta.options()) : meta;
   }
 
   // The result is an argument that was written into.
@@ -231,8 +293,8 @@ class Ordering {
       each_tensor(called[r], [&](const at::Tensor& got) {
         if (!got.defined()) return;
         TORCH_CHECK(
-            hosts[i].strides() == got.strides() || got.numel() == 0, op.operator_name(), " gives strides ",
-            got.strides(), " and not ", hosts[i].strides(), ", as its Meta kernel says");
+            laid_out_alike(hosts[i], got) && suggested(hosts[i]) == suggested(got), op.operator_name(), " gives strides ", got.strides(), " and not ",
+            hosts[i].strides(), ", as its Meta kernel says");
         hosts[i++].copy_(got);
       });
     }
