@@ -129,18 +129,19 @@ def sim() -> ModuleType:
     return _simulated()
 
 
-CARDS = ("sim", pytest.param("cuda", marks=pytest.mark.gpu))
 SCHEDULES = {"sim": "synchronous", "late": "late", "early": "early", "drawn0": 0, "drawn1": 1, "drawn2": 2}
 """When simulated cards do what they are asked for, by what the cards of a test are called."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests of streams have their cards under every schedule."""
-    if "cards" in metafunc.fixturenames and metafunc.definition.get_closest_marker("streams") is not None:
-        metafunc.parametrize("cards", [*SCHEDULES, CARDS[-1]], indirect=True)
+    """Tests of streams have their cards under every schedule, and others simulated cards that do all at once."""
+    if "cards" in metafunc.fixturenames:
+        streams = metafunc.definition.get_closest_marker("streams") is not None
+        real = pytest.param("cuda", marks=pytest.mark.gpu)
+        metafunc.parametrize("cards", [*(SCHEDULES if streams else ["sim"]), real], indirect=True)
 
 
-@pytest.fixture(params=CARDS)
+@pytest.fixture
 def cards(request: pytest.FixtureRequest) -> Iterator[Cards]:
     """A function of limits in bytes that gives as many devices: `cards(12_000_000, 8_000_000)` -> two names.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 class DeviceTurns:
@@ -71,6 +72,15 @@ def enter(device: str) -> None:
         if device != "cpu":
             _here.turns.take(device)
             _here.card = device
+
+
+def takes_turns(model: nn.Module, device: str) -> None:
+    """Have a model that is all on one device work there in its thread's turn.
+
+    Two threads at once would read what one of them has not made yet: models keep tensors between calls.
+    """
+    model.register_forward_pre_hook(lambda *call: enter(device))
+    model.register_forward_hook(lambda *call: leave())
 
 
 def leave() -> None:
