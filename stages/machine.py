@@ -284,6 +284,17 @@ def host_rate(dtype: torch.dtype, seconds: float = 0.05) -> float:
     return 2.0 * HOST_SIDE**3 / best
 
 
+def clear_workspaces() -> None:
+    """Give back what libraries took of cards to work in and keep there, one piece for each thread and stream.
+
+    It lies in the allocator and looks like a tensor that nobody holds (pytorch#95668).
+    """
+    if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
+    elif torch.accelerator.is_available():
+        getattr(torch.get_device_module(), "clear_workspaces", lambda: None)()
+
+
 def check_cards(machine: Machine) -> Machine:
     """The machine, if every card of it can compute; InvalidInput for the first one that cannot."""
     for card in machine.cards:

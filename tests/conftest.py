@@ -129,21 +129,34 @@ def sim() -> ModuleType:
     return _simulated()
 
 
-@pytest.fixture(params=["sim", pytest.param("cuda", marks=pytest.mark.gpu)])
+SCHEDULES = {"sim": "synchronous", "late": "late", "early": "early", "drawn0": 0, "drawn1": 1, "drawn2": 2}
+"""When simulated cards do what they are asked for, by what the cards of a test are called."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of streams have their cards under every schedule, and others simulated cards that do all at once."""
+    if "cards" in metafunc.fixturenames:
+        streams = metafunc.definition.get_closest_marker("streams") is not None
+        real = pytest.param("cuda", marks=pytest.mark.gpu)
+        metafunc.parametrize("cards", [*(SCHEDULES if streams else ["sim"]), real], indirect=True)
+
+
+@pytest.fixture
 def cards(request: pytest.FixtureRequest) -> Iterator[Cards]:
     """A function of limits in bytes that gives as many devices: `cards(12_000_000, 8_000_000)` -> two names.
 
     The cards are simulated, or real ones with their memory capped; a real one's cap is 256 MiB at the least.
     """
-    yield from _sim_cards() if request.param == "sim" else _cuda_cards()
+    yield from _cuda_cards() if request.param == "cuda" else _sim_cards(SCHEDULES[request.param])
 
 
-def _sim_cards() -> Iterator[Cards]:
+def _sim_cards(schedule: str | int) -> Iterator[Cards]:
     sim = _simulated()
 
     def give(*limits: int) -> list[str]:
         sim.configure(limits)
         sim.reset()
+        sim.schedule(schedule)
         for index in range(len(limits)):
             _reset_counters(index)
         return [f"sim:{index}" for index in range(len(limits))]
@@ -200,7 +213,7 @@ def _real_cards() -> int:
 
 def _simulates(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
-    on_sim = callspec is not None and callspec.params.get("cards") == "sim"
+    on_sim = callspec is not None and callspec.params.get("cards") in SCHEDULES
     return on_sim or "sim" in getattr(item, "fixturenames", ())
 
 

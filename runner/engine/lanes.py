@@ -6,6 +6,7 @@ card, a stream of its own; all share the one model, and take turns on the cards 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import cache
 from threading import Event, Lock
 from typing import TypeVar
 
@@ -33,7 +34,8 @@ def process(loaded: Loaded, lanes: int, cards: Sequence[str], items: Sequence[T]
         torch.accelerator.synchronize(card)
     queue, turns = Queue(items), DeviceTurns()
     with ThreadPoolExecutor(lanes, "lane") as pool:
-        futures = [pool.submit(_drain, loaded.lane(), cards, turns, queue, do, failed) for _ in range(lanes)]
+        futures = [pool.submit(_drain, loaded.lane(), [stream(card, lane) for card in cards], turns, queue, do, failed)
+                   for lane in range(lanes)]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -67,10 +69,19 @@ class Queue(Iterator[T]):
             self._open = False
 
 
-def _drain(loaded: Loaded, cards: Sequence[str], turns: DeviceTurns, queue: Queue[T], do: Callable[[Loaded, T], None],
-           failed: Event) -> None:
-    for card in cards:
-        torch.accelerator.set_stream(torch.Stream(device=card))
+@cache
+def stream(card: str, lane: int) -> torch.Stream:
+    """The stream of a lane on a card, the same one in every stage and run.
+
+    Libraries keep a workspace for each stream that they were ever used in.
+    """
+    return torch.Stream(device=card)
+
+
+def _drain(loaded: Loaded, streams: Sequence[torch.Stream], turns: DeviceTurns, queue: Queue[T],
+           do: Callable[[Loaded, T], None], failed: Event) -> None:
+    for own in streams:
+        torch.accelerator.set_stream(own)
     for item in queue:
         with taking(turns):
             do(loaded, item)

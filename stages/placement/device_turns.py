@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 class DeviceTurns:
@@ -33,12 +34,14 @@ class DeviceTurns:
             return len(self._waiting.get(card, ()))
 
     def give(self, card: str) -> None:
-        """Let the next one have the card, once what this thread ordered of it is done."""
-        # Orders run ahead of the card by far: without this, one lane's whole step would be in front of the next lane.
-        torch.accelerator.current_stream(card).synchronize()
-        with self._changed:
-            self._waiting[card].popleft()
-            self._changed.notify_all()
+        """Let the next one have the card, once what this thread ordered of it is done, or the card fails."""
+        try:
+            # Orders run ahead of the card by far: without this, one lane's whole step would be before the next lane's.
+            torch.accelerator.current_stream(card).synchronize()
+        finally:
+            with self._changed:
+                self._waiting[card].popleft()
+                self._changed.notify_all()
 
 
 class _Here(threading.local):
@@ -56,8 +59,10 @@ def taking(turns: DeviceTurns) -> Iterator[None]:
     try:
         yield
     finally:
-        leave()
-        _here.turns = None
+        try:
+            leave()
+        finally:
+            _here.turns = None
 
 
 def enter(device: str) -> None:
@@ -67,6 +72,15 @@ def enter(device: str) -> None:
         if device != "cpu":
             _here.turns.take(device)
             _here.card = device
+
+
+def takes_turns(model: nn.Module, device: str) -> None:
+    """Have a model that is all on one device work there in its thread's turn.
+
+    Two threads at once would read what one of them has not made yet: models keep tensors between calls.
+    """
+    model.register_forward_pre_hook(lambda *call: enter(device))
+    model.register_forward_hook(lambda *call: leave())
 
 
 def leave() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from stages.events import Emit
 from stages.models.weights import Weights
+from stages.placement.device_turns import takes_turns
 from stages.placement.tiling import Tiling, set_tile
 from stages.placement.transfers import Crossing, Transfer, corrupted_pairs, direct, via_host
 
@@ -144,6 +145,8 @@ class Resident(Placement):
     def attach(self, model: nn.Module, home: str, transfer: Transfer | None = None, fetch: Fetch = from_host) -> None:
         if torch.device(home) != torch.device(self.device):
             Crossing(model, {"": self.device}, home, transfer or self.transfer)
+        else:
+            takes_turns(model, self.device)
 
     def renamed(self, names: Mapping[str, str]) -> "Resident":
         return replace(self, device=names.get(self.device, self.device))

@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "pinned.h"
+#include "streams.h"
 
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/DeviceGuard.h>
@@ -18,18 +19,19 @@ constexpr c10::DeviceType TYPE = c10::DeviceType::PrivateUse1;
 
 using Clock = std::chrono::steady_clock;
 
-std::atomic<int64_t> last_stream{0};
-thread_local std::array<c10::StreamId, MAX_CARDS> current_streams{};
+// What an event marks: a point in a stream, and the real time at which the host came by.
+struct Recorded {
+  Mark mark;
+  Clock::time_point time;
+};
 
-// Every operation has ended when its call returns. So a stream is only a number, and an event is
-// the time at which it was recorded.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return TYPE; }
   c10::DeviceIndex deviceCount() const noexcept override { return static_cast<c10::DeviceIndex>(count()); }
 
   c10::Device getDevice() const override { return {TYPE, static_cast<c10::DeviceIndex>(current())}; }
   c10::Device exchangeDevice(c10::Device device) const override {
-    card(device.index());
+    make_context(device.index());
     return {TYPE, static_cast<c10::DeviceIndex>(exchange(device.index()))};
   }
   void setDevice(c10::Device device) const override { exchangeDevice(device); }
@@ -40,32 +42,50 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return able;
   }
 
-  c10::Stream getStream(c10::Device device) const override {
-    return stream(device, current_streams.at(device.index()));
-  }
+  c10::Stream getStream(c10::Device device) const override { return stream(device, current_stream(device.index())); }
   c10::Stream getDefaultStream(c10::Device device) const override { return stream(device, 0); }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override { return getNewStream(device, 0); }
-  c10::Stream getNewStream(c10::Device device, int) const override { return stream(device, ++last_stream); }
+  c10::Stream getNewStream(c10::Device device, int) const override {
+    make_context(device.index());
+    return stream(device, next_stream());
+  }
   c10::Stream exchangeStream(c10::Stream next) const override {
-    return stream(next.device(), std::exchange(current_streams.at(next.device_index()), next.id()));
+    return stream(next.device(), exchange_stream(next.device_index(), next.id()));
   }
-  bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeDevice(const c10::DeviceIndex index) const override { card(index); }
+  bool queryStream(const c10::Stream& asked) const override { return poll(here(asked.device_index(), asked.id())); }
+  void synchronizeStream(const c10::Stream& asked) const override {
+    host_wait(here(asked.device_index(), asked.id()));
+  }
+  void synchronizeDevice(const c10::DeviceIndex index) const override {
+    make_context(index);
+    host_wait_all(index);
+  }
 
-  void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
-    if (*event == nullptr) *event = new Clock::time_point;
-    *static_cast<Clock::time_point*>(*event) = Clock::now();
+  void record(void** event, const c10::Stream& on, const c10::DeviceIndex, const c10::EventFlag) const override {
+    if (*event == nullptr) *event = new Recorded;
+    *static_cast<Recorded*>(*event) = {here(on.device_index(), on.id()), Clock::now()};
   }
-  void block(void*, const c10::Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  void synchronizeEvent(void*) const override {}
+  void block(void* event, const c10::Stream& waiting) const override {
+    if (event != nullptr) wait_on_stream(waiting.device_index(), waiting.id(), static_cast<Recorded*>(event)->mark);
+  }
+  bool queryEvent(void* event) const override {
+    return event == nullptr || poll(static_cast<Recorded*>(event)->mark);
+  }
+  void synchronizeEvent(void* event) const override {
+    if (event != nullptr) host_wait(static_cast<Recorded*>(event)->mark);
+  }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override {
-    delete static_cast<Clock::time_point*>(event);
+    delete static_cast<Recorded*>(event);
   }
+  void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override {
+    used_by(data, stream.id());
+  }
+  // Milliseconds, of the virtual clock where kernels are ordered.
   double elapsedTime(void* start, void* end, const c10::DeviceIndex) const override {
-    const auto passed = *static_cast<Clock::time_point*>(end) - *static_cast<Clock::time_point*>(start);
-    return std::chrono::duration<double, std::milli>(passed).count();
+    const auto* from = static_cast<Recorded*>(start);
+    const auto* to = static_cast<Recorded*>(end);
+    if (asynchronous()) return static_cast<double>(to->mark.time - from->mark.time) / 1e9;
+    return std::chrono::duration<double, std::milli>(to->time - from->time).count();
   }
 
  private:
@@ -79,7 +99,10 @@ C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return count() > 0; }
-  bool hasPrimaryContext(c10::DeviceIndex index) const override { return index < count(); }
+  bool hasPrimaryContext(c10::DeviceIndex index) const override {
+    const std::vector<int64_t> found = contexts();
+    return std::find(found.begin(), found.end(), index) != found.end();
+  }
   c10::DeviceIndex deviceCount() const override { return static_cast<c10::DeviceIndex>(count()); }
 
   c10::DeviceIndex getCurrentDevice() const override { return static_cast<c10::DeviceIndex>(current()); }
@@ -100,6 +123,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
     c10::DeviceGuard guard(storage.device());
     c10::DataPtr resized = allocator()->allocate(bytes);
+    host_wait_all(storage.device().index());
     if (bytes > 0 && storage.nbytes() > 0) {
       std::memcpy(resized.get(), storage.data(), std::min(bytes, storage.nbytes()));
     }

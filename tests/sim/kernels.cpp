@@ -2,6 +2,9 @@
 
 #include "faults.h"
 #include "memory.h"
+#include "ordered.h"
+#include "streams.h"
+#include "workspaces.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -188,20 +191,62 @@ class Call {
 } // namespace
 
 at::Tensor on_host(const at::Tensor& tensor) {
-  const c10::Storage* host = host_of(tensor.storage());
   at::Tensor alias = at::detail::make_tensor<c10::TensorImpl>(
-      host ? c10::Storage(*host) : c10::Storage({}, 0, c10::GetCPUAllocator(), /*resizable=*/true),
-      c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
+      host_of(tensor.storage()), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
   alias.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
   alias._set_conj(tensor.is_conj());
   alias._set_neg(tensor.is_neg());
   return alias;
 }
 
+at::Tensor borrowed(const at::Tensor& host) {
+  void* data = host.storage().nbytes() > 0 ? const_cast<void*>(host.storage().data()) : nullptr;
+  at::Tensor alias = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage({}, host.storage().nbytes(), c10::DataPtr(data, c10::DeviceType::CPU), nullptr, false),
+      c10::DispatchKeySet(c10::DispatchKey::CPU), host.dtype());
+  alias.unsafeGetTensorImpl()->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
+  alias._set_conj(host.is_conj());
+  alias._set_neg(host.is_neg());
+  return alias;
+}
+
+namespace {
+
+// Whether the operator makes views and nothing else.
+bool only_looks(const c10::OperatorHandle& op) {
+  for (const c10::Argument& result : op.schema().returns()) {
+    if (result.alias_info() == nullptr || result.alias_info()->isWrite()) return false;
+  }
+  return true;
+}
+
+// What is not ordered runs behind all that was, and whoever needs its numbers waits for them.
+void catch_up(const c10::OperatorHandle& op, int card) {
+  note_at_once(op);
+  order(card, current_stream(card), [] {}, {{card, Engine::compute}}, kernel_length());
+  if (waits_for_numbers(op)) {
+    host_wait(here(card, current_stream(card)));
+  } else {
+    drain(card, current_stream(card));
+  }
+}
+
+} // namespace
+
 void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const bool looks = only_looks(op);
+  if (asynchronous() && !looks && order_operator(op, stack)) return;
   Call call(op, *stack);
   {
     at::AutoDispatchBelowADInplaceOrView no_autograd;
+    if (!looks) {
+      take_workspace(op, call.card_index(), current_stream(call.card_index()));
+      if (asynchronous()) {
+        catch_up(op, call.card_index());
+      } else {
+        fail_if_due(call.card_index());
+      }
+    }
     const Work work = Work::kernel(call.card_index());
     op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   }

@@ -2,6 +2,10 @@
 #include "faults.h"
 #include "kernels.h"
 #include "memory.h"
+#include "ordered.h"
+#include "pinned.h"
+#include "streams.h"
+#include "workspaces.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/TensorUtils.h>
@@ -90,21 +94,64 @@ void write(const at::Tensor& from, const at::Tensor& to) {
   }
 }
 
-at::Tensor copy_from(const at::Tensor& source, const at::Tensor& destination, bool) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const int from = place(source);
-  const int to = place(destination);
-  const at::Tensor written = host_side(destination);
-  if (from == to) {
-    const Work work = Work::kernel(to);
-    written.copy_(host_side(source));
-    return destination;
-  }
+// A copy between a card and itself, another one or the host, of memory that somebody else keeps.
+Task copying(const at::Tensor& read, const at::Tensor& written, int from, int to) {
+  return [read, written, from, to] {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    if (from == to) {
+      const Work work = Work::kernel(to);
+      written.copy_(read);
+    } else {
+      const Work work = Work::copy(from, to, static_cast<int64_t>(written.nbytes()));
+      write(read, written);
+      spoil(written, corruption(from, to));
+    }
+  };
+}
+
+// Between cards, as torch does it on CUDA: on the source's stream, with a barrier on either side.
+void across(int from, int to, const Task& task, int64_t bytes) {
+  wait_on_stream(from, current_stream(from), here(to, current_stream(to)));
+  order(from, current_stream(from), task, {{from, Engine::out}, {to, Engine::in}}, copy_length(bytes));
+  wait_on_stream(to, current_stream(to), here(from, current_stream(from)));
+}
+
+// Between a card and the host: the host waits, unless it was asked not to and its memory is pinned. What is read from
+// pageable memory is read at once.
+void over_the_link(const at::Tensor& source, const at::Tensor& destination, bool non_blocking) {
+  const int from = place(source), to = place(destination), on = from == HOST ? to : from;
+  const at::Tensor& host = from == HOST ? source : destination;
+  const bool pinned = host.storage().nbytes() > 0 && is_pinned(host.storage().data());
+  const bool later = non_blocking && pinned;
+  // A task keeps what it reads only where nobody else has it.
+  const at::Tensor read = to == HOST ? on_host(source)
+      : !later && asynchronous()     ? source.clone()
+                                     : borrowed(source);
+  const at::Tensor written = to == HOST ? borrowed(destination) : on_host(destination);
   const int64_t bytes = static_cast<int64_t>(destination.nbytes());
-  const Work work = Work::copy(from, to, bytes);
-  write(host_side(source), written);
-  spoil(written, corruption(from, to));
-  count_copy(from, to, bytes);
+  order(on, current_stream(on), copying(read, written, from, to),
+        {{on, from == HOST ? Engine::in : Engine::out}}, copy_length(bytes));
+  const Mark end = here(on, current_stream(on));
+  if (later) {
+    used_until(host.storage().data(), end);
+  } else if (!non_blocking || to == HOST) {
+    host_wait(end);
+  }
+}
+
+at::Tensor copy_from(const at::Tensor& source, const at::Tensor& destination, bool non_blocking) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const int from = place(source), to = place(destination);
+  const int64_t bytes = static_cast<int64_t>(destination.nbytes());
+  if (from != to) count_copy(from, to, bytes);
+  if (from == to) {
+    order(to, current_stream(to), copying(host_side(source), host_side(destination), from, to),
+          {{to, Engine::compute}}, kernel_length());
+  } else if (from == HOST || to == HOST) {
+    over_the_link(source, destination, non_blocking);
+  } else {
+    across(from, to, copying(host_side(source), host_side(destination), from, to), bytes);
+  }
   return destination;
 }
 
@@ -122,13 +169,16 @@ bool can_take_data(const at::Tensor& tensor, const at::Tensor& other) {
   return plain(tensor) && plain(other);
 }
 
-// Nothing is reused before a stream is done with it: everything is done when its call returns.
-void record_stream(at::Tensor&, c10::Stream) {}
+void record_stream(at::Tensor& tensor, c10::Stream stream) {
+  used_by(tensor.storage().data_ptr(), stream.id());
+}
 
 at::Scalar local_scalar(const at::Tensor& tensor) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   const int from = place(tensor);
   const int64_t bytes = static_cast<int64_t>(tensor.nbytes());
+  order(from, current_stream(from), [] {}, {{from, Engine::out}}, copy_length(bytes));
+  host_wait(here(from, current_stream(from)));
   const Work work = Work::copy(from, HOST, bytes);
   count_copy(from, HOST, bytes);
   return on_host(tensor).item();
@@ -191,6 +241,22 @@ TORCH_LIBRARY(sim, library) {
   library.def("corrupt(int source, int destination, int how) -> ()", [](int64_t from, int64_t to, int64_t how) {
     corrupt(from, to, static_cast<Corruption>(how));
   });
+  library.def("fail_kernel(int card, int nth) -> ()", fail_kernel);
+  library.def("set_schedule(int wanted) -> ()", set_schedule);
+  library.def("host_waits() -> int", host_waits);
+  library.def("places_of_waits() -> str[]", places_of_waits);
+  library.def("tell_places_of_waits(bool wanted) -> ()", tell_places_of_waits);
+  library.def("run_at_once() -> str[]", run_at_once);
+  library.def("booked() -> int[]", booked);
+  library.def("host_time() -> int", host_time);
+  library.def("clear_streams() -> ()", clear_streams);
+  library.def("set_caching(bool wanted) -> ()", set_caching);
+  library.def("set_context_bytes(int bytes) -> ()", set_context_bytes);
+  library.def("contexts() -> int[]", contexts);
+  library.def("set_workspace_bytes(int bytes) -> ()", set_workspace_bytes);
+  library.def("clear_workspaces() -> ()", clear_workspaces);
+  library.def("pinned_bytes() -> int", pinned_bytes);
+  library.def("limit_pinned(int bytes) -> ()", limit_pinned);
   library.def("set_bfloat16(bool supported) -> ()", set_bfloat16);
   library.def("bfloat16() -> bool", bfloat16);
   library.def("clear_faults() -> ()", clear_faults);

@@ -1,0 +1,123 @@
+"""Lanes and loading on cards that do what they are asked for later, in every order that streams allow."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from runner import Job, Request, make_plan, run_all
+from runner.engine import lanes
+from stages.loading import pinned_copy
+from stages.loading.pinned_copy import PendingTensor, copy_to_devices
+from stages.models.safetensors_header import read_header
+from stages.models.weights import StoredTensor
+from stages.placement.sharded import Sharded
+from tests import tiny, tiny_families
+
+Cards = Callable[..., list[str]]
+ASKED = [Request(prompt, 64, 48, 2, 3.5, 7 + index, 32, index) for index, prompt in enumerate(("a star", "two rings"))]
+LIMIT = 60_000_000
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX of a few blocks that can be dealt."""
+    return tiny.flux(tmp_path_factory.mktemp("streams") / "flux", doubles=2, singles=4, heads=5, shard="5MB")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen-Image, whose transformer keeps tensors between calls."""
+    return tiny_families.qwen_image(tmp_path_factory.mktemp("streams") / "qwen")
+
+
+def pictures(family: str, model: Path, devices: Sequence[str], **more: Any) -> list[np.ndarray]:
+    """What two requests come to; nothing is left on a card."""
+    asked = ASKED if family == "flux" else [Request("a star", 64, 48, 2, 4.0, 7 + index, 224, index)
+                                            for index in range(2)]
+    job = make_plan(Job(family, asked, model=model, dtype={"": torch.float32}, devices=devices, **more))
+    report = run_all(job)
+    assert not report.failures and all(stage.flushed.left == 0 for stage in report.stages)
+    return [picture.pixels for picture in report.pictures]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> list[np.ndarray]:
+    """What the CPU makes of the requests."""
+    return pictures("flux", model, ["cpu"])
+
+
+@pytest.fixture(scope="module")
+def qwen_alone(qwen: Path) -> list[np.ndarray]:
+    """What the CPU makes of them by Qwen-Image."""
+    return pictures("qwen-image", qwen, ["cpu"])
+
+
+def same(made: list[np.ndarray], expected: list[np.ndarray]) -> bool:
+    return all(np.array_equal(one, other) for one, other in zip(made, expected, strict=True))
+
+
+@pytest.mark.streams
+def test_lanes_over_two_cards_make_what_the_cpu_makes(model: Path, alone: list[np.ndarray], cards: Cards) -> None:
+    devices = cards(LIMIT, LIMIT)
+    job = make_plan(Job("flux", ASKED, model=model, dtype={"": torch.float32}, devices=devices,
+                        place=["denoise=sharded"], lanes=2))
+    assert isinstance(job.places["denoise", "transformer"].placement, Sharded)
+    assert same(pictures("flux", model, devices, place=["denoise=sharded"], lanes=2), alone)
+
+
+@pytest.mark.streams
+def test_lanes_on_one_card_make_what_the_cpu_makes(qwen: Path, qwen_alone: list[np.ndarray], cards: Cards) -> None:
+    assert same(pictures("qwen-image", qwen, cards(LIMIT), lanes=2, modulation_table=False), qwen_alone)
+
+
+@pytest.mark.streams
+def test_what_is_read_arrives_whole(tmp_path: Path, cards: Cards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far more pieces than there are buffers, in two readers."""
+    (card,) = cards(LIMIT)
+    monkeypatch.setattr(pinned_copy, "PIECE", 4096)
+    numbers = {f"t{index}": torch.rand(9000 + index, generator=torch.Generator().manual_seed(index))
+               for index in range(6)}
+    save_file(numbers, tmp_path / "model.safetensors")
+    header = read_header(tmp_path / "model.safetensors")
+    targets = {name: torch.empty_like(tensor, device=card) for name, tensor in numbers.items()}
+    copy_to_devices([PendingTensor(StoredTensor(tmp_path / "model.safetensors", name, header[name]), torch.float32,
+                                   target) for name, target in targets.items()])
+    for name, target in targets.items():
+        assert torch.equal(target.cpu(), numbers[name]), name
+
+
+@pytest.mark.parametrize("nth", [1, 30, 90])
+def test_a_lane_whose_card_fails_ends_the_run_for_all(
+    model: Path, cards: Cards, sim: ModuleType, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    devices = cards(LIMIT, LIMIT)
+    job = make_plan(Job("flux", ASKED, model=model, dtype={"": torch.float32}, devices=devices,
+                        place=["denoise=sharded"], lanes=2))
+    process = lanes.process
+
+    def failing(*args: Any) -> None:
+        sim.schedule("late")
+        sim.fail_kernel(devices[1], nth)
+        process(*args)
+
+    monkeypatch.setattr(lanes, "process", failing)
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        run_all(job)
+
+
+def test_ten_runs_leave_cards_and_streams_as_they_were(
+    model: Path, alone: list[np.ndarray], cards: Cards, sim: ModuleType
+) -> None:
+    devices = cards(LIMIT, LIMIT)
+    sim.workspaces(2**20)
+    before = lanes.stream.cache_info().currsize
+    for _ in range(3):
+        assert same(pictures("flux", model, devices, place=["denoise=sharded"], lanes=2), alone)
+        assert [torch.accelerator.memory_allocated(card) for card in devices] == [0, 0]
+    assert lanes.stream.cache_info().currsize - before <= 4
