@@ -116,7 +116,7 @@ def test_a_trainers_config_counts(flux: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("config", "said"), [
     ({"lora_alpha": "much"}, "the alpha 'much'"), ({"lora_alpha": None}, "the alpha 'None'"),
-    ({"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 2}}, r"layers like '\(a\+\)\+\$'"),
+    ({"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 2}}, r"the pattern '\(a\+\)\+\$' for layers"),
     ({"lora_alpha": 1, "use_dora": True}, "DoRA"), ([1], "a trainer's config that is no table"),
     ({"lora_alpha": 1, "alpha_pattern": [1]}, "a trainer's config that is no table"),
 ])

@@ -53,6 +53,9 @@ NOT_RUN: Mapping[str, str] = {
     **dict.fromkeys((".on_input",), "IA3"),
 }
 _KINDS = {**SUFFIXES, **NOT_RUN}
+# PEFT's own prefix, behind which it has whole weights too.
+_PEFT = "base_model.model."
+REPLACED = "whole weights that replace the model's, as by PEFT's modules_to_save and bias"
 UNKNOWN = "under names that no known trainer writes"
 INCOMPLETE = "without others that belong to them"
 # Together they are an update; an alpha may come with any, and `diff_b` stands alone beside it.
@@ -99,8 +102,8 @@ class Group:
         values = {part: tensor.float() for part, tensor in self.tensors.items()}
         factors = [value for part, value in values.items() if part in (*_FACTORS, "down", "up")]
         others = [value for part, value in values.items() if part not in (*_FACTORS, "down", "up", "alpha")]
-        # A DoRA scales the weight also where its matrices add nothing.
-        return (bool(factors or others) and "DoRA" not in values
+        # A DoRA scales the weight also where its matrices add nothing, and zeros may replace what is none.
+        return (bool(factors or others) and not {"DoRA", REPLACED} & values.keys()
                 and all(bool(value.isfinite().all()) for value in values.values())
                 and not any(bool(value.any()) for value in others)
                 and (not factors or any(not value.any() for value in factors)))
@@ -175,13 +178,15 @@ def _grouped(lora: Lora, tensors: Mapping[str, torch.Tensor]) -> list[Group]:
 def _kind(name: str) -> tuple[str, str]:
     """What a tensor is, and the suffix that says so."""
     suffix = max((each for each in _KINDS if name.endswith(each)), key=len, default="")
+    if not suffix and name.startswith(_PEFT) and name.endswith((".weight", ".bias")) and "lora_" not in name:
+        return REPLACED, ""
     return _KINDS.get(suffix, UNKNOWN), suffix
 
 
 def _not_run(group: Group) -> str:
     """Why a group is not run; empty where it is."""
     for part in group.names:
-        if part == UNKNOWN or part in NOT_RUN.values():
+        if part in (UNKNOWN, REPLACED) or part in NOT_RUN.values():
             return part
     parts = group.names.keys() - {"alpha", "diff_b"}
     if parts in WHOLE and not ("alpha" in group.names and parts == {"diff"}):

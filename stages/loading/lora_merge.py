@@ -19,7 +19,7 @@ from stages.loading.lora_file import Group, LoraFile, read_lora_file, refuse
 from stages.loading.lora_names import LayerNames, layer_names
 from stages.loading.lora_updates import Difference, HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
 from stages.models.checkpoint import Checkpoint, Component
-from stages.models.lora import Lora
+from stages.models.lora import ADAPTER, ADAPTER_CONFIG, Lora
 
 # Elements of a weight that are added to at once: merging takes three times their bytes in float32 on its device.
 ELEMENTS_AT_ONCE = 2**20
@@ -217,7 +217,16 @@ def _strength(file: LoraFile, group: Group, rank: int | None = None) -> float:
             raise refuse(lora, f"has two alphas for {group.shown}, one in its trainer's config", [group],
                          "use a LoRA with one")
         layers = (group.layer, group.layer.removeprefix("text_model."))
+        if lora.config is not None and not any(map(config.targets, layers)):
+            raise refuse(lora, f"has matrices for {group.shown}, which its {ADAPTER_CONFIG} leaves out", [group],
+                         "use a LoRA with the config that was saved with it")
         return config.strength(layers, rank if "up" in group.tensors else None)
+    if alpha is None and lora.config is not None:
+        raise refuse(lora, f"has no alpha for {group.shown} of {group.component!r}, and its {ADAPTER_CONFIG} is for the "
+                     f"transformer alone", [group], "use a LoRA that says its alphas")
+    if alpha is None and lora.path.name == ADAPTER and group.is_named_as_peft_does:
+        raise ModelError(f"{lora.source} has its alpha in {ADAPTER_CONFIG}, which is not beside it -> put it there, or "
+                         f"give the file another name to use its rank as its alpha")
     if alpha is None:
         # Without an alpha sd-scripts and ComfyUI take the rank, and diffusers for its own names what is most common.
         if group.is_named_as_peft_does and group.component in file.told:

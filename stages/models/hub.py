@@ -200,6 +200,21 @@ def fetch_file(model: str, name: str) -> Path:
             raise ModelError(f"{model} has no file {name}; its files: {', '.join(list_files(model)[:9])}") from error
 
 
+def fetch_beside(model: str, path: Path) -> None:
+    """Downloads the file that would be at `path` in a snapshot of a model, if the model has it.
+
+    Where the hub cannot be asked, what is in the cache is all that can be known.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    root = next(parent for parent in path.parents if parent.parent.name == "snapshots")
+    name = path.relative_to(root).as_posix()
+    with _explained(model, root.name, name, LARGEST_CONFIG), suppress(RemoteEntryNotFoundError):
+        if answers():
+            hf_hub_download(model, name, revision=root.name)
+
+
 def refuse_offline(model: str, revision: str | None, missing: Incomplete) -> None:
     """Raises ModelError about a half cached model when HF_HUB_OFFLINE forbids to fetch the rest."""
     if settings.HF_HUB_OFFLINE:
