@@ -38,6 +38,7 @@ CONFIGS: Mapping[str, peft.PeftConfig] = {
         rank_pattern={r"transformer_blocks\.\d+\.attn\.to_q": 2}, alpha_pattern={r".*blocks\.0\.attn\.(to_k|to_q)": 9}),
     "some blocks": peft.LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS, layers_to_transform=[0],
                                    layers_pattern=["transformer_blocks"]),
+    "DoRA": peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=TARGETS),
     "LoKr": peft.LoKrConfig(r=2, alpha=3, target_modules=TARGETS, alpha_pattern={"to_k": 7}),
     "LoHa": peft.LoHaConfig(r=2, alpha=3, target_modules=TARGETS),
 }
@@ -95,7 +96,7 @@ def changed(folder: Path, **config: Any) -> None:
 
 
 @pytest.mark.parametrize(("config", "said"), [
-    ({"use_dora": True}, "a DoRA by its trainer's config -> use one without"),
+    ({"use_dora": True}, "a DoRA for a part alone: it has no lora_magnitude_vector"),
     ({"use_dora": "no"}, "has 'no' for use_dora in its trainer's config"), ({"use_rslora": 1}, "has 1 for use_rslora"),
     ({"r": 8}, "says rank 8 for .*, and its matrices have 4"), ({"r": 0}, "says rank 0"),
     ({"lora_alpha": "much"}, "the alpha 'much'"), ({"rank_pattern": [4]}, "no table .rank_pattern"),
@@ -156,6 +157,27 @@ def test_weights_that_replace_the_models_are_refused(
     folder = saved(flux, tmp_path / "style", config)
     with pytest.raises(ModelError, match=f"whole weights that replace the model's, .* such as '{cause}"):
         read(flux, folder)
+
+
+def test_a_dora_is_taken_whole_and_without_a_scale(flux: Path, tmp_path: Path) -> None:
+    """Also as diffusers writes one, without a config."""
+    folder = saved(flux, tmp_path / "style", CONFIGS["DoRA"])
+    expected, path = merged(flux, folder), tmp_path / "style.safetensors"
+    tensors = {name.replace("base_model.model.", "transformer."): tensor
+               for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    # Without a config alpha is the rank.
+    save_file({name: tensor * (1.5 if "lora_B" in name else 1) for name, tensor in tensors.items()}, path)
+    for name, weight in merged(flux, path).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ModelError, match=r"is a DoRA with the scale 0.5, and programs differ .* -> leave the scale out"):
+        with_loras(find(flux), read_loras([f"{folder}=0.5"]))
+    changed(folder, use_dora=False)
+    with pytest.raises(ModelError, match="a DoRA for a part alone: it has one lora_magnitude_vector"):
+        read(flux, folder)
+    first = next(name for name in tensors if "magnitude" in name)
+    save_file(tensors | {first: torch.ones(3)}, path)
+    with pytest.raises(ModelError, match=r"has \[3\] by .* -> use a LoRA of linear layers"):
+        read(flux, path)
 
 
 def test_the_config_is_looked_for_beside_any_file(flux: Path, plain: Path, tmp_path: Path) -> None:

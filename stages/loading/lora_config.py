@@ -20,7 +20,7 @@ _HARMLESS = frozenset({
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
-    "bias", "lora_bias", "lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "fan_in_fan_out",
+    "bias", "lora_bias", "use_dora", "lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "fan_in_fan_out",
     "init_lora_weights", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "megatron_core", "qalora_group_size", "runtime_config", "decompose_both", "decompose_factor",
     "use_effective_conv2d",
@@ -126,8 +126,6 @@ def _check(lora: Lora, table: Mapping[str, Any]) -> None:
         if (field in _FLAGS and not isinstance(value, bool | None)) or (field in _NAMES and not _are_names(value)):
             raise ModelError(f"{lora.source} has {value!r:.60} for {field} in its trainer's config -> use another "
                              f"LoRA")
-        if field == "use_dora" and value:
-            raise ModelError(f"{lora.source} is a DoRA by its trainer's config -> use one without DoRA")
         if field == "peft_type" and value not in (None, *_TYPES):
             raise ModelError(f"{lora.source} is of the type {value!r:.40} by its trainer's config, and "
                              f"{', '.join(_TYPES)} are run -> use one of those")

@@ -36,12 +36,14 @@ SUFFIXES: Mapping[str, str] = {
     ".lora.down.weight": "down", ".lora.up.weight": "up", ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up", ".down.weight": "down", ".up.weight": "up",
     ".lora_B.bias": "up_bias", ".lora_B.default.bias": "up_bias", ".alpha": "alpha", ".diff": "diff",
-    ".diff_b": "diff_b", **{f".{factor}": factor for factor in _FACTORS},
+    ".diff_b": "diff_b",
+    **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight",
+                     ".lora_magnitude_vector.default.weight"), "magnitude"),
+    **{f".{factor}": factor for factor in _FACTORS},
 }
 # What ends a name so is not run, and why.
 NOT_RUN: Mapping[str, str] = {
-    **dict.fromkeys((".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight",
-                     ".lora_magnitude_vector.default.weight"), "DoRA"),
+    **dict.fromkeys((".dora_scale",), "DoRA as LyCORIS writes it"),
     **dict.fromkeys((".lora_mid.weight", ".lokr_t2", ".hada_t1", ".hada_t2"), "for convolutions"),
     **dict.fromkeys((".oft_blocks", ".oft_diag", ".oft_R", ".oft_R.weight", ".oft_R.default.weight", ".rescale"),
                     "OFT"),
@@ -60,7 +62,7 @@ UNKNOWN = "under names that no known trainer writes"
 INCOMPLETE = "without others that belong to them"
 # Together they are an update; an alpha may come with any, and `diff_b` stands alone beside it.
 WHOLE = (
-    {"down", "up"}, {"down", "up", "up_bias"}, {"diff"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    {"down", "up"}, {"down", "up", "up_bias"}, {"down", "up", "magnitude"}, {"diff"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     *({*left, *right} for left in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
       for right in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))),
 )
@@ -103,7 +105,7 @@ class Group:
         factors = [value for part, value in values.items() if part in (*_FACTORS, "down", "up")]
         others = [value for part, value in values.items() if part not in (*_FACTORS, "down", "up", "alpha")]
         # A DoRA scales the weight also where its matrices add nothing, and zeros may replace what is none.
-        return (bool(factors or others) and not {"DoRA", REPLACED} & values.keys()
+        return (bool(factors or others) and not {NOT_RUN[".dora_scale"], "magnitude", REPLACED} & values.keys()
                 and all(bool(value.isfinite().all()) for value in values.values())
                 and not any(bool(value.any()) for value in others)
                 and (not factors or any(not value.any() for value in factors)))
@@ -121,6 +123,8 @@ class LoraFile:
     """What its trainer says of each component."""
     told: frozenset[str]
     """The components with an alpha beside a pair under PEFT's names."""
+    doras: frozenset[str]
+    """The components with a pair that has lengths for rows."""
 
     def of(self, component: str) -> list[Group]:
         """What is added to a component."""
@@ -151,7 +155,8 @@ def read_lora_file(lora: Lora) -> LoraFile:
                          f"such as {first[:120]!r} -> use a LoRA without them")
     run = tuple(group for group in groups if not _not_run(group))
     told = frozenset(group.component for group in run if group.is_named_as_peft_does and "alpha" in group.names)
-    return LoraFile(lora, run, read_configs(lora), told)
+    doras = frozenset(group.component for group in run if "magnitude" in group.names)
+    return LoraFile(lora, run, read_configs(lora), told, doras)
 
 
 def refuse(lora: Lora, what: str, groups: Collection[Group], step: str) -> ModelError:
