@@ -118,7 +118,7 @@ def test_a_scheduler_of_diffusers_is_taken_as_it_is() -> None:
 def test_a_scheduler_with_values_of_its_own_beside_its_config_is_refused() -> None:
     own = FlowMatchEulerDiscreteScheduler()
     own.set_shift(3.0)
-    with pytest.raises(InvalidInput, match=r"a shift of 3 by set_shift, and its config says 1 -> make it with shift=3"):
+    with pytest.raises(InvalidInput, match=r"a shift of 3 by set_shift, and its config says 1 -> make it with shift"):
         SchedulerRequest.read(own)
     with pytest.raises(InvalidInput, match="a whole config and no class"):
         SchedulerRequest("", {"shift": 3.0}, True)

@@ -62,7 +62,8 @@ UNKNOWN = "under names that no known trainer writes"
 INCOMPLETE = "without others that belong to them"
 # Together they are an update; an alpha may come with any, and `diff_b` stands alone beside it.
 WHOLE = (
-    {"down", "up"}, {"down", "up", "up_bias"}, {"down", "up", "magnitude"}, {"diff"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    {"down", "up"}, {"down", "up", "up_bias"}, {"down", "up", "magnitude"}, {"diff"},
+    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     *({*left, *right} for left in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
       for right in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))),
 )

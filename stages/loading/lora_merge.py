@@ -238,11 +238,11 @@ def _strength(file: LoraFile, group: Group, rank: int | None = None) -> float:
                          "use a LoRA with the config that was saved with it")
         return config.strength(layers, rank if "up" in group.tensors else None)
     if alpha is None and lora.config is not None:
-        raise refuse(lora, f"has no alpha for {group.shown} of {group.component!r}, and its {ADAPTER_CONFIG} is for the "
-                     f"transformer alone", [group], "use a LoRA that says its alphas")
+        raise refuse(lora, f"has no alpha for {group.shown} of {group.component!r}, and its {ADAPTER_CONFIG} is for "
+                     f"the transformer alone", [group], "use a LoRA that says its alphas")
     if alpha is None and lora.path.name == ADAPTER and group.is_named_as_peft_does:
-        raise ModelError(f"{lora.source} has its alpha in {ADAPTER_CONFIG}, which is not beside it -> put it there, or "
-                         f"give the file another name to use its rank as its alpha")
+        raise ModelError(f"{lora.source} has its alpha in {ADAPTER_CONFIG}, which is not beside it -> put it there, "
+                         f"or give the file another name to use its rank as its alpha")
     if alpha is None:
         # Without an alpha sd-scripts and ComfyUI take the rank, and diffusers for its own names what is most common.
         if group.is_named_as_peft_does and group.component in file.told:

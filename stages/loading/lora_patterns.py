@@ -23,7 +23,9 @@ class Unreadable(ValueError):
 @dataclass(frozen=True)
 class _Letter:
     kind: re.Pattern[str]
+    """What it may be."""
     times: str
+    """`*`, `+`, `?` or nothing for once."""
 
     def ends(self, name: str, begins: int) -> int:
         fit = sum(1 << at for at, letter in enumerate(name) if self.kind.fullmatch(letter))
@@ -36,6 +38,7 @@ class _Letter:
 @dataclass(frozen=True)
 class _Border:
     last: bool
+    """Whether it is the end."""
 
     def ends(self, name: str, begins: int) -> int:
         return begins & (1 << len(name) if self.last else 1)
@@ -44,6 +47,7 @@ class _Border:
 @dataclass(frozen=True)
 class _Choice:
     ways: Sequence[Sequence["_Letter | _Border | _Choice"]]
+    """What may stand there, part by part."""
 
     def ends(self, name: str, begins: int) -> int:
         found = 0

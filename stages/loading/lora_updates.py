@@ -122,7 +122,8 @@ class DoraUpdate(LowRankUpdate):
     def added_to(self, total: torch.Tensor, rows: slice) -> torch.Tensor:
         """The direction of the sum, and the length that is said."""
         total = total + self.rows(rows)
-        return total * (self.magnitude[rows] / torch.linalg.vector_norm(total, dim=1))[:, None]
+        lengths: torch.Tensor = torch.linalg.vector_norm(total, dim=1)
+        return total * (self.magnitude[rows] / lengths)[:, None]
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ class SchedulerRequest:
 
     def to_json(self) -> dict[str, Any]:
         """The request as a picture's metadata have it."""
-        return {"name": self.name, "config": dict(sorted(self.config.items())), **({WHOLE: True} if self.whole else {})}
+        whole = {WHOLE: True} if self.whole else {}
+        return {"name": self.name, "config": dict(sorted(self.config.items())), **whole}
 
 
 def _config_of(scheduler: Any) -> dict[str, Any]:
