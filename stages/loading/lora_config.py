@@ -21,7 +21,8 @@ _HARMLESS = frozenset({
     "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
     "bias", "lora_bias", "use_dora", "lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale",
-    "fan_in_fan_out", "init_lora_weights", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "fan_in_fan_out",
+    "init_lora_weights", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "megatron_core", "qalora_group_size", "runtime_config", "decompose_both", "decompose_factor",
     "use_effective_conv2d",
 })
