@@ -261,12 +261,14 @@ def test_the_order_of_runs_outlives_a_lost_counter_and_a_damaged_record(tmp_path
     store = FolderStore(tmp_path / "store")
     for run in ("b", "a"):
         store.save_run(run, {})
+    (store.path / "runs/.sequence").write_bytes(b"9" * 64)
+    store.save_run("00", {})
     (store.path / "runs/.sequence").write_bytes(b"torn")
     store.save_run("0", {})
-    assert store.runs() == ["b", "a", "0"]
+    assert store.runs() == ["b", "a", "00", "0"]
     path = store.path / "runs/a/run.json"
     path.write_bytes(path.read_bytes()[:-9])
-    assert set(store.runs()) == {"b", "a", "0"}
+    assert set(store.runs()) == {"b", "a", "00", "0"}
     with pytest.raises(StoreError, match="the record of run a is damaged: it is torn"):
         store.load_run("a")
 

@@ -38,6 +38,7 @@ CASES = {
     "packed": "answers with packed bytes",
     "pause": "asks for a pause of 1000000 s",
     "index": "answers with more than the 16777216 bytes",
+    "xet": f"found org/xet@{COMMIT}",
     "open": f"found org/open@{COMMIT}",
 }
 
@@ -79,6 +80,9 @@ class Hostile(Answer):
             changed |= {"X-Repo-Commit": "../../../../escaped"} if self.case == "path" else {}
             changed |= {"X-Repo-Commit": "b" * 40} if self.case == "moving" and later else {}
             changed |= {"ETag": '"../../../escaped"'} if self.case == "tag" else {}
+            # A way to a file on which nothing can be counted: it leads nowhere, and is not gone.
+            changed |= {"X-Xet-Hash": "f" * 64, "X-Xet-Refresh-Route": "http://127.0.0.1:9/token"} if (
+                self.case == "xet") else {}
         super().send(status, data, changed, body)
 
     def list_much(self) -> None:

@@ -164,7 +164,7 @@ def started(
 ) -> "subprocess.CompletedProcess[str]":
     """A fresh Python process that knows this hub and this cache, when it has ended."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env = {**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env = {**kept, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"} if hub else {}
     env |= {"HF_TOKEN": token} if token else {}
     env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
@@ -352,7 +352,8 @@ import sys
 from stages.errors import ModelError
 from stages.models.lora import LoraRequest, find_lora
 try:
-    print(find_lora(LoraRequest(sys.argv[1]), "FluxPipeline").path.name)
+    lora = find_lora(LoraRequest(sys.argv[1]), "FluxPipeline")
+    print(" and ".join(path.name for path in (lora.path, lora.config) if path))
 except ModelError as error:
     print(error)
 """
@@ -372,7 +373,16 @@ def test_a_lora_is_downloaded_alone_and_found_again_without_the_hub(hub: Hub, ho
     several = r"org/open has \d safetensors files: .* -> name the one to use, such as org/open/"
     assert re.search(several, named("org/open", hub))
     assert "org/open has no file two.safetensors; its files:" in named("org/open/two.safetensors", hub)
-    assert "org/gated is gated" in named("org/gated/one.safetensors", hub)
+    assert "org/gated is gated" in named("org/gated/styles/one.safetensors", hub)
+    # PEFT keeps its alpha beside the file.
+    config = {"r": 4, "lora_alpha": 8}
+    (hub.folder / "peft").mkdir()
+    (hub.folder / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    shutil.copy(hub.folder / "styles" / "one.safetensors", hub.folder / "peft" / "two.safetensors")
+    hub.fetched.clear()
+    assert named("org/open/peft/two.safetensors", hub) == "two.safetensors and adapter_config.json"
+    assert named("org/open/peft/two.safetensors", None, offline=True) == "two.safetensors and adapter_config.json"
+    assert hub.fetched == ["peft/two.safetensors", "peft/adapter_config.json"]
     lacking = named("org/other", None, offline=True)
     assert lacking.startswith("org/other/*.safetensors is not in the cache and HF_HUB_OFFLINE is set; ")
     assert lacking.endswith("hf download org/other --include '*.safetensors'")

@@ -116,8 +116,8 @@ def test_a_trainers_config_counts(flux: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("config", "said"), [
     ({"lora_alpha": "much"}, "the alpha 'much'"), ({"lora_alpha": None}, "the alpha 'None'"),
-    ({"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 2}}, r"layers like '\(a\+\)\+\$'"),
-    ({"lora_alpha": 1, "use_dora": True}, "DoRA"), ([1], "a trainer's config that is no table"),
+    ({"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 2}}, r"the pattern '\(a\+\)\+\$' for layers"),
+    ({"lora_alpha": 1, "use_dora": True}, "a DoRA for a part alone"), ([1], "a trainer's config that is no table"),
     ({"lora_alpha": 1, "alpha_pattern": [1]}, "a trainer's config that is no table"),
 ])
 def test_an_odd_config_is_refused(flux: Path, style: Path, tmp_path: Path, config: Any, said: str) -> None:
@@ -408,7 +408,7 @@ Q = "transformer.transformer_blocks.0.attn.to_q"
     (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(32, 3)}), "for a? ?.*linear layers"),
     (lambda t: t.pop(f"{Q}.lora_B.weight"), "1 of 19 tensors are without others .*to_q.lora_A"),
     (lambda t: t.update({f"{Q}.lora_A.bias": torch.ones(4)}), "1 of 21 tensors are under names that .*lora_A.bias"),
-    (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), "are DoRA, such as .*magnitude"),
+    (lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(32)}), "a DoRA for a part alone: it has no"),
     (lambda t: t.update({f"{Q}.dora_scale": torch.zeros(32)}), "DoRA"),
     (lambda t: t.update({f"{Q}.alpha": torch.tensor(2.0)}), "an alpha for other layers"),
     (lambda t: t.update({f"{Q}.lora_B.weight": torch.full((32, 4), torch.inf)}), "to .*to_q.weight that are not fin"),

@@ -68,7 +68,7 @@ def put(suffix: str, value: torch.Tensor) -> Change:
     (lambda t: t.update(pair("lora_te2_encoder_block_0_layer_0_SelfAttention_q")),
      r"adds to 'text_encoder_2' \(T5EncoderModel\), and"),
     (put(".dora_scale", torch.ones(32, 1)),
-     "holds what is not run: 4 of [0-9]+ tensors are DoRA, such as .*dora_scale' -> use a LoRA without"),
+     "holds what is not run: 4 of [0-9]+ tensors are DoRA as LyCORIS writes it, such as .*dora_scale' -> use a"),
     (lambda t: t.update({f"{ATTENTION}.dora_scale": torch.zeros(32, 1), f"{ATTENTION}.lora_up.weight": ZERO}), "DoRA"),
     (lambda t: t.update({"diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(16)}),
      "1 of [0-9]+ tensors are weights that replace those of a norm, as in a control LoRA, such as"),
@@ -76,7 +76,8 @@ def put(suffix: str, value: torch.Tensor) -> Change:
      "query_norm.weight, which is no linear layer of this model's Flux.* .1 tensors, first 'diffusion_model"),
     (lambda t: t.update({"lora_unet_double_blocks_0_img_attn_norm_key_norm.w_norm": torch.ones(16)}),
      "1 of [0-9]+ tensors are what is added to a norm"),
-    (put(".lora_magnitude_vector", torch.ones(32)), "are DoRA, such as .*lora_magnitude_vector"),
+    (put(".lora_magnitude_vector", torch.ones(32)),
+     "a DoRA for a part alone: it has (one|no) lora_magnitude_vector for .* -> use a whole one"),
     (lambda t: t.update(pair("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q")), "adds to 'T5', and"),
     (lambda t: t.update(pair("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q")), "'text_encoder_2' .T5Enc"),
     (put(".lokr_t2", torch.ones(4, 4, 3, 3)), "are for convolutions, such as .*lokr_t2"),
@@ -127,7 +128,8 @@ def test_the_page_says_what_is_refused() -> None:
     page = (Path(__file__).parent.parent / "docs" / "loras.md").read_text()
     table = page[page.index("| what | why |") :].split("\n\n")[0]
     said = [name for line in table.splitlines() for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
-    source = Path(__file__).read_text()
+    source = "".join(Path(__file__).with_name(name).read_text() for name in ("test_lora_refusals.py",
+                                                                             "test_lora_folders.py"))
     assert len(said) > 10 and not [name for name in said if name not in source]
 
 
@@ -154,7 +156,7 @@ def test_a_file_that_adds_nothing_at_all_is_refused(flux: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("config", "said"), [
-    ({"use_dora": True}, "a DoRA by its trainer's config -> use one without DoRA"),
+    ({"use_dora": True}, "a DoRA for a part alone: it has no lora_magnitude_vector for .* -> use a whole one"),
     ({"r": 8}, "says rank 8 for .*, and its matrices have 4"), ({"r": 0}, "says rank 0"),
     ({"r": None}, "has the alpha 'None'"),
     ({"init_lora_weights": "pissa"}, "trained from changed weights .*pissa.*, which are not in it -> convert it"),

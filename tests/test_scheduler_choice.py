@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -82,6 +84,64 @@ def test_a_scheduler_is_said_in_any_way_and_kept_in_one(flux: Path) -> None:
         "flux", Request("a red circle", 64, 48, 2, 3.5, 7, 32), model=flux, devices="cpu", scheduler=each)))
         for each in (own, TEXT))
     assert np.array_equal(one.pictures[0].pixels, other.pictures[0].pixels)
+
+
+SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))
+
+
+def config_of(scheduler: Any) -> Any:
+    return {name: value for name, value in json.loads(scheduler.to_json_string()).items() if not name.startswith("_")}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scheduler_of_diffusers_is_taken_as_it_is() -> None:
+    """Made bare, of the model's config or of another's; with what a third class would read, nothing of the model's."""
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.6)
+    tried = 0
+    for name in SCHEDULERS:
+        kind = getattr(diffusers, name)
+        try:
+            given = [kind(), kind.from_config(own.config)]
+        except (ImportError, TypeError):  # It needs a package, or has no defaults.
+            continue
+        third = EDMEulerScheduler.from_config(given[1].config)
+        for scheduler in (*given, third, FlowMatchEulerDiscreteScheduler.from_config(third.config)):
+            asked = SchedulerRequest.read(scheduler)
+            again = SchedulerRequest(**json.loads(json.dumps(asked.to_json(), allow_nan=False)))
+            assert asked == SchedulerRequest.read(str(asked)) == again and asked.whole
+            assert config_of(exchanged(own, asked)) == config_of(scheduler)
+            tried += 1
+    assert tried > 150
+    assert SchedulerRequest.read(third.config) == SchedulerRequest.read(third)
+
+
+def test_a_scheduler_with_values_of_its_own_beside_its_config_is_refused() -> None:
+    own = FlowMatchEulerDiscreteScheduler()
+    own.set_shift(3.0)
+    with pytest.raises(InvalidInput, match=r"a shift of 3 by set_shift, and its config says 1 -> make it with shift"):
+        SchedulerRequest.read(own)
+    with pytest.raises(InvalidInput, match="a whole config and no class"):
+        SchedulerRequest("", {"shift": 3.0}, True)
+
+
+@pytest.mark.parametrize("config", [
+    {"trained_betas": [0.1, 0.2]}, {"lists": [[1, 2], [3, 4]], "word": "x,y", "table": {"k": [1, 2]}, "last": 1},
+    {"word": '"', "other": "[", "least": "-inf"},
+])
+def test_a_text_says_any_config(config: dict[str, Any]) -> None:
+    for whole in (False, True):
+        request = SchedulerRequest("UniPCMultistepScheduler", config, whole)
+        assert SchedulerRequest.read(str(request)) == request
+    assert SchedulerRequest.read("A1,a=-Infinity").config == {"a": "-inf"}
+
+
+def test_the_picture_with_a_scheduler_of_diffusers_is_theirs(flux: Path, theirs: DiffusionPipeline) -> None:
+    """Of a bare one nothing of the model's config, of one with infinities, and repeated from the picture."""
+    theirs.scheduler = DPMSolverMultistepScheduler(**FLOW, use_dynamic_shifting=True)
+    result = stagerun.Pipeline(flux, devices="cpu", dtype="float32", scheduler=theirs.scheduler)("a red circle", **RED)
+    small = {name: value for name, value in RED.items() if name != "seed"}
+    image, = theirs("a red circle", generator=torch.Generator().manual_seed(7), guidance_scale=3.5, **small).images
+    assert np.array_equal(result.images[0], image)
 
 
 def test_another_scheduler_encodes_nothing_anew_and_is_in_every_key_behind(flux: Path) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stages.state import State
 
 Warn = Callable[[str], None]
-_HEAD = re.compile(rb'\{\s*"schema": \d+,\s*"sequence": (\d{1,18}),\s*"begun": (\d{1,18}\.\d+),')
+_HEAD = re.compile(rb'\{\s*"schema": \d+,\s*"sequence": (\d{1,18}),\s*"begun": (\d{1,12}\.\d+),')
 _HEAD_BYTES = 128
 # How many runs there were, also after they are forgotten.
 COUNTER = "runs/.sequence"
@@ -252,7 +252,8 @@ class Store(ABC):
         # Counted, not timed: clocks jump. Where there are no locks, two runs that start at once may share a number;
         # their times and names then order them.
         data = self.fetch(COUNTER, 64)
-        if data is not None and bytes(data).isdigit():
+        # A number that is longer than the head of a record may have was written by somebody else.
+        if data is not None and re.fullmatch(rb"\d{1,17}", data):
             last = int(bytes(data))
         else:
             last = next((head[0] for run in reversed(self.runs()) if (head := self._head(run)) is not None), 0)

@@ -22,7 +22,7 @@ from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 from stages.models.lora import LoraRequest
-from stages.models.scheduler import SchedulerRequest
+from stages.models.scheduler import WHOLE, SchedulerRequest
 
 SCHEMA = 1
 PACKAGES = ("stagerun", "diffusers", "torch", "transformers")
@@ -246,8 +246,8 @@ def _scheduler(card: Mapping[str, Any]) -> SchedulerRequest | None:
     match card.get("scheduler"):
         case None:
             return None
-        case {"name": str(name), "config": dict(config)}:
-            return SchedulerRequest(name, config)
+        case {"name": str(name), "config": dict(config), **rest} if rest in ({}, {WHOLE: True}):
+            return SchedulerRequest(name, config, bool(rest))
     raise InvalidInput("scheduler in its metadata is not a name and a config")
 
 

@@ -36,12 +36,14 @@ SUFFIXES: Mapping[str, str] = {
     ".lora.down.weight": "down", ".lora.up.weight": "up", ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up", ".down.weight": "down", ".up.weight": "up",
     ".lora_B.bias": "up_bias", ".lora_B.default.bias": "up_bias", ".alpha": "alpha", ".diff": "diff",
-    ".diff_b": "diff_b", **{f".{factor}": factor for factor in _FACTORS},
+    ".diff_b": "diff_b",
+    **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight",
+                     ".lora_magnitude_vector.default.weight"), "magnitude"),
+    **{f".{factor}": factor for factor in _FACTORS},
 }
 # What ends a name so is not run, and why.
 NOT_RUN: Mapping[str, str] = {
-    **dict.fromkeys((".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight",
-                     ".lora_magnitude_vector.default.weight"), "DoRA"),
+    **dict.fromkeys((".dora_scale",), "DoRA as LyCORIS writes it"),
     **dict.fromkeys((".lora_mid.weight", ".lokr_t2", ".hada_t1", ".hada_t2"), "for convolutions"),
     **dict.fromkeys((".oft_blocks", ".oft_diag", ".oft_R", ".oft_R.weight", ".oft_R.default.weight", ".rescale"),
                     "OFT"),
@@ -53,11 +55,15 @@ NOT_RUN: Mapping[str, str] = {
     **dict.fromkeys((".on_input",), "IA3"),
 }
 _KINDS = {**SUFFIXES, **NOT_RUN}
+# PEFT's own prefix, behind which it has whole weights too.
+_PEFT = "base_model.model."
+REPLACED = "whole weights that replace the model's, as by PEFT's modules_to_save and bias"
 UNKNOWN = "under names that no known trainer writes"
 INCOMPLETE = "without others that belong to them"
 # Together they are an update; an alpha may come with any, and `diff_b` stands alone beside it.
 WHOLE = (
-    {"down", "up"}, {"down", "up", "up_bias"}, {"diff"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    {"down", "up"}, {"down", "up", "up_bias"}, {"down", "up", "magnitude"}, {"diff"},
+    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     *({*left, *right} for left in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
       for right in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))),
 )
@@ -99,8 +105,8 @@ class Group:
         values = {part: tensor.float() for part, tensor in self.tensors.items()}
         factors = [value for part, value in values.items() if part in (*_FACTORS, "down", "up")]
         others = [value for part, value in values.items() if part not in (*_FACTORS, "down", "up", "alpha")]
-        # A DoRA scales the weight also where its matrices add nothing.
-        return (bool(factors or others) and "DoRA" not in values
+        # A DoRA scales the weight also where its matrices add nothing, and zeros may replace what is none.
+        return (bool(factors or others) and not {NOT_RUN[".dora_scale"], "magnitude", REPLACED} & values.keys()
                 and all(bool(value.isfinite().all()) for value in values.values())
                 and not any(bool(value.any()) for value in others)
                 and (not factors or any(not value.any() for value in factors)))
@@ -118,6 +124,8 @@ class LoraFile:
     """What its trainer says of each component."""
     told: frozenset[str]
     """The components with an alpha beside a pair under PEFT's names."""
+    doras: frozenset[str]
+    """The components with a pair that has lengths for rows."""
 
     def of(self, component: str) -> list[Group]:
         """What is added to a component."""
@@ -148,7 +156,8 @@ def read_lora_file(lora: Lora) -> LoraFile:
                          f"such as {first[:120]!r} -> use a LoRA without them")
     run = tuple(group for group in groups if not _not_run(group))
     told = frozenset(group.component for group in run if group.is_named_as_peft_does and "alpha" in group.names)
-    return LoraFile(lora, run, read_configs(lora), told)
+    doras = frozenset(group.component for group in run if "magnitude" in group.names)
+    return LoraFile(lora, run, read_configs(lora), told, doras)
 
 
 def refuse(lora: Lora, what: str, groups: Collection[Group], step: str) -> ModelError:
@@ -175,13 +184,15 @@ def _grouped(lora: Lora, tensors: Mapping[str, torch.Tensor]) -> list[Group]:
 def _kind(name: str) -> tuple[str, str]:
     """What a tensor is, and the suffix that says so."""
     suffix = max((each for each in _KINDS if name.endswith(each)), key=len, default="")
+    if not suffix and name.startswith(_PEFT) and name.endswith((".weight", ".bias")) and "lora_" not in name:
+        return REPLACED, ""
     return _KINDS.get(suffix, UNKNOWN), suffix
 
 
 def _not_run(group: Group) -> str:
     """Why a group is not run; empty where it is."""
     for part in group.names:
-        if part == UNKNOWN or part in NOT_RUN.values():
+        if part in (UNKNOWN, REPLACED) or part in NOT_RUN.values():
             return part
     parts = group.names.keys() - {"alpha", "diff_b"}
     if parts in WHOLE and not ("alpha" in group.names and parts == {"diff"}):

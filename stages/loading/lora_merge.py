@@ -17,9 +17,9 @@ from stages.errors import ModelError
 from stages.loading.lora_config import number
 from stages.loading.lora_file import Group, LoraFile, read_lora_file, refuse
 from stages.loading.lora_names import LayerNames, layer_names
-from stages.loading.lora_updates import Difference, HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
+from stages.loading.lora_updates import Difference, DoraUpdate, HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
 from stages.models.checkpoint import Checkpoint, Component
-from stages.models.lora import Lora
+from stages.models.lora import ADAPTER, ADAPTER_CONFIG, Lora
 
 # Elements of a weight that are added to at once: merging takes three times their bytes in float32 on its device.
 ELEMENTS_AT_ONCE = 2**20
@@ -59,7 +59,7 @@ def add_updates(weight: torch.Tensor, updates: Sequence[Update]) -> None:
         rows = slice(first, first + count)
         total = weight[rows].float()
         for update in here:
-            total = total + update.rows(rows)
+            total = update.added_to(total, rows)
         weight[rows] = total
 
 
@@ -164,7 +164,7 @@ def _updates(file: LoraFile, group: Group) -> Iterator[tuple[str, Update]]:
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
         kinds = " by ".join(str(tensor.dtype) for tensor in reversed(tensors.values()))
         raise ModelError(f"{lora.source} has {kinds} for {group.shown} -> use a LoRA in floating point")
-    if not all(tensor.ndim == (1 if part in ("diff_b", "up_bias") else 2) and tensor.numel()
+    if not all(tensor.ndim == (1 if part in ("diff_b", "up_bias", "magnitude") else 2) and tensor.numel()
                for part, tensor in tensors.items() if part != "diff"):
         raise _odd(file.lora, group)
     if "diff_b" in tensors:
@@ -176,7 +176,9 @@ def _updates(file: LoraFile, group: Group) -> Iterator[tuple[str, Update]]:
         if down.shape[0] != up.shape[1]:
             raise _odd(file.lora, group)
         scale = _strength(file, group, down.shape[0]) * lora.scale
-        yield "weight", LowRankUpdate(down, up, scale)
+        _check_dora(file, group)
+        yield "weight", (DoraUpdate(down, up, scale, tensors["magnitude"]) if "magnitude" in tensors
+                         else LowRankUpdate(down, up, scale))
         if "up_bias" in tensors:
             yield "bias", Difference(tensors["up_bias"], scale)
     if "hada_w1_a" in tensors:
@@ -191,6 +193,20 @@ def _updates(file: LoraFile, group: Group) -> Iterator[tuple[str, Update]]:
         ranks = [tensors[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in tensors]
         left, right = (_multiplied(file.lora, group, tensors, f"lokr_{side}") for side in ("w1", "w2"))
         yield "weight", KroneckerUpdate(left, right, _strength(file, group, *ranks[:1]) * lora.scale)
+
+
+def _check_dora(file: LoraFile, group: Group) -> None:
+    """Raise ModelError for a pair of which it is not clear whether it is a DoRA, or what its scale would mean."""
+    lora, length, config = file.lora, group.tensors.get("magnitude"), file.configs.get(group.component)
+    told = None if config is None else config.fields.get("use_dora")
+    if (length is not None) != (group.component in file.doras if told is None else told):
+        raise refuse(lora, f"is a DoRA for a part alone: it has {'one' if length is not None else 'no'} "
+                           f"lora_magnitude_vector for {group.shown}", [group], "use a whole one")
+    if length is not None and len(length) != len(group.tensors["up"]):
+        raise _odd(lora, group)
+    if length is not None and lora.scale != 1:
+        raise ModelError(f"{lora.source} is a DoRA with the scale {lora.scale:g}, and programs differ in what another "
+                         f"than 1 means -> leave the scale out")
 
 
 def _multiplied(lora: Lora, group: Group, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -217,7 +233,16 @@ def _strength(file: LoraFile, group: Group, rank: int | None = None) -> float:
             raise refuse(lora, f"has two alphas for {group.shown}, one in its trainer's config", [group],
                          "use a LoRA with one")
         layers = (group.layer, group.layer.removeprefix("text_model."))
+        if lora.config is not None and not any(map(config.targets, layers)):
+            raise refuse(lora, f"has matrices for {group.shown}, which its {ADAPTER_CONFIG} leaves out", [group],
+                         "use a LoRA with the config that was saved with it")
         return config.strength(layers, rank if "up" in group.tensors else None)
+    if alpha is None and lora.config is not None:
+        raise refuse(lora, f"has no alpha for {group.shown} of {group.component!r}, and its {ADAPTER_CONFIG} is for "
+                     f"the transformer alone", [group], "use a LoRA that says its alphas")
+    if alpha is None and lora.path.name == ADAPTER and group.is_named_as_peft_does:
+        raise ModelError(f"{lora.source} has its alpha in {ADAPTER_CONFIG}, which is not beside it -> put it there, "
+                         f"or give the file another name to use its rank as its alpha")
     if alpha is None:
         # Without an alpha sd-scripts and ComfyUI take the rank, and diffusers for its own names what is most common.
         if group.is_named_as_peft_does and group.component in file.told:

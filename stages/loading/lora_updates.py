@@ -1,5 +1,7 @@
 """What a LoRA adds to a weight or a bias: a product of matrices in one of three forms, or the values themselves.
 
+A DoRA sets the length of each row besides.
+
 Each form gives some rows at a time, so that no sum is ever as large as the weight. Where trainers have one layer for
 several of the model's (a fused qkv), `part` is the share of one of them.
 """
@@ -38,6 +40,9 @@ class Update(Protocol):
     def rows(self, rows: slice) -> torch.Tensor:
         """What is added to these rows of the weight."""
 
+    def added_to(self, total: torch.Tensor, rows: slice) -> torch.Tensor:
+        """These rows of the weight, in float32, with what is added to them."""
+
 
 @dataclass(frozen=True)
 class _Made:
@@ -58,6 +63,14 @@ class _Made:
         tensors = (getattr(self, field.name) for field in fields(self))
         return sum((4 if tensor.is_floating_point() else 8) * tensor.numel() for tensor in tensors
                    if isinstance(tensor, torch.Tensor))
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        """What is added to these rows of the weight."""
+        raise NotImplementedError
+
+    def added_to(self, total: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The sum."""
+        return total + self.rows(rows)
 
     def finite(self) -> bool:
         """Whether all that it is made of is finite."""
@@ -93,6 +106,24 @@ class LowRankUpdate(_Made):
     def rows(self, rows: slice) -> torch.Tensor:
         """One product."""
         return self.up[rows] @ self.down * self.scale
+
+
+@dataclass(frozen=True)
+class DoraUpdate(LowRankUpdate):
+    """DoRA: LoRA, and then each row of the weight as long as it says (Liu et al., 2024)."""
+
+    magnitude: torch.Tensor
+    """The length of each row, [out]."""
+
+    def part(self, rows: torch.Tensor) -> "DoraUpdate":
+        """The first matrix is for all of them."""
+        return DoraUpdate(self.down, _chosen(self.up, rows), self.scale, _chosen(self.magnitude, rows))
+
+    def added_to(self, total: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The direction of the sum, and the length that is said."""
+        total = total + self.rows(rows)
+        lengths: torch.Tensor = torch.linalg.vector_norm(total, dim=1)
+        return total * (self.magnitude[rows] / lengths)[:, None]
 
 
 @dataclass(frozen=True)

@@ -190,14 +190,36 @@ def list_files(model: str) -> list[str]:
 
 def fetch_file(model: str, name: str) -> Path:
     """One file of a model, downloaded unless it is in the cache."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    there, largest = answers(), None
+    try:
+        with _explained(model, None, name):
+            if there and name not in (sizes := _listed(model, None)):
+                raise ModelError(f"{model} has no file {name}; its files: {', '.join(list(sizes)[:9])}")
+            largest = sizes[name] if there else None
+    except OutOfReach:
+        if isinstance(kept := try_to_load_from_cache(model, name), str):
+            return Path(kept)
+        raise
+    with _explained(model, None, name, largest):
+        return Path(hf_hub_download(model, name, local_files_only=not there))
+
+
+def fetch_beside(model: str, path: Path) -> None:
+    """Downloads the file that would be at `path` in a snapshot of a model, if the model has it.
+
+    Where the hub cannot be asked, what is in the cache is all that can be known.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    with _explained(model, None, name):
-        try:
-            return Path(hf_hub_download(model, name, local_files_only=not answers()))
-        except RemoteEntryNotFoundError as error:
-            raise ModelError(f"{model} has no file {name}; its files: {', '.join(list_files(model)[:9])}") from error
+    root = next(parent for parent in path.parents if parent.parent.name == "snapshots")
+    name = path.relative_to(root).as_posix()
+    with _explained(model, root.name, name, LARGEST_CONFIG), suppress(RemoteEntryNotFoundError):
+        # Where it is there, or was not, is known in the cache.
+        if try_to_load_from_cache(model, name, revision=root.name) is None and answers():
+            hf_hub_download(model, name, revision=root.name)
 
 
 def refuse_offline(model: str, revision: str | None, missing: Incomplete) -> None:
@@ -239,13 +261,19 @@ def _explained(
     except errors.HfHubHTTPError as error:
         raise OutOfReach(_answered(model, error.response.status_code)) from error
     except errors.HTTPError as error:  # the HTTP library's own, which differs between versions of the hub's
-        raise OutOfReach(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same "
-                         f"again: what has arrived is kept") from error
-
-
+        raise _broken(error) from error
     except (AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(f"{settings.ENDPOINT} answered with something else than asked for {model} "
                          f"({type(error).__name__}: {error!s:.200}); use another hub") from error
+    except (OSError, RuntimeError) as error:  # what Xet says of its connection; what the system says has a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise _broken(error) from error
+
+
+def _broken(error: BaseException) -> OutOfReach:
+    return OutOfReach(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
+                      f"again: what has arrived is kept")
 
 
 def _answered(model: str, status: int) -> str:

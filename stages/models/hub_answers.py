@@ -16,6 +16,8 @@ SLOWEST = 60.0
 # Seconds for the hub to take a connection.
 LONGEST_CONNECT = 4.0
 LARGEST_ANSWER = 16 * 2**20
+# Of all hubs the one whose files its client may fetch in its own way.
+PUBLIC = "https://huggingface.co"
 # Seconds that it may ask to be left alone; its own limits are counted in five minutes.
 LONGEST_PAUSE = 600.0
 _SECONDS = re.compile(r"(?:^|t=)([0-9]{1,300})")
@@ -52,12 +54,15 @@ def bounded(model: str, commit: str | None, largest: int | None = None) -> Itera
     from huggingface_hub import get_session
 
     answers = _Answers(model, commit, largest)
-    hooks = get_session().event_hooks
+    hooks, is_plain = get_session().event_hooks, settings.HF_HUB_DISABLE_XET
     hooks["request"].append(answers.asked)
     hooks["response"].append(answers.answered)
+    # Xet fetches files from wherever a hub says, past this session: how much comes, and when it ends, is out of reach.
+    settings.HF_HUB_DISABLE_XET = is_plain or settings.ENDPOINT != PUBLIC
     try:
         yield
     finally:
+        settings.HF_HUB_DISABLE_XET = is_plain
         hooks["request"].remove(answers.asked)
         hooks["response"].remove(answers.answered)
 

@@ -10,13 +10,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from stages.errors import InvalidInput, ModelError
-from stages.models.files import PICKLES
+from stages.models.files import LARGEST_CONFIG, PICKLES, size_of
 from stages.models.safetensors_header import read_header
 
 LARGEST_SCALE = 10.0
 # In place of LoRAs: use none, though the picture that is made again had some.
 NONE = "none"
 SUFFIX = ".safetensors"
+# PEFT keeps what the matrices are multiplied by beside them.
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SCALE = re.compile(r"[+-]?([0-9]{1,3}(\.[0-9]{0,9})?|\.[0-9]{1,9})")
 
 
@@ -49,13 +51,15 @@ class Lora:
     path: Path
     """Its file."""
     digest: str
-    """The sha256 of the file."""
+    """The sha256 of the file, with that of the config beside it behind it where there is one."""
     scale: float
     """What it is multiplied by."""
     source: str
     """How it was asked for."""
     pipeline: str
     """The pipeline class of diffusers that it is for."""
+    config: Path | None = None
+    """PEFT's config beside the file; None where there is none."""
 
 
 def read_loras(loras: Iterable[str | Path | LoraRequest]) -> tuple[LoraRequest, ...]:
@@ -83,11 +87,12 @@ def find_lora(request: LoraRequest, pipeline: str) -> Lora:
     """The file of a LoRA, downloaded where it is one of the hub; ModelError where there is none or it is another."""
     path = _path(request.source)
     read_header(path)
-    digest = _digest_of(path)
+    config = _config_of(request.source, path)
+    digest = _digest_of(path, config)
     if request.digest not in (None, digest):
         raise ModelError(f"{path} has the sha256 {digest[:12]}, and {str(request.digest)[:12]} was used then -> bring "
                          f"that file back, or name the LoRAs with `loras` to make another picture")
-    return Lora(path, digest, float(request.scale), request.source, pipeline)
+    return Lora(path, digest, float(request.scale), request.source, pipeline, config)
 
 
 def check_source(source: str) -> None:
@@ -98,14 +103,31 @@ def check_source(source: str) -> None:
 
 def check_unchanged(lora: Lora) -> None:
     """Raise ModelError where the file is another than when it was found: what is made goes by the hash of that one."""
-    if not lora.path.exists() or _digest_of(lora.path) != lora.digest:
+    paths = [lora.path, *([lora.config] if lora.config else [])]
+    if not all(path.exists() for path in paths) or _digest_of(lora.path, lora.config) != lora.digest:
         raise ModelError(f"{lora.source} was changed or taken away since the run was planned -> run the same "
                          f"again once it stays as it is")
 
 
-def _digest_of(path: Path) -> str:
-    facts = path.stat()
-    return _digest(path, facts.st_size, facts.st_mtime_ns)
+def _config_of(source: str, path: Path) -> Path | None:
+    """PEFT's config beside a file; ModelError for one that is too large to be read, or no file."""
+    from stages.models import hub
+
+    beside = path.with_name(ADAPTER_CONFIG)
+    if _located(source) is None:
+        hub.fetch_beside(_on_hub(source)[0], beside)
+    if not beside.exists() and not beside.is_symlink():
+        return None
+    if (size := size_of(beside)) > LARGEST_CONFIG:
+        raise ModelError(f"{beside} has {size} bytes, more than the {LARGEST_CONFIG} that it may have -> use another "
+                         f"LoRA")
+    return beside
+
+
+def _digest_of(path: Path, config: Path | None) -> str:
+    digest, *others = (_digest(each, each.stat().st_size, each.stat().st_mtime_ns)
+                       for each in (path, config) if each is not None)
+    return hashlib.sha256((digest + others[0]).encode()).hexdigest() if others else digest
 
 
 @lru_cache(maxsize=32)

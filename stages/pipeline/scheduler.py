@@ -1,6 +1,7 @@
 """The scheduler of a denoise: what it draws its noise from, and what a step of it needs of the steps before."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -15,6 +16,8 @@ from diffusers.utils import logging
 from stages.errors import InvalidInput
 from stages.models.scheduler import SchedulerRequest
 
+_INFINITIES = {"inf": math.inf, "-inf": -math.inf}
+
 
 def exchanged(scheduler: Any, asked: SchedulerRequest) -> Any:
     """The scheduler that is asked for, with the config of this one where it says nothing else.
@@ -24,7 +27,8 @@ def exchanged(scheduler: Any, asked: SchedulerRequest) -> Any:
     kind = _class(asked.name) if asked.name else type(scheduler)
     known = [name for name in inspect.signature(kind).parameters if name not in ("args", "kwargs")]
     for name in asked.config:
-        if name not in known:
+        # A whole config has what its class has no use for as well: pipelines look into it.
+        if name not in known and not asked.whole:
             close = get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
             raise InvalidInput(f"`scheduler`: {kind.__name__} has no {name} -> {hint}")
@@ -32,7 +36,9 @@ def exchanged(scheduler: Any, asked: SchedulerRequest) -> Any:
     # What another class has no use for is told in warnings, and kept: some make a second scheduler of it.
     logging.set_verbosity_error()
     try:
-        return kind.from_config(scheduler.config, **asked.config)
+        config = {name: _INFINITIES.get(value, value) if isinstance(value, str) else value
+                  for name, value in asked.config.items()}
+        return kind.from_config(config) if asked.whole else kind.from_config(scheduler.config, **config)
     except Exception as error:  # Anything: it is a library's constructor with anybody's numbers.
         raise InvalidInput(f"`scheduler`: {kind.__name__} cannot be made of {asked} ({error!s:.200}) -> another "
                            f"config") from None
