@@ -10,7 +10,7 @@ import pytest
 from runner import Job, Request, make_plan
 from runner.commands.cli import answer
 from runner.planning.planner import fetched
-from stages.errors import DoesNotFit, ModelError
+from stages.errors import DoesNotFit, ModelError, from_json
 from stages.families import FAMILIES
 from stages.models.checkpoint import find, find_shapes
 from stages.models.hub_answers import answers
@@ -100,6 +100,25 @@ def test_flux_dev_on_less_is_refused_with_a_command_that_fits(
     error, *_, last = capsys.readouterr().err.splitlines()
     assert "does not fit" in error
     assert last == f"next: python -m runner plan flux --machine {machine} --allow-offload cpu"
+
+
+def test_what_a_refused_plan_rests_on_is_said_as_of_one_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    fitting = planned(capsys, "flux", "--machine", "2xT4")
+    assert answer(["plan", "flux", "--machine", "2xT4", "--max-memory", "2GiB", "--json"]) == 4
+    out, err = capsys.readouterr()
+    refused = json.loads(out)
+    assert refused["assumed"] == fitting["assumed"] and len(fitting["assumed"]) == 3
+    assert refused["shapes"] == fitting["shapes"] != ""
+    told = " ".join(err.split())
+    assert all(f" assumed: {text}" in told for text in fitting["assumed"])
+    assert " planned from shapes that ship with stagerun, made from its configs" in told
+    assert not [line for line in refused["arithmetic"] if "assumed" in line]
+    # What is to be pasted is whole.
+    command = "hf download black-forest-labs/FLUX.1-dev --include model_index.json --include '*/*'"
+    assert command in [line.strip() for line in err.splitlines()]
+    with pytest.raises(DoesNotFit, match="assumed: T4-16GB: 14.7 GiB as torch sees it") as error:
+        make_plan("flux", "a fox", machine="2xT4", max_memory="2GiB")
+    assert str(from_json(json.loads(json.dumps(error.value.to_json())))) == str(error.value)
 
 
 def test_the_plan_says_that_it_is_made_of_shapes_and_why(capsys: pytest.CaptureFixture[str]) -> None:

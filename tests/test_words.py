@@ -16,10 +16,27 @@ from runner.commands.options import BatchOptions, FamilyOptions, PlanOptions
 from runner.commands.parse import job_of
 from runner.commands.words import again, line_words, read, spellings, with_prompt
 from runner.job import Job
+from runner.text import wrapped
 from stages.families import FAMILIES
 from tests.test_cli import base, elsewhere
 
 __all__ = ["elsewhere"]
+
+
+@pytest.mark.parametrize(("line", "parts"), [
+    ("can be read: where there is a network, run: hf download a/b --include model_index.json --include '*/*'",
+     ["can be read: where there is a", "  network, run:",
+      "  hf download a/b --include model_index.json --include '*/*'"]),
+    ("run: hf download a/b", ["run: hf download a/b"]),
+    ("it fits again -> python -m runner flux --steps 4", ["it fits again ->", "  python -m runner flux --steps 4"]),
+    ("-> what would help it is --allow-offload cpu: so much", ["-> what would help it is",
+                                                              "  --allow-offload cpu: so much"]),
+    ("with your account, then run `hf auth login` with it", ["with your account, then run",
+                                                            "  `hf auth login` with it"]),
+    ("", ["  "]),
+])
+def test_what_is_to_be_pasted_is_not_wrapped(line: str, parts: list[str]) -> None:
+    assert wrapped(line, 30, "" if line else "  ") == parts
 
 
 @pytest.fixture

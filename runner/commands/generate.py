@@ -156,7 +156,8 @@ def show_plan(family: str, options: PlanOptions) -> None:
     job = planned_job(family, options)
     from runner.distributed.plans import planned
 
-    found = planned(job, options.machine, count)
+    # Ray deals out the cards of its cluster, which are not those of this plan.
+    found = planned(job, options.machine, count, hints=options.engine != "ray")
     complain(found.job.refused)
     if options.json:
         say(sys.stdout, [json.dumps(found.document())])

@@ -51,6 +51,7 @@ def refuse(
 
     With `as_json` standard output has the same as one JSON object. Gives the exit code.
     """
+    basis = error.basis if isinstance(error, DoesNotFit) else None
     head = clean(message[: 2 * MESSAGE])
     note = "" if error is None else resume_note(error)
     arithmetic = [clean(line) for line in more]
@@ -60,9 +61,11 @@ def refuse(
             "reason": head, "arithmetic": arithmetic,
             "fixes": [asdict(fix) for fix in getattr(error, "fixes", ())], "next": list(next_commands),
             "resume": note.removeprefix(RESUME) or None,
+            **({} if basis is None else {"assumed": list(basis.assumed), "shapes": basis.shapes or None}),
         })
     stderr = TolerantStream(sys.stderr)
-    lines = [f"error: {head}{note}", *(part for line in arithmetic for part in wrapped(line, stderr.columns, "  ")),
+    told = [*arithmetic, *(() if basis is None else map(clean, basis.lines()))]
+    lines = [f"error: {head}{note}", *(part for line in told for part in wrapped(line, stderr.columns, "  ")),
              *(f"next: {command}" for command in next_commands)]
     stderr.write("".join(f"{line}\n" for line in lines))
     stderr.flush()

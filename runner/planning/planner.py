@@ -1,6 +1,7 @@
 """From a job to a plan: the model found and checked, its stages cut, every component placed where it fits."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -22,6 +23,7 @@ from runner.planning.plan import Plan, largest, sizes_of
 from runner.planning.suggestions import with_fixes
 from runner.request import FilledRequest, nearest_sizes
 from runner.text import gib, shown
+from stages.basis import Basis
 from stages.errors import DoesNotFit, InvalidInput, ModelError
 from stages.estimate.rehearsal import UnusableSteps
 from stages.families import FAMILIES
@@ -89,11 +91,18 @@ def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache, shape
         there = chosen(read_machine(machine), job.devices)
     else:
         there = machine or check_cards(probe(job.devices))
-    there = limited(there, job.max_memory)
+    with _resting_on(there):
+        there = limited(there, job.max_memory)
     if there.here:
         require(job.defaults.requires)
     checkpoint = _checkpoint(job, shapes=shapes or not there.here)
-    _check_disk(checkpoint, there)
+    with _resting_on(there, checkpoint):
+        _check_disk(checkpoint, there)
+        return _plan_of(job, checkpoint, there, cache)
+
+
+def _plan_of(job: Job, checkpoint: Checkpoint, there: Machine, cache: PlanCache) -> Plan:
+    """The job with a model that was found, on a machine; DoesNotFit where that has no room."""
     stages = split(checkpoint, largest(job.requests).inputs)
     multiple = stages[1].scale_factor * job.defaults.patch
     job = _makeable(job, multiple)
@@ -105,6 +114,17 @@ def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache, shape
     return Plan(replace(job, loras=loras), checkpoint, there, stages, places, placed.weights, placed.needs,
                 placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, placed.work,
                 describe.lines, placer)
+
+
+@contextmanager
+def _resting_on(machine: Machine, checkpoint: Checkpoint | None = None) -> Iterator[None]:
+    """Have what does not fit say what is taken for what nobody looked at."""
+    try:
+        yield
+    except DoesNotFit as error:
+        read = ("", "") if checkpoint is None else (checkpoint.shapes, checkpoint.unread)
+        error.basis = Basis(machine.assumed, *read)
+        raise
 
 
 def _placed(
