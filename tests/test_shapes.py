@@ -116,7 +116,7 @@ def test_what_a_refused_plan_rests_on_is_said_as_of_one_that_fits(capsys: pytest
     # What is to be pasted is whole.
     command = "hf download black-forest-labs/FLUX.1-dev --include model_index.json --include '*/*'"
     assert command in [line.strip() for line in err.splitlines()]
-    with pytest.raises(DoesNotFit, match="assumed: T4-16GB: 14.7 GiB as torch sees it") as error:
+    with pytest.raises(DoesNotFit, match=r"assumed: T4-16GB: 14\.7 GiB as torch sees it") as error:
         make_plan("flux", "a fox", machine="2xT4", max_memory="2GiB")
     assert str(from_json(json.loads(json.dumps(error.value.to_json())))) == str(error.value)
 

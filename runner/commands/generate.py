@@ -17,7 +17,7 @@ from runner.commands.options import FamilyOptions, PlanOptions, ResumeOptions, R
 from runner.commands.parse import check_display, check_engine, job_of, resumed
 from runner.commands.refusal import as_option, complain, in_options, lasts, resumable
 from runner.commands.results import Results
-from runner.commands.settings import safe_usual_store
+from runner.commands.settings import unsaid_store
 from runner.distributed.env import launched
 from runner.engine.report import Failure, Report
 from runner.engine.session import open_job_store, recorded_job
@@ -99,7 +99,7 @@ def produce(job: Job, engine: distributed.Engine, *, options: RunOptions) -> int
     told = not options.quiet and sys.stderr.isatty() and len(results.written) <= SHOWN
     results.finish(report, report.failures, seconds, told=told)
     if report.failures:
-        again = f" -> {resume_line(job.run, job.store, safe_usual_store())}" if lasts(job.store) else ""
+        again = f" -> {resume_line(job.run, job.store, unsaid_store())}" if lasts(job.store) else ""
         say(sys.stderr, [f"error: {len(report.failures):,} of {len(report.job.requests):,} pictures failed{again}"])
     return 1 if report.failures or report.job.refused else 0
 

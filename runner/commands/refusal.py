@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import typer
 
-from runner.commands.settings import safe_usual_store
+from runner.commands.settings import unsaid_store
 from runner.commands.words import Said, Spellings, again, line_words, read, reads_input, spellings
 from runner.events import Emit
 from runner.job import RefusedLine
@@ -183,7 +183,7 @@ def resumable(run: str, store: str, emit: Emit) -> Iterator[Emit]:
         yield heard
     except BaseException as error:
         if recorded and lasts(store):
-            error.add_note(RESUME + resume_line(run, store, safe_usual_store()))
+            error.add_note(RESUME + resume_line(run, store, unsaid_store()))
         raise
 
 

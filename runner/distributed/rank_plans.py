@@ -42,8 +42,9 @@ def rank_plans(
     cache = cache or PlanCache()
     parts = [own_part(machine, Rank(rank, count, rank, count)) for rank in range(count)]
     alike: dict[object, list[int]] = {}
+    named = _names_cards(job)
     for rank, part in enumerate(parts):
-        kind = tuple((device.total, device.free, device.bfloat16, device.limit, device.name if _names_cards(job) else "")
+        kind = tuple((device.total, device.free, device.bfloat16, device.limit, device.name if named else "")
                      for device in part.devices)
         alike.setdefault(kind, []).append(rank)
     found = []
@@ -94,9 +95,9 @@ def used_by_ranks(plans: Iterable[RankPlan]) -> set[str]:
     used = set[str]()
     for each in plans:
         filled = used_devices([each.plan])
-        for devices, share in zip(each.devices, each.shares, strict=True):
+        for devices, count in zip(each.devices, each.shares, strict=True):
             used |= {device for own, device in zip(each.plan.devices, devices, strict=True)
-                     if share and own in filled}
+                     if count and own in filled}
     return used
 
 
@@ -118,7 +119,8 @@ def document(plans: Sequence[RankPlan]) -> dict[str, Any]:
     """The plans as one JSON object: that of the first rank, and under `ranks` what each rank's devices hold."""
     ranks = [{"rank": rank, "devices": list(devices), "pictures": count, "stages": _renamed(each.plan, devices)}
              for each in plans for rank, devices, count in zip(each.ranks, each.devices, each.shares, strict=True)]
-    return {**describe.document(plans[0].plan), "verdict": verdict(plans), "ranks": sorted(ranks, key=lambda rank: int(str(rank["rank"])))}
+    ranks.sort(key=lambda rank: int(str(rank["rank"])))
+    return {**describe.document(plans[0].plan), "verdict": verdict(plans), "ranks": ranks}
 
 
 def _renamed(plan: Plan, devices: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
