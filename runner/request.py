@@ -1,14 +1,12 @@
 """One picture asked for, checked before anything heavy is imported."""
 
-import itertools
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
-from runner.inputs import INPUTS, PIXELS, SEED, check_size, check_whole
+from runner.inputs import INPUTS, SEED, check_size, check_whole
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import Family
@@ -163,24 +161,3 @@ def check_tokens(family: Family, tokens: int) -> None:
     if tokens > family.most_tokens:
         raise InvalidInput(f"{tokens} text tokens: the text encoder of {family.name} takes at most "
                            f"{family.most_tokens} -> ask for {family.most_tokens} or fewer")
-
-
-def nearest_sizes(size: tuple[int, int], multiple: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two (width, height) nearest to `size` whose sides are multiples of `multiple` pixels, nearest first."""
-    width, height = size
-    found = {
-        (w, h)
-        for w, h in itertools.product(_around(width, multiple), _around(height, multiple))
-        if w * h <= PIXELS
-    }
-    shape = math.log(width / height)
-    first, second, *_ = sorted(
-        found,
-        key=lambda s: (abs(s[0] - width) + abs(s[1] - height), round(abs(math.log(s[0] / s[1]) - shape), 9), s),
-    )
-    return first, second
-
-
-def _around(side: int, multiple: int) -> list[int]:
-    below = side // multiple * multiple
-    return [near for near in (below - multiple, below, below + multiple, below + 2 * multiple) if near > 0]

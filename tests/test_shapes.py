@@ -15,6 +15,8 @@ from stages.families import FAMILIES
 from stages.models.checkpoint import find, find_shapes
 from stages.models.hub_answers import answers
 from stages.models.shapes import Shapes, file_name, shipped
+from stages.pipeline.denoise import Denoise
+from stages.pipeline.split import split
 from tests import sparse
 from tools import shapes as tool
 
@@ -58,6 +60,36 @@ def test_every_family_has_shapes_of_the_known_sizes(family: str) -> None:
     assert {name: found.components[name].bytes / GB for name in TOTALS[family]} == pytest.approx(
         TOTALS[family], rel=0.004)
     assert found.bytes_to_download == found.bytes_elsewhere > 0 and "made from its configs" in found.shapes
+    asked = Request("a fox", seed=0).filled(FAMILIES[family], 0)
+    denoise = split(found, asked.inputs)[1]
+    assert isinstance(denoise, Denoise)
+    assert denoise.scale_factor * FAMILIES[family].patch == FAMILIES[family].multiple
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--size", "1023x1024"], "--size 1023x1024: this model makes multiples of 16; nearest are 1024x1024 and"),
+    (["--model", "some/finetune", "--size", "1000"], "this model makes multiples of 16"),
+    (["--dtype", "unet=bf16"], "--dtype: the model has no component 'unet' -> choose from text_encoder, "),
+    (["--place", "encode.vae=cuda:0"], "encode has no component vae: choose from text_encoder, text_encoder_2"),
+])
+def test_what_cannot_be_is_refused_before_a_download_is_asked_for(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["flux", "a fox", "--device", "cpu", "--artifacts", "memory", "-q"]
+    assert answer([*asked, *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_line_of_a_size_that_is_not_made_is_refused_and_the_others_are_told_of_the_download(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a fox", "size": "1000"}\n{"prompt": "a fox"}\n')
+    assert answer(["flux", "--prompt-file", str(file), "--device", "cpu", "--artifacts", "memory"]) == 3
+    assert "is not in the cache and HF_HUB_OFFLINE is set" in capsys.readouterr().err
+    file.write_text('{"prompt": "a fox", "size": "1000"}\n')
+    assert answer(["flux", "--prompt-file", str(file), "--device", "cpu", "--artifacts", "memory"]) == 2
+    assert "no line is left: --size 1000x1000: this model makes multiples of 16" in capsys.readouterr().err
 
 
 def test_all_of_them_are_small_and_say_what_they_were_made_from() -> None:

@@ -21,7 +21,8 @@ from runner.planning.placed import Placed
 from runner.planning.placer import Placer
 from runner.planning.plan import Plan, largest, sizes_of
 from runner.planning.suggestions import with_fixes
-from runner.request import FilledRequest, nearest_sizes
+from runner.request import FilledRequest
+from runner.sizes import makeable
 from runner.text import gib, shown
 from stages.basis import Basis
 from stages.errors import DoesNotFit, InvalidInput, ModelError
@@ -105,11 +106,10 @@ def _plan_of(job: Job, checkpoint: Checkpoint, there: Machine, cache: PlanCache)
     """The job with a model that was found, on a machine; DoesNotFit where that has no room."""
     stages = split(checkpoint, largest(job.requests).inputs)
     multiple = stages[1].scale_factor * job.defaults.patch
-    job = _makeable(job, multiple)
+    job = _sound(job, stages, multiple)
     job, placer, placed = _placed(job, there, stages, stages[0].longest, multiple, cache)
     places = placed.places if job.peer_copies else {
         part: replace(place, placement=place.placement.through_host()) for part, place in placed.places.items()}
-    _check_components(job, [component for _, component in places])
     loras = tuple(LoraRequest(lora.source, lora.scale, lora.digest) for lora in checkpoint.loras)
     return Plan(replace(job, loras=loras), checkpoint, there, stages, places, placed.weights, placed.needs,
                 placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, placed.work,
@@ -157,10 +157,15 @@ def _checkpoint(job: Job, *, shapes: bool) -> Checkpoint:
         checkpoint = find(source, revision=job.revision, weights=False)
     except OutOfReach as error:
         # What names a commit, or repeats a picture of one, is about that one alone.
-        known = find_shapes(str(source)) if shapes and job.revision is None and job.origin is None else None
+        known = find_shapes(str(source)) if job.revision is None and job.origin is None else None
+        # What needs no weights is refused before somebody goes for them.
+        makeable(job, family.multiple)
         if known is None:
             raise
         check_family(known, family=FAMILIES[job.family])
+        if not shapes:
+            _sound(job, split(known, largest(job.requests).inputs), family.multiple)
+            raise
         checkpoint = replace(known, unread=error.text)
     checkpoint = replace(checkpoint, scheduler=job.scheduler)
     if job.origin is not None and job.origin.identity != checkpoint.identity:
@@ -205,22 +210,12 @@ def smaller_sizes(request: FilledRequest, multiple: int) -> Mapping[str, float]:
     return found
 
 
-def _makeable(job: Job, multiple: int) -> Job:
-    """The job less the requests whose size the model would silently round; InvalidInput unless they are of a file."""
-    lost: dict[int, str] = {}
-    for request in job.requests:
-        if request.width % multiple or request.height % multiple:
-            below, above = nearest_sizes((request.width, request.height), multiple)
-            text = (f"`size` {request.width}x{request.height}: this model makes multiples of {multiple}; nearest are "
-                    f"{below[0]}x{below[1]} and {above[0]}x{above[1]}")
-            if not job.listed:
-                raise InvalidInput(text)
-            lost[request.index] = text
-    return job.without(lost) if lost else job
-
-
-def _check_components(job: Job, known: Sequence[str]) -> None:
+def _sound(job: Job, stages: Sequence[Stage], multiple: int) -> Job:
+    """The job, less the lines of a file whose sizes the model does not make; InvalidInput for what it lacks."""
+    known = [component.name for stage in stages for component in stage.components]
     for component in job.dtype.keys() - {"", *known}:
         close = get_close_matches(component, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
         raise InvalidInput(f"`dtype`: the model has no component {shown(component)} -> {hint}")
+    places_asked_for(job.place, stages)
+    return makeable(job, multiple)
