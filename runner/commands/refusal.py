@@ -101,13 +101,6 @@ def failed(
     return refuse(head, code, error, lines, said, as_json=as_json)
 
 
-def usage(error: typer.TyperException) -> str:
-    """What is wrong with the words of a command line."""
-    # Only an unknown option has possibilities, the closest first; its own message sorts them by name.
-    close = vars(error).get("possibilities")
-    return f"{error.message}. Did you mean {close[0]}?" if close else error.format_message()
-
-
 def as_option(name: str, value: str | None) -> str:
     """A name of the job as the command line has it."""
     if name == "devices" and value is not None and value[0].isdigit():

@@ -6,7 +6,7 @@ about its pixels; a run that is resumed has all of it in its record.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from runner.commands import option_values
+from runner.commands.habits import option_for
 from runner.commands.options import FamilyOptions, ResumeOptions, RunOptions
 from runner.distributed.env import PIPE
 from runner.inputs import STEPS, read_guidance, read_size, read_whole
@@ -197,11 +198,15 @@ def _no_variable(name: str, known: Iterable[str]) -> str:
     """What to say of a variable that is no setting."""
     if name.upper() in map(variable, OF_A_FAMILY):
         return f"{clean(name)}: it is of one family -> write it into the file of settings, below the line [flux]"
-    # Of what stands behind the prefix, which all of them have.
-    ends = [each.removeprefix(PREFIX) for each in (*known, CONFIG)]
-    close = get_close_matches(name.removeprefix(PREFIX).upper(), ends, 1)
-    hint = f"did you mean {PREFIX}{close[0]}?" if close else f"unset it; there are {', '.join(known)}"
+    close = _near(name.removeprefix(PREFIX).lower().replace("_", "-"), (*ANYWHERE, "config"))
+    hint = f"did you mean {variable(close[0])}?" if close else f"unset it; there are {', '.join(known)}"
     return f"{clean(name)}: there is no such setting -> {hint}"
+
+
+def _near(name: str, known: Collection[str]) -> list[str]:
+    """The setting that is meant by another name: what other programs call it, or what is most like it."""
+    habit = option_for(name, [f"--{each}" for each in known])
+    return get_close_matches(name, known, 1) if habit is None else [habit.partition(" ")[0].removeprefix("--")]
 
 
 def _file(environ: Mapping[str, str] = os.environ) -> dict[str, Layer]:
@@ -269,7 +274,7 @@ def _check_together(layer: Layer) -> None:
 def _of_file(name: str, table: str, value: Any) -> Text:
     """What a key says; InvalidInput where there is no such key there, or it says what cannot be."""
     if name not in SETTINGS:
-        close = get_close_matches(name, SETTINGS, 1)
+        close = _near(name, SETTINGS)
         raise InvalidInput(f"there is no such setting -> {f'did you mean {close[0]}?' if close else ''}"
                            f"{'' if close else ', '.join(SETTINGS)}")
     if name in OF_A_FAMILY and not table:
