@@ -15,6 +15,7 @@ from runner.request import FilledRequest, Request, first_seed
 from runner.text import choices, shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES, Family
+from stages.wording import kind_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 # What people call them.
@@ -66,7 +67,7 @@ def several(name: str, values: Any, alone: Any = ()) -> tuple[Any, ...]:
 def function(name: str, value: Any, of: str) -> None:
     """InvalidInput for what cannot be called with these arguments."""
     if not callable(value):
-        raise InvalidInput(f"`{name}` is a {type(value).__name__} -> a function of ({of}), or leave it out")
+        raise InvalidInput(f"`{name}` is {kind_of(value)} -> a function of ({of}), or leave it out")
 
 
 def all_of(name: str, values: Any, kind: type[Kind]) -> tuple[Kind, ...]:

@@ -10,6 +10,7 @@ from runner.inputs import INPUTS, SEED, check_size, check_whole
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import Family
+from stages.wording import counted
 
 COUNT = 64
 # The CPU generator of torch starts from the low 32 bits alone, so a larger random seed would add nothing.
@@ -144,7 +145,7 @@ def requests_for(
     check_whole("seed", seed, -1, SEED)
     first = first_seed(count) if seed == -1 else seed
     if first + count - 1 > SEED:
-        raise InvalidInput(f"{count} pictures from seed {first} pass the last seed {SEED} -> "
+        raise InvalidInput(f"{counted(count, 'picture')} from seed {first} pass the last seed {SEED} -> "
                            f"`seed={SEED - count + 1}`")
     width, height = size or family.size
     asked = Request(prompt, width, height, steps, guidance, first, text_tokens, index, negative_prompt)

@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+from stages.wording import counted
+
 # What is typed as it stands: a command, which ends its line, an option with its value, and what is in backquotes.
 _TYPED = re.compile(r"(?<=[:>] )(?:hf|pip|python3?|stagerun) .*|--[a-z][a-z0-9-]* [^\s-]\S*|`[^`]*`")
 _HELD = "\0"
@@ -85,11 +87,6 @@ def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
     side = ">" if right else "<"
     lines = ("  ".join(f"{cell:{side}{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
     return [line.rstrip() for line in lines]
-
-
-def counted(count: int, noun: str) -> str:
-    """Such as `1 seed`, `2 seeds`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def pictures(count: int) -> str:

@@ -17,11 +17,12 @@ from runner.commands.option_values import devices
 from runner.commands.settings import usual_store
 from runner.startup import hush
 from runner.terminal import say
-from runner.text import counted, gib, table
+from runner.text import gib, table
 from stages import machine
 from stages.errors import ModelError
 from stages.machine import OTHER_TORCH, Device, Machine, computes, missing_kernels, probe
 from stages.placement.transfers import corrupted_pairs
+from stages.wording import counted
 
 PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors")
 LEAST_DISK = 40 * 10**9
@@ -94,7 +95,8 @@ def _versions() -> Check:
 def _host(here: Machine) -> Check:
     low = here.host_free < here.host_total // 8
     return Check(
-        "host memory", not low, f"{gib(here.host_free)} free of {gib(here.host_total)}, {os.cpu_count()} cores",
+        "host memory", not low,
+        f"{gib(here.host_free)} free of {gib(here.host_total)}, {counted(os.cpu_count() or 1, 'core')}",
         "end other programs, or give the container more memory" if low else "",
     )
 

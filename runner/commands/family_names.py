@@ -90,8 +90,8 @@ def unknown(word: str, rest: Sequence[str], known: Collection[str], command: str
                 f"with --model {word}; {supported}")
     if command:
         return f"there is no family {shown(word)} -> {choices(word, FAMILIES)}"
-    if (meant := command_for(word, rest)) is not None:
-        return f"there is no command {shown(word)} -> {meant}"
+    if (habit := command_for(word, rest)) is not None:
+        return f"there is no command {shown(word)} -> {habit}"
     close = get_close_matches(word.lower(), known, 1)
     if not close:
         return f"there is no family and no command {shown(word)} -> python -m runner --help lists them"

@@ -29,8 +29,8 @@ def inspect(what: str, folder: str | None) -> None:
     # The name of a run has a dash, which a key has not.
     if store is not None and not colon and (run == "last" or "-" in run):
         find_run(store, run)
-        where = () if folder is None else ("--artifacts", folder)
-        raise InvalidInput(f"a run has artifacts of each stage -> {line('inspect', f'{run}:denoise', *where)}, or of "
+        named = () if folder is None else ("--artifacts", folder)
+        raise InvalidInput(f"a run has artifacts of each stage -> {line('inspect', f'{run}:denoise', *named)}, or of "
                            f"{run}:encode or {run}:decode")
     if store is not None and colon:
         what = f"{find_run(store, run)}:{stage}"

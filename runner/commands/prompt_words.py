@@ -32,8 +32,9 @@ def check_prompt_words(
         if isinstance(options, PlanOptions) and _COUNTED.fullmatch(word):
             MachineOption.read(word)
         if means_machine(word) and (len(options.words) < 3 or isinstance(options, PlanOptions)):
-            meant = line(*_with_machine(options, words, word, known))
-            raise InvalidInput(f"{shown(word)} is a machine -> {meant}; or to draw that word, --prompt {quoted(word)}")
+            planned = line(*_with_machine(options, words, word, known))
+            raise InvalidInput(f"{shown(word)} is a machine -> {planned}; or to draw that word, "
+                               f"--prompt {quoted(word)}")
     if first in commands and len(others) < 2 and not options.prompts:
         family = words[0] if lead == 1 else ""
         meant = (first, family) if first == "plan" and family else (first, *others)

@@ -29,11 +29,13 @@ from stages.errors import (
     as_own,
     worded,
 )
+from stages.wording import counted
 
 CODES: tuple[tuple[type[Exception], int], ...] = (
     (ModelError, 3), (DoesNotFit, 4), (MemoryError, 4), (StoreError, 5), (BadResult, 6), (RankLost, 7),
     (InvalidInput, 2),
 )
+
 MESSAGE = 4000
 TOLD = 20
 RESUME = "; go on with: "
@@ -114,7 +116,7 @@ def as_option(name: str, value: str | None) -> str:
 def complain(refused: Iterable[RefusedLine]) -> None:
     """Say what is left out of a run, the first of it by name."""
     lines = [worded(str(line), as_option) for line in refused]
-    more = [f"error: and {len(lines) - TOLD:,} more lines"] if len(lines) > TOLD else []
+    more = [f"error: and {counted(len(lines) - TOLD, 'more line')}"] if len(lines) > TOLD else []
     say(sys.stderr, [*(f"error: {clean(line)}" for line in lines[:TOLD]), *more])
 
 

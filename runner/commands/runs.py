@@ -31,6 +31,7 @@ from runner.reports.repeat import further_line, line, recorded, repeat_line, res
 from runner.terminal import say, say_json, warn
 from runner.text import gib, shown
 from stages.errors import InvalidInput, StoreError, worded
+from stages.wording import counted
 
 # Columns for a list that no terminal shows.
 PIPE = 120
@@ -57,7 +58,7 @@ def ls(
     elif chosen:
         say(sys.stdout, list_runs(chosen, get_terminal_size((PIPE, 24)).columns))
     else:
-        say(sys.stdout, ["no runs yet" if not rows else f"none of {len(rows):,} runs is such a one"])
+        say(sys.stdout, ["no runs yet" if not rows else f"none of {counted(len(rows), 'run')} is such a one"])
 
 
 def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
@@ -128,7 +129,7 @@ def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
     say(sys.stdout, found)
     unknown = [run for run in found if run not in usage.held]
     more = f", and what {', '.join(unknown)} held, whose record was damaged" if unknown else ""
-    say(sys.stderr, [f"forgot {len(found)} run{'' if len(found) == 1 else 's'}; {gib(left)} that no other run "
+    say(sys.stderr, [f"forgot {counted(len(found), 'run')}; {gib(left)} that no other run "
                      f"holds{more} go with: {collector} (what is younger than an hour: with --older-than 0)"])
 
 
@@ -139,7 +140,8 @@ def gc(artifacts: str | None, *, as_json: bool, older: str, dry: bool) -> None:
         document = {"artifacts": garbage.artifacts, "files": len(garbage.files), "bytes": garbage.bytes, "dry": dry}
         say_json(sys.stdout, document)
         return
-    what = f"{len(garbage.artifacts)} artifacts, {len(garbage.files)} files: {gib(garbage.bytes)}"
+    found = f"{counted(len(garbage.artifacts), 'artifact')}, {counted(len(garbage.files), 'file')}"
+    what = f"{found}: {gib(garbage.bytes)}"
     say(sys.stdout, [f"would free {what}" if dry else f"freed {what}"])
 
 
@@ -161,11 +163,12 @@ def verify(artifacts: str | None, *, as_json: bool) -> None:
         say_json(sys.stdout, {"looked_at": counts, "bytes": total, "damaged": damaged})
     if bad:
         raise StoreError(
-            f"{len(bad)} of {len(found)} are damaged: a damaged artifact is computed again when a run needs it, a "
-            f"damaged record goes with `runner runs rm`"
+            f"{len(bad)} of {len(found)} {'is' if len(bad) == 1 else 'are'} damaged: a damaged artifact is computed "
+            f"again when a run needs it, a damaged record goes with `runner runs rm`"
         )
     if not as_json:
-        say(sys.stdout, [f"{counts['artifact']} artifacts and {counts['run']} runs are whole ({gib(total)} read)"])
+        whole = f"{counted(counts['artifact'], 'artifact')} and {counted(counts['run'], 'run')}"
+        say(sys.stdout, [f"{whole} are whole ({gib(total)} read)"])
 
 
 def opened(artifacts: str | None, *, readonly: bool = False) -> Store:

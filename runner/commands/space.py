@@ -17,6 +17,7 @@ from runner.terminal import say, say_json
 from runner.text import clean, cut, gib, shown, table
 from stages.errors import InvalidInput
 from stages.models.hub_cache import HubCache, hub_cache
+from stages.wording import counted
 
 NAMES = {"midway": "unfinished denoises", "preview": "previews", "damaged": "damaged artifacts"}
 PROMPT = 40
@@ -78,7 +79,7 @@ def _told(chosen: Pruning, rows: list[tuple[str, ...]], *, yes: bool) -> list[st
     if not rows:
         return ["no run is such a one: nothing goes"]
     held = [(*row, gib(chosen.usage.alone(run))) for run, row in zip(chosen.runs, rows, strict=True)]
-    count = f"{len(rows):,} run{'' if len(rows) == 1 else 's'}, {len(chosen.usage.only(chosen.runs)):,} artifacts"
+    count = f"{counted(len(rows), 'run')}, {counted(len(chosen.usage.only(chosen.runs)), 'artifact')}"
     if yes:
         last = f"freed {gib(chosen.bytes)}: {count}"
     elif chosen.locks:

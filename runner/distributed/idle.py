@@ -78,8 +78,8 @@ def idle_lines(
 def of_more(job: Job, pictures: int) -> Job:
     """The job with so many pictures in place of its one."""
     [first] = job.requests
-    requests = [replace(first, seed=first.seed + at if first.seed + pictures <= SEED else at, index=at)
-                for at in range(pictures)]
+    requests = tuple(replace(first, seed=first.seed + at if first.seed + pictures <= SEED else at, index=at)
+                     for at in range(pictures))
     return replace(job, requests=requests, labels=(), output=replace(job.output, paths=()))
 
 

@@ -8,12 +8,13 @@ from runner.engine.stage_runner import Collectives
 from runner.events import Emit
 from runner.planning.plan import Plan
 from stages.errors import InvalidInput
+from stages.wording import kind_of
 
 
 def check_runnable(plan: Plan, collectives: Collectives | None, stage: str = "denoise") -> None:
     """Raise InvalidInput for a plan of which this process cannot run the stage alone, or not here."""
     if not isinstance(plan, Plan):
-        raise InvalidInput(f"a {type(plan).__name__} is no plan -> make_plan(job) makes one of a Job")
+        raise InvalidInput(f"{kind_of(plan)} is no plan -> make_plan(job) makes one of a Job")
     if not plan.machine.here:
         raise InvalidInput("this is a plan for cards that are not here: plan without `machine` to run")
     if plan.checkpoint.bytes_to_download:

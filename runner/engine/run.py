@@ -30,6 +30,7 @@ from stages.errors import BadResult, InvalidInput, StageOutOfMemory
 from stages.machine import probe
 from stages.pipeline.stage import Stage
 from stages.state import State
+from stages.wording import counted
 
 Done = Callable[[Picture], None]
 
@@ -117,7 +118,8 @@ def _lent(plan: Plan, stage: str, states: Any) -> tuple[Store, list[str], list[s
     if not listed or not all(isinstance(state, State) for state in given):
         raise InvalidInput("`states` must be a list of states -> as run_stage gives them")
     if len(given) != len(plan.requests):
-        raise InvalidInput(f"{len(given)} `states` for {len(plan.requests)} requests -> one for each")
+        states, requests = counted(len(given), "state"), counted(len(plan.requests), "request")
+        raise InvalidInput(f"{states} for {requests} -> one for each")
     store = MemoryStore()
     sources = [key_of({"lent": number}) for number in range(len(given))]
     for key, state in zip(sources, given, strict=True):

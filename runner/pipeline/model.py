@@ -11,6 +11,7 @@ from stages.models.checkpoint import Checkpoint, find
 from stages.models.files import read_json
 from stages.models.hub import is_id
 from stages.models.index import INDEX
+from stages.wording import with_article
 
 
 def family_of(model: str, revision: str | None) -> tuple[str, str | None]:
@@ -50,7 +51,7 @@ def _by_its_index(model: str, revision: str | None) -> Family:
     fitting = [family for family in FAMILIES.values() if family.pipeline == pipeline and family.repo != "demo"]
     if not fitting:
         runs = ", ".join(dict.fromkeys(family.pipeline for family in FAMILIES.values()))
-        raise ModelError(f"{model} is a {named.pipeline}, which no family here runs -> a model of {runs}")
+        raise ModelError(f"{model} is {with_article(named.pipeline)}, which no family here runs -> a model of {runs}")
     if len(fitting) == 1:
         return fitting[0]
     guided = _guided(named, model, revision)

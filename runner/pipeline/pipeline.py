@@ -35,6 +35,7 @@ from stages.families import FAMILIES, Family
 from stages.machine import Machine
 from stages.models.lora import LoraRequest
 from stages.models.scheduler import SchedulerRequest
+from stages.wording import kind_of
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -227,7 +228,7 @@ class Pipeline(Habits):
     def _next(self, stage: str, states: Any, on_step: OnStep | None, emit: Emit) -> States:
         before = STAGES[STAGES.index(stage) - 1]
         if not isinstance(states, States) or states.stage != before:
-            what = f"states after {states.stage}" if isinstance(states, States) else f"a {type(states).__name__}"
+            what = f"states after {states.stage}" if isinstance(states, States) else f"{kind_of(states)}"
             raise InvalidInput(f"{stage} works on what pipe.{before} gives, not on {what}")
         plan, keys = states.plan, artifact_keys(states.plan)[before]
         edited = tuple(was or (kept := self.store.get(key)) is None or not same(dict(state.values), dict(kept.values))
@@ -243,7 +244,7 @@ _KEYWORDS = [name for name in Pipeline.__init__.__annotations__ if name not in (
 
 def _named(model: Any) -> str:
     if not isinstance(model, str | os.PathLike):
-        raise InvalidInput(f"a {type(model).__name__} is no model -> a family such as \"flux\", a hub id or a folder")
+        raise InvalidInput(f"{kind_of(model)} is no model -> a family such as \"flux\", a hub id or a folder")
     return os.fspath(model)
 
 

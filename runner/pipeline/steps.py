@@ -7,6 +7,7 @@ from typing import Any
 from runner.events import Emit
 from runner.request import FilledRequest
 from stages.errors import InvalidInput
+from stages.wording import kind_of
 
 # Is called with the index of the picture, the step from 0, the scheduler's timestep, and {"latents": tensor}.
 OnStep = Callable[[int, int, float | None, dict[str, Any]], Any]
@@ -21,7 +22,7 @@ class StepListener:
     def __init__(self, on_step: OnStep | None, requests: Sequence[FilledRequest], emit: Emit, *,
                  warns: bool = True) -> None:
         if on_step is not None and not callable(on_step):
-            raise InvalidInput(f"on_step is a {type(on_step).__name__} -> a function of (index, step, timestep, "
+            raise InvalidInput(f"on_step is {kind_of(on_step)} -> a function of (index, step, timestep, "
                                f"values)")
         self._on_step, self._requests, self._emit, self._warns = on_step, requests, emit, warns
         self.stopping = False

@@ -35,6 +35,7 @@ from stages.models.files import OutOfReach
 from stages.models.lora import LoraRequest, find_lora
 from stages.pipeline.split import require, split
 from stages.pipeline.stage import Stage
+from stages.wording import kind_of
 
 
 def make_plan(
@@ -66,7 +67,7 @@ def job_of(job: Any, requests: Any, options: Mapping[str, Any]) -> Job:
                                f"dataclasses.replace(job, ...)")
         return job
     if not isinstance(job, str):
-        raise InvalidInput(f"a {type(job).__name__} is no job -> make_plan(\"flux\", ...), or make_plan(Job(...))")
+        raise InvalidInput(f"{kind_of(job)} is no job -> make_plan(\"flux\", ...), or make_plan(Job(...))")
     return job_fields.made(Job, options, family=job, requests=requests)
 
 
@@ -87,7 +88,7 @@ def fetched(plan: Plan) -> Plan:
 
 def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache, shapes: bool) -> Plan:
     if not isinstance(machine, str | Machine | None):
-        raise InvalidInput(f"a {type(machine).__name__} is no machine -> such as machine=\"2x16GB\"")
+        raise InvalidInput(f"{kind_of(machine)} is no machine -> such as machine=\"2x16GB\"")
     if isinstance(machine, str):
         there = chosen(read_machine(machine), job.devices)
     else:

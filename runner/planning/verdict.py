@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from runner.planning.plan import Plan
-from runner.text import counted, gib
+from runner.text import gib
 from stages.placement.placement import DISK
+from stages.wording import counted
 
 
 def verdict(plan: Plan) -> str:

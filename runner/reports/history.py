@@ -13,6 +13,7 @@ from runner.artifacts.store import Store, StoredRun
 from runner.artifacts.usage import Usage
 from runner.text import clean, cut, gib, shown, table
 from stages.errors import StagerunError, StoreError
+from stages.wording import counted
 
 SHOWN = 10
 HEAD = ("run", "age", "status", "pictures", "alone", "shared")
@@ -159,7 +160,7 @@ def describe_run(facts: RunSummary, found: StoredRun, sizes: Mapping[str, int | 
     for index, request in enumerate(requests[:SHOWN] if isinstance(requests, list) else ()):
         lines.append(f"request {index}: {_request(request)}")
     if facts.pictures > SHOWN:
-        lines.append(f"... and {facts.pictures - SHOWN} more requests")
+        lines.append(f"... and {counted(facts.pictures - SHOWN, 'more request')}")
     for name in ("warnings", "changes", "failures"):
         values = record.get(name)
         for each in values[:SHOWN] if isinstance(values, list) else ():

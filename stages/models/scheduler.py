@@ -9,6 +9,7 @@ from typing import Any
 
 from stages.errors import InvalidInput, ModelError
 from stages.models.config_check import check_scheduler
+from stages.wording import kind_of
 
 FORM = "NAME, NAME,key=value,... or key=value,..., such as UniPCMultistepScheduler,use_flow_sigmas=true"
 LONGEST = 16 * 2**10
@@ -70,7 +71,7 @@ class SchedulerRequest:
             return cls(given.__name__)
         config = getattr(given, "config", None)
         if not isinstance(config, Mapping):
-            raise InvalidInput(f"`scheduler` is a {type(given).__name__} -> a name such as "
+            raise InvalidInput(f"`scheduler` is {kind_of(given)} -> a name such as "
                                f"\"UniPCMultistepScheduler\", a config, or a scheduler of diffusers")
         # Made from the config of another class, it keeps what it has no use for.
         known = signature(type(given)).parameters
