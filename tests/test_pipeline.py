@@ -147,7 +147,7 @@ def test_a_generator_that_was_drawn_from_is_refused(pipe: stagerun.Pipeline) -> 
     ({"prompt": 3}, "prompt is an int -> a text, or a list of texts"), ({"prompt": ""}, "empty prompt"),
     ({"prompt": [RED, 3]}, "the prompt must be text"),
     ({"generator": 7}, r"generator is an int -> torch.Generator\(\).manual_seed"),
-    ({"generator": [seeded(1), seeded(2)]}, "2 generators for 1 pictures"),
+    ({"generator": [seeded(1), seeded(2)]}, "2 generators for 1 picture, each"),
     ({"prompt": [RED, STAR], "generator": seeded(1)}, "1 generator for 2 pictures, each of which has noise of its"),
     ({"num_images_per_prompt": 2, "generator": [seeded(1)] * 2}, None),
     ({"generator": seeded(1), "seed": 1}, "seed and generator both say the noise"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import huggingface_hub.constants as settings
 import pytest
 
-from runner import Job, Request, make_plan
+import stagerun
+from runner import Job, Request, make_plan, run_all
 from runner.commands.cli import answer
 from runner.planning.planner import fetched
 from stages.errors import DoesNotFit, ModelError, from_json
@@ -188,6 +189,23 @@ def test_nothing_is_run_from_shapes(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["flux", "--prompt", "a fox", "--seed", "1", "--device", "cpu", "--out", str(tmp_path / "a.png")]
     assert answer(words) == 3
     assert "is not in the cache and HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+def test_python_plans_from_shapes_as_the_command_does_and_runs_nothing_of_them(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = stagerun.Pipeline("flux", devices="cpu", allow_offload="disk")
+    plan = pipe.plan
+    assert planned(capsys, "flux", "--device", "cpu", "--allow-offload", "disk")["shapes"] == plan.checkpoint.shapes
+    assert "planned from shapes that ship with stagerun, made from its configs" in " ".join(str(plan).split())
+    made = make_plan("flux", "a fox", devices="cpu", allow_offload="disk", store="memory")
+    assert made.checkpoint.shapes == plan.checkpoint.shapes and made.needs == plan.needs
+    unread = "black-forest-labs/FLUX[.]1-dev is not in the cache and HF_HUB_OFFLINE is set; where there is a network"
+    with pytest.raises(ModelError, match=f"nothing is run from them: {unread}"):
+        run_all(made)
+    for call in (pipe, pipe.encode):
+        with pytest.raises(ModelError, match=f"^{unread}"):
+            call("a fox")
 
 
 def test_a_disk_that_is_said_must_hold_the_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ class RankWorker:
     def planned(self, job: Job, machine: Machine) -> Plan:
         """The plan of the whole job for these cards: what it decides does not depend on the share."""
         self.emit("begin", {"what": "planning"})
-        plan = make_plan(job, machine=machine)
+        plan = make_plan(job, machine=machine, shapes=False)
         # What the job repeats is for the first rank alone to check.
         return replace(plan, job=replace(plan.job, origin=None))
 

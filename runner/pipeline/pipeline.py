@@ -190,7 +190,8 @@ class Pipeline(Habits):
         }
         job = self.job_for(prompt, **asked, **unknown)
         with self._heard(job, on_step, emit) as listener:
-            report = run_all(make_plan(job), store=self.store, emit=listener, stop=lambda: listener.stopping)
+            plan = make_plan(job, shapes=False)
+            report = run_all(plan, store=self.store, emit=listener, stop=lambda: listener.stopping)
         if report.failures:
             first, seeds = report.failures[0], [request.seed for request in job.requests]
             raise BadResult(f"picture {first.index} of {len(seeds)} came to nothing: {first.text}; the others are "
@@ -201,7 +202,7 @@ class Pipeline(Habits):
     def encode(self, prompt: str | Sequence[str] | None = None, *, emit: Emit = silent,
                **asked: Unpack[Asked]) -> States:
         """The first stage of a call with these arguments: the embeddings, on the host. Nothing stays loaded."""
-        plan = make_plan(self.job_for(prompt, **asked))
+        plan = make_plan(self.job_for(prompt, **asked), shapes=False)
         with self._heard(plan.job, None, emit) as listener:
             states = run_stage(plan, "encode", store=self.store, emit=listener)
         spend(asked.get("generator"))

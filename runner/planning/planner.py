@@ -40,7 +40,7 @@ from stages.wording import kind_of
 
 def make_plan(
     job: Job | str, requests: Any = (), *, machine: str | Machine | None = None, download: bool = True,
-    cache: PlanCache | None = None, shapes: bool = False, **options: Any,
+    cache: PlanCache | None = None, shapes: bool = True, **options: Any,
 ) -> Plan:
     """Find and check the job's model, and place every component where it fits together with its activations.
 
@@ -48,15 +48,15 @@ def make_plan(
     `machine` is one that need not be here, such as "2x16GB"; by default it is this one. Weights that are not here are
     downloaded when all of them are placed, unless `download` is False or the machine is not this one. Of a job whose
     requests come from the lines of a file, those of a size that the model does not make become refused lines. `cache`
-    has what other plans of the same model found out. With `shapes`, and always for a machine that is not here, the
-    shapes that ship with the package stand in for a model of the hub that cannot be read: enough to plan, not to run.
+    has what other plans of the same model found out. The shapes that ship with the package stand in for a model of the
+    hub that cannot be read: enough to plan, not to run. Without `shapes` they do so for another machine alone.
 
     Raises ModelError, InvalidInput, or DoesNotFit with fixes that make all of the job fit, if there are any.
     """
     job = job_of(job, requests, options)
     cache = cache or PlanCache()
     plan = with_fixes(job, partial(_planned, machine=machine, cache=cache, shapes=shapes))
-    return fetched(plan) if download and plan.machine.here else plan
+    return fetched(plan) if download and plan.machine.here and not plan.checkpoint.shapes else plan
 
 
 def job_of(job: Any, requests: Any, options: Mapping[str, Any]) -> Job:

@@ -45,7 +45,7 @@ def run_job(job: Job, *, emit: Emit, done: Done | None = None, verbose: bool = F
     store = open_job_store(job, emit)
     with connected(verbose=verbose) as ray:
         emit("begin", {"what": "planning"})
-        plan = make_plan(job, machine=cluster_machine(ray, job.devices))
+        plan = make_plan(job, machine=cluster_machine(ray, job.devices), shapes=False)
         emit("plan", {"text": verdict(plan)})
         return run_all(ray, plan, store=store, emit=emit, done=done)
 
