@@ -4,6 +4,7 @@
 """
 
 import logging
+from functools import partial
 
 # Of transformers, about image processors that diffusers names and no stage uses; of diffusers, about its guiders.
 REMARKS = {
@@ -15,4 +16,8 @@ REMARKS = {
 def leave_out() -> None:
     """Keep these remarks out of what the libraries log."""
     for name, remark in REMARKS.items():
-        logging.getLogger(name).addFilter(lambda record, remark=remark: remark not in record.getMessage())
+        logging.getLogger(name).addFilter(partial(_is_other, remark))
+
+
+def _is_other(remark: str, record: logging.LogRecord) -> bool:
+    return remark not in record.getMessage()
