@@ -19,7 +19,7 @@ TOOLS = sorted((ROOT / "tools").rglob("*.py"))
 LAYERS = (
     {"commands"}, {"pipeline"}, {"distributed"}, {"engine"}, {"planning"}, {"media"}, {"artifacts"},
     {"job", "job_defaults", "job_fields", "events", "inputs", "machine_option", "placement_options", "request",
-     "startup", "terminal", "text", "demo"},
+     "sizes", "startup", "terminal", "text", "demo"},
 )
 LONGEST = 350
 

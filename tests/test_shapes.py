@@ -227,8 +227,13 @@ def test_host_memory_that_is_said_is_counted() -> None:
 def test_a_cpu_is_told_of_what_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(["plan", "flux", "--machine", "cpu,ram=16GB"]) == 4
     err = capsys.readouterr().err
-    assert "--dtype bfloat16: half of the bytes" in err and "smaller models: flux2-klein, " in err
+    # Half of the bytes are enough for encode, and not for denoise.
+    assert "--dtype bfloat16" not in err and "smaller models: flux2-klein, " in err
     assert "copied to the card" not in err
+    assert answer(["plan", "flux", "--machine", "cpu,ram=24GB"]) == 4
+    assert "-> or --dtype bfloat16: half of the bytes" in capsys.readouterr().err
+    assert answer(["plan", "flux", "--machine", "cpu,ram=24GB", "--dtype", "bfloat16"]) == 0
+    capsys.readouterr()
     assert answer(["plan", "flux", "--machine", "cpu,ram=64GB"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "less to compute: flux2-klein (4 steps), flux-schnell (4 steps), z-image (8 steps)" in out
