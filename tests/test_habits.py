@@ -21,6 +21,7 @@ __all__ = ["elsewhere"]
     ("flux x --num_images_per_prompt 2", "Did you mean --count?"), ("flux x --fp16", "Did you mean --dtype fp16?"),
     ("flux x --enable_model_cpu_offload", "Did you mean --allow-offload cpu?"),
     ("plan flux --device_map balanced", "Did you mean --place?"), ("flux x --sampler a", "Did you mean --scheduler?"),
+    ("flux x --num-gpus 2", "Did you mean --gpus 0,1?"), ("flux x --gpu 1", "Did you mean --gpus?"),
     ("runs prune --older 3", "Did you mean --older-than?"), ("flux x --cache-dir y", "the variable HF_HOME"),
     ("flux x --quite", "Did you mean --quiet?"), ("doctor --steps 3", "No such option: --steps"),
     ("flux x --stesp 3", "Did you mean --steps?"), ("--prompt x", "-> python -m runner flux --prompt x"),
