@@ -3,6 +3,6 @@
 This package knows torch and diffusers, and nothing of runs, stores or command lines.
 """
 
-from stages.import_remarks import leave_out
+from stages.library_remarks import leave_out
 
 leave_out()

@@ -19,7 +19,7 @@ from runner import Job, make_plan, run_all
 from runner.commands.cli import answer
 from runner.request import requests_for
 from stages.families import FAMILIES
-from stages.import_remarks import REMARKS
+from stages.library_remarks import REMARKS
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent

@@ -37,7 +37,7 @@ from runner.artifacts import FolderStore, MemoryStore, key_of
 from runner.engine.keys import artifact_keys
 from stages.errors import BadResult, ModelError
 from stages.families import FAMILIES
-from stages.import_remarks import REMARKS
+from stages.library_remarks import REMARKS
 from stages.models.checkpoint import find
 from stages.pipeline.split import _chosen, _groups, require, split
 from stages.pipeline.stage import Stage
@@ -247,7 +247,7 @@ def test_8_there_is_no_callback_per_step(flux: Path) -> None:
     assert steps == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_9_importing_the_pipelines_has_remarks_about_what_no_stage_uses() -> None:
+def test_9_libraries_remark_on_what_no_stage_uses_and_on_what_is_done_on_purpose() -> None:
     """Which are left out in every process, and nothing else of these loggers."""
     for name, remark in REMARKS.items():
         module = import_module(name)
