@@ -8,7 +8,7 @@ import typer
 
 from runner.commands.habits import of_runs, option_for, otherwise
 from runner.reports.repeat import line
-from runner.text import choices
+from runner.text import choices, shown
 from stages.families import FAMILIES
 
 _CHOICES = re.compile(r"(?:Value error, )?'(.*)' is not one of (.*?)\.?")
@@ -31,7 +31,7 @@ def usage(error: typer.TyperException, words: Sequence[str]) -> str:
         return f"{error.format_message().rstrip('.')} -> {line(*path, _EXAMPLES[param.name], *rest)}"
     if param is not None and (wrong := _CHOICES.fullmatch(message)) is not None:
         of = [each.strip("'") for each in wrong[2].split(", ")]
-        return f"{param.opts[0]} {wrong[1]!r} -> {choices(wrong[1], of)}"
+        return f"{param.opts[0]} {shown(wrong[1])} -> {choices(wrong[1], of)}"
     if param is not None and message.startswith("Input should be a valid integer"):
         return f"{param.opts[0]} must be a whole number"
     if param is not None and (least := _LEAST.fullmatch(message)) is not None:
@@ -39,7 +39,7 @@ def usage(error: typer.TyperException, words: Sequence[str]) -> str:
     if param is not None and param.name == "runs":
         return f"{error.format_message().rstrip('.')}: which there are -> {line('runs', 'ls')}"
     if (extra := _EXTRA.fullmatch(message)) is not None:
-        return f"{' '.join(path)} takes no {extra[1]!r}, but what is listed by -> {line(*path, '--help')}"
+        return f"{' '.join(path)} takes no {shown(extra[1])}, but what is listed by -> {line(*path, '--help')}"
     if context is not None and hasattr(context.command, "commands"):
         return _no_command(message, [*context.command.commands], path)
     return error.format_message()
@@ -79,7 +79,7 @@ def _no_command(message: str, known: Sequence[str], path: Sequence[str]) -> str:
     word = missing[1] or missing[2]
     meant = of_runs(word) if path == ["runs"] else None
     hint = f"did you mean {meant}? choose from {', '.join(known)}" if meant else choices(word, known)
-    return f"{' '.join(path)} has no command {word!r} -> {hint}"
+    return f"{' '.join(path)} has no command {shown(word)} -> {hint}"
 
 
 def _path(context: Any) -> list[str]:
