@@ -16,6 +16,7 @@ from stages.families import FAMILIES, Family
 from stages.models.lora import LoraRequest, read_loras
 from stages.models.scheduler import SchedulerRequest
 from stages.signatures import checked_class
+from stages.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -216,7 +217,8 @@ class Job:
         object.__setattr__(self, "requests", fields_of.filled(self.requests, self.defaults))
         for each, lists in (("labels", self.labels), ("`output` paths", self.output.paths)):
             if len(lists) not in (0, len(self.requests)):
-                raise InvalidInput(f"{len(self.requests)} requests and {len(lists)} {each} -> one for each, or none")
+                raise InvalidInput(f"{counted(len(self.requests), 'request')} and {len(lists)} {each} -> one for "
+                                   f"each, or none")
 
     def _kept(self) -> dict[str, Any]:
         """The fields in the form in which they are kept; InvalidInput for what they cannot be."""

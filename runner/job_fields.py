@@ -17,6 +17,7 @@ from runner.text import choices, shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES, Family
 from stages.signatures import takes_so_many, unknown_name
+from stages.wording import kind_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 # What people call them.
@@ -69,7 +70,7 @@ def several(name: str, values: Any, alone: Any = ()) -> tuple[Any, ...]:
 def function(name: str, value: Any, of: str) -> None:
     """InvalidInput for what cannot be called with these arguments."""
     if not callable(value):
-        raise InvalidInput(f"`{name}` is a {type(value).__name__} -> a function of ({of}), or leave it out")
+        raise InvalidInput(f"`{name}` is {kind_of(value)} -> a function of ({of}), or leave it out")
     if not takes_so_many(value, len(of.split(",")) if of else 0):
         raise InvalidInput(f"`{name}` cannot be called with ({of}) -> def {name}({of}), whatever it does with them")
 

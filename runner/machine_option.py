@@ -12,9 +12,16 @@ from stages.errors import InvalidInput
 CARDS = 64
 FORMS = "write cards such as 2xT4, 1x3090+1x4060, 2x16GB or 16GB+8GB"
 MORE = "ram=30GB, disk=100GB, no-bf16"
-_COUNT_FIRST = re.compile(r"([0-9]{1,2})\s*x\s*(\S.*)", re.IGNORECASE)
-_COUNT_LAST = re.compile(r"(\S.*?)\s*x\s*([0-9]{1,2})", re.IGNORECASE)
+_APART = re.compile(r"\s*([+&,;]|\band\b)\s*", re.IGNORECASE)
+# Whoever writes 2*T4, 2 T4, 2T4 or H100:8 means so many cards, too.
+_TIMES = r"\s*[x*\u00d7]\s*"
+_COUNT_FIRST = re.compile(rf"([0-9]{{1,2}})(?:{_TIMES}|\s+|(?=[a-z]))(\S.*)", re.IGNORECASE)
+_COUNT_LAST = re.compile(rf"(\S.*?)(?:{_TIMES}|\s*:\s*)([0-9]{{1,2}})", re.IGNORECASE)
+_FAR_TOO_MANY = re.compile(rf"([0-9]{{3,9}}){_TIMES}(\S.*)", re.IGNORECASE)
 _SIZE = re.compile(r"[0-9.]+\s*([kmgt]i?b?)?", re.IGNORECASE)
+# The memory behind a name, without its unit: A100-80.
+_BARE_MEMORY = re.compile(r"(.*\S)[\s-]+([0-9]{1,3})")
+_UNITLESS = re.compile(r"(.*[0-9]\s*)([kmgt]i?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,19 +60,38 @@ class MachineOption:
 
         Raises InvalidInput for another text.
         """
-        named, *more = (part.strip() for part in text.split(","))
-        said = _Said(text, more)
-        if named.lower() == "cpu":
+        # Names and what stands between them, in turn.
+        first, *rest = _APART.split(text.strip())
+        parts = [("+", first), *zip(rest[::2], rest[1::2], strict=True)]
+        said = _Said(text, [part for _, part in parts if _is_said(part)])
+        named = [(sign, part) for sign, part in parts if not _is_said(part)]
+        if [part.lower() for _, part in named] == ["cpu"]:
             if said.ram is None:
                 raise InvalidInput(f"`machine` {shown(text)}: a machine without cards computes in host memory, and "
                                    f"nobody says how much there is -> cpu,ram=32GB")
             return cls((), said.ram, said.disk, said.assumed(()))
-        kinds = [_kind(part.strip(), text, said.bfloat16) for part in named.split("+")]
+        if not named:
+            raise InvalidInput(f"`machine` {shown(text)} names no card: {FORMS}; or, to compute on the CPU, "
+                               f"cpu,ram=32GB")
+        for sign, part in named:
+            if sign in ",;" and find_card(part) is None and _SIZE.fullmatch(part):
+                raise InvalidInput(f"`machine` {shown(text)}: {shown(part)} may be of a card or of the host -> "
+                                   f"cards are joined by +, as 2xT4+{part}; ram={part} is host memory")
+        kinds = [_kind(part, text, said.bfloat16) for _, part in named]
         if sum(count for count, _ in kinds) > CARDS:
-            raise InvalidInput(f"`machine` {shown(text)} has {sum(count for count, _ in kinds)} cards; the limit is "
+            raise InvalidInput(f"`machine` {shown(text)} has {sum(count for count, _ in kinds):,} cards; the limit is "
                                f"{CARDS}")
         cards = tuple(card for count, card in kinds for _ in range(count))
         return cls(cards, said.ram, said.disk, said.assumed(cards))
+
+
+def means_machine(text: str) -> bool:
+    """Whether a word names the cards of a machine, by a card's name or by memory with its unit."""
+    try:
+        found = MachineOption.read(text)
+    except InvalidInput:
+        return False
+    return any(card.card for card in found.cards) or re.search("[0-9] ?gi?b?\\b", text, re.IGNORECASE) is not None
 
 
 class _Said:
@@ -114,16 +140,34 @@ def _assumed(card: CardOption, said: bool | None) -> str:
                            if said not in (None, kind.bfloat16) else "")
 
 
+def _is_said(part: str) -> bool:
+    """Whether a part of the text is no card, but what is said besides."""
+    return "=" in part or part.lower().endswith(("bf16", "bfloat16")) or part.lower() in ("ram", "disk")
+
+
+def _counted(part: str) -> tuple[int, str]:
+    """How many cards a part of the text means, and what they are called."""
+    # The name of a card, or its memory, may look like a count with what is counted.
+    if find_card(part) is None and not _SIZE.fullmatch(part):
+        if first := _COUNT_FIRST.fullmatch(part):
+            return int(first[1]), first[2]
+        if last := _COUNT_LAST.fullmatch(part):
+            return int(last[2]), last[1]
+        if (many := _FAR_TOO_MANY.fullmatch(part)) and not many[2].isdecimal():
+            return int(many[1]), many[2]
+    return 1, part
+
+
 def _kind(part: str, text: str, bfloat16: bool | None) -> tuple[int, CardOption]:
     """How many cards a part of the text means, and which."""
-    count, name = 1, part
-    if first := _COUNT_FIRST.fullmatch(part):
-        count, name = int(first[1]), first[2]
-    elif last := _COUNT_LAST.fullmatch(part):
-        count, name = int(last[2]), last[1]
+    count, name = _counted(part)
+    name = name.replace("(", " ").replace(")", " ").strip()
     if not name or not count:
         raise InvalidInput(f"`machine` {shown(text)} is no machine: {FORMS}")
-    if (card := find_card(name)) is not None:
+    card = find_card(name)
+    if card is None and (bare := _BARE_MEMORY.fullmatch(name)) is not None:
+        card = find_card(f"{bare[1]}-{bare[2]}GB")
+    if card is not None:
         return count, CardOption(card.memory, card.bfloat16 if bfloat16 is None else bfloat16, card)
     # A number of four digits is meant for the name of a card.
     if _SIZE.fullmatch(name) and not re.fullmatch("[0-9]{4,}", name):
@@ -138,8 +182,10 @@ def _kind(part: str, text: str, bfloat16: bool | None) -> tuple[int, CardOption]
 
 
 def _bytes(amount: str, text: str) -> int:
+    # 16G is 16GB here: no other unit could be meant.
+    whole = f"{amount}B" if _UNITLESS.fullmatch(amount) else amount
     try:
-        return read_bytes(amount)
+        return read_bytes(whole)
     except InvalidInput:
         raise InvalidInput(f"`machine` {shown(text)}: {shown(amount)} is no amount of memory: write 16GB or 15GiB; "
                            f"{FORMS}") from None

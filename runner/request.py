@@ -1,18 +1,17 @@
 """One picture asked for, checked before anything heavy is imported."""
 
-import itertools
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
-from runner.inputs import INPUTS, PIXELS, SEED, check_size, check_whole
+from runner.inputs import INPUTS, SEED, check_size, check_whole
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import Family
 from stages.signatures import checked_class
+from stages.wording import counted
 
 COUNT = 64
 # The CPU generator of torch starts from the low 32 bits alone, so a larger random seed would add nothing.
@@ -148,7 +147,7 @@ def requests_for(
     check_whole("seed", seed, -1, SEED)
     first = first_seed(count) if seed == -1 else seed
     if first + count - 1 > SEED:
-        raise InvalidInput(f"{count} pictures from seed {first} pass the last seed {SEED} -> "
+        raise InvalidInput(f"{counted(count, 'picture')} from seed {first} pass the last seed {SEED} -> "
                            f"`seed={SEED - count + 1}`")
     width, height = size or family.size
     asked = Request(prompt, width, height, steps, guidance, first, text_tokens, index, negative_prompt)
@@ -165,24 +164,3 @@ def check_tokens(family: Family, tokens: int) -> None:
     if tokens > family.most_tokens:
         raise InvalidInput(f"{tokens} text tokens: the text encoder of {family.name} takes at most "
                            f"{family.most_tokens} -> ask for {family.most_tokens} or fewer")
-
-
-def nearest_sizes(size: tuple[int, int], multiple: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two (width, height) nearest to `size` whose sides are multiples of `multiple` pixels, nearest first."""
-    width, height = size
-    found = {
-        (w, h)
-        for w, h in itertools.product(_around(width, multiple), _around(height, multiple))
-        if w * h <= PIXELS
-    }
-    shape = math.log(width / height)
-    first, second, *_ = sorted(
-        found,
-        key=lambda s: (abs(s[0] - width) + abs(s[1] - height), round(abs(math.log(s[0] / s[1]) - shape), 9), s),
-    )
-    return first, second
-
-
-def _around(side: int, multiple: int) -> list[int]:
-    below = side // multiple * multiple
-    return [near for near in (below - multiple, below, below + multiple, below + 2 * multiple) if near > 0]

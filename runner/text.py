@@ -1,11 +1,17 @@
 """Words and numbers as people read them: bytes, counts, and text of others without what it could do to a terminal."""
 
+import re
 import shlex
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+from stages.wording import counted
+
+# What is typed as it stands: a command, which ends its line, an option with its value, and what is in backquotes.
+_TYPED = re.compile(r"(?<=[:>] )(?:hf|pip|python3?|stagerun) .*|--[a-z][a-z0-9-]* [^\s-]\S*|`[^`]*`")
+_HELD = "\0"
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -54,10 +60,14 @@ def choices(word: str, of: Iterable[str]) -> str:
 def wrapped(line: str, columns: int, indent: str = "") -> list[str]:
     """A line in lines of at most so many columns, the first of them behind `indent` and the others behind two more.
 
-    A word that is longer, such as a path, is left whole.
+    A word that is longer, such as a path, is left whole, and so is what is to be pasted: a command at the end.
     """
-    return textwrap.wrap(line, columns, initial_indent=indent, subsequent_indent=f"{indent}  ",
-                         break_long_words=False, break_on_hyphens=False) or [indent]
+    held = _TYPED.sub(lambda found: found[0].replace(" ", _HELD), line)
+    parts = textwrap.wrap(held, columns, initial_indent=indent, subsequent_indent=f"{indent}  ",
+                          break_long_words=False, break_on_hyphens=False)
+    return [part.replace(_HELD, " ") for part in parts] or [indent]
+
+
 def quoted(word: str) -> str:
     """A word as shells read it; what would move the cursor or turn the reading direction is spelled out."""
     if word.isprintable():
@@ -81,4 +91,4 @@ def table(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
 
 def pictures(count: int) -> str:
     """Such as `1 picture`, `2 pictures`."""
-    return f"{count:,} picture{'' if count == 1 else 's'}"
+    return counted(count, "picture")

@@ -2,3 +2,7 @@
 
 This package knows torch and diffusers, and nothing of runs, stores or command lines.
 """
+
+from stages.library_remarks import leave_out
+
+leave_out()

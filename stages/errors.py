@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from stages.basis import Basis
+
 _NUMBERS = frozenset(("count", "guidance", "guidance_scale", "lanes", "max_sequence_length", "num_images_per_prompt",
                       "num_inference_steps", "preview", "ranks", "seed", "step_every", "steps", "text_tokens", "tile"))
 # What Python calls differently than a command line does, where no value is named.
@@ -84,7 +86,21 @@ class ModelError(StagerunError):
 
 
 class DoesNotFit(StagerunError):
-    """A job that does not fit the devices."""
+    """A job that does not fit the devices; `basis` is what the plan of it rests on."""
+
+    def __init__(
+        self, text: str, fixes: Sequence[Fix] = (), alternatives: Sequence[Fixes] = (), assumed: Sequence[str] = (),
+        shapes: str = "", unread: str = "",
+    ) -> None:
+        super().__init__(text, fixes, alternatives)
+        self.basis = Basis(tuple(assumed), shapes, unread)
+
+    def __str__(self) -> str:
+        return "\n".join((super().__str__(), *self.basis.lines()))
+
+    def details(self) -> dict[str, Any]:
+        """What the plan rests on."""
+        return asdict(self.basis)
 
 
 class NotPrecomputable(DoesNotFit):

@@ -29,6 +29,8 @@ class Family:
     """
     patch: int = 2
     """How many latents along an edge the transformer packs into one token."""
+    multiple: int = 16
+    """What width and height of its model's pictures are multiples of, in pixels."""
     most_tokens: int = 512
     """The most tokens that may be asked for."""
     negative: bool = False

@@ -9,6 +9,7 @@ import torch
 
 from stages.errors import InvalidInput
 from stages.signatures import checked_call
+from stages.wording import kind_of
 
 Value = Union[
     torch.Tensor, str, int, float, bool, None, "list[Value]", "tuple[Value, ...]", "dict[str, Value]"
@@ -118,14 +119,14 @@ def _kind(tensor: torch.Tensor) -> str:
 
 def _like(usual: Any) -> str:
     if not isinstance(usual, torch.Tensor):
-        return f"a {type(usual).__name__}"
+        return kind_of(usual)
     return f"a tensor of {_kind(usual)} in that shape"
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor {_shape(value)}"
-    return "None" if value is None else f"a {type(value).__name__}"
+    return kind_of(value)
 
 
 def to_host(value: Any) -> Value:

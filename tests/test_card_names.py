@@ -2,7 +2,7 @@
 
 import pytest
 
-from runner.machine_option import MachineOption
+from runner.machine_option import MachineOption, means_machine
 from runner.placement_options import MemoryLimits
 from runner.planning.memory_limits import limited, read_machine
 from stages.cards import CARDS, GIB, MIB, Card, find_card, near_names, variants
@@ -64,6 +64,23 @@ def test_machines_by_the_names_of_their_cards() -> None:
     assert (card.name, card.total, card.room) == ("cuda:1", 15095 * MIB, 15095 * MIB - GIB)
 
 
+@pytest.mark.parametrize(("text", "usual"), [
+    ("2*T4", "2xT4"), ("2 T4", "2xT4"), ("2T4", "2xT4"), ("2\u00d7t4", "2xT4"), ("T4*2", "2xT4"), ("H100:8", "8xH100"),
+    ("2x16G", "2x16GB"), ("16g", "16GB"), ("16Gi", "16GiB"), ("2 24 GB", "2x24GB"), ("3090,4060", "3090+4060"),
+    ("3090 and RTX 4060", "3090+4060"), ("3090x2", "2x3090"), ("2 3090", "2x3090"), ("rtx3090", "3090"),
+    ("RTX 4090", "4090"), ("a100", "A100"), ("A100 (80GB)", "A100-80GB"), ("2xa100-80", "2xA100-80GB"),
+    ("4060 Ti 8", "4060Ti-8GB"), ("2x16GB+ram=30GB", "2x16GB,ram=30GB"), ("2xT4; RAM=30G", "2xT4,ram=30GB"),
+    ("24GB+no-bf16", "24GB,no-bf16"), ("cpu+ram=32GB", "cpu,ram=32GB"),
+])
+def test_a_machine_may_be_written_otherwise(text: str, usual: str) -> None:
+    assert MachineOption.read(text) == MachineOption.read(usual) and means_machine(text)
+
+
+@pytest.mark.parametrize("text", ["a fox", "16", "64x64", "512x512", "two", "2 foxes", "cpu", "1000xT4", ""])
+def test_what_is_no_machine_is_not_taken_for_one(text: str) -> None:
+    assert not means_machine(text)
+
+
 def test_memory_and_disk_are_those_that_are_said() -> None:
     machine = read_machine("1x24GB, RAM = 16GB, disk=100GB")
     assert machine.host_total == 16 * 10**9 and machine.disk_free == 100 * 10**9 and machine.counts_host
@@ -94,7 +111,9 @@ def test_what_is_assumed_is_said() -> None:
     ("A100-20GB", "A100-40GB or"),
     ("2xT4,8GB", "joined by [+]"), ("2xT4,ram", "ram=30GB"), ("2xT4,ram=much", "no amount of memory"),
     ("2xT4,ram=8GB,ram=9GB", "ram twice"), ("2xT4,bf16,no-bf16", "bf16 twice"), ("cpu", "cpu,ram=32GB"),
-    ("65xT4", "the limit is 64"), ("0xT4", "no machine"), ("T4+", "no machine"), ("2x4000", "A4000"), ("x", "2xT4"),
+    ("16GB,8GB", "2xT4[+]8GB; ram=8GB is"), ("ram=30GB", "names no card.*cpu,ram=32GB"),
+    ("T4 T4", "1x3090[+]1x4060"), ("65xT4", "the limit is 64"), ("1000xT4", "has 1,000 cards; the limit is 64"),
+    ("512x512", "2x16GB"), ("0xT4", "no machine"), ("T4+", "no machine"), ("2x4000", "A4000"), ("x", "2xT4"),
 ])
 def test_what_cannot_be_is_refused_with_what_can(text: str, why: str) -> None:
     with pytest.raises(InvalidInput, match=why):

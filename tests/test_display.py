@@ -188,7 +188,7 @@ def test_an_artifact_shows_its_tensors() -> None:
 def test_a_placement_shows_who_holds_what() -> None:
     dealt = Streamed("cuda:0", {"a.0": "cuda:0", "a.1": "cuda:1", "a.2": "cuda:0"}, cpu_blocks=frozenset(["a.2"]))
     assert repr(dealt) == "Streamed(cuda:0:1,cuda:1:1,cuda:0:1 (1 of them streamed))"
-    assert checked(html(dealt)).text.endswith("cuda:01 blockscuda:11 blockscpu1 blocks")
+    assert checked(html(dealt)).text.endswith("cuda:01 blockcuda:11 blockcpu1 block")
     assert repr(Resident("cuda:0", Tiling(512))) == "Resident(cuda:0 in tiles of 512 pixels)"
     assert checked(html(Resident("<b>"))).text == "<b>"
 

@@ -88,6 +88,20 @@ def test_a_short_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert any(line.startswith("BAD  model cache") for line in lines([bad])) and "->" in lines([bad])[1]
 
 
+@pytest.mark.parametrize(("where", "says"), [
+    ("kept/stages", "kept/stages: "), ("s3://bucket/stages", "s3://bucket/stages: a URL, which is not asked"),
+    ("memory", "memory: each run has one of its own"),
+])
+def test_the_store_is_that_of_the_settings(
+    where: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STAGERUN_ARTIFACTS", where)
+    found = named(examine(["cpu"]))["artifact store"]
+    assert found.ok and says in found.found and found.found.startswith(("/", where)) and "GB free" * (
+        where == "kept/stages") in found.found
+
+
 def test_a_card_that_cannot_compute_is_refused_before_anything_is_planned(
     cards: Cards, monkeypatch: pytest.MonkeyPatch, sim: ModuleType
 ) -> None:

@@ -141,7 +141,7 @@ def test_a_name_that_is_not_supported_says_so() -> None:
         refused(lambda name=name: stagerun.Pipeline(name), "is not supported -> choose from flux, ", InvalidInput)
         refused(lambda name=name: stagerun.log_in(name), "is not supported -> choose from flux, ", InvalidInput)
     refused(lambda: stagerun.log_in("flx"), "did you mean flux", InvalidInput)
-    refused(lambda: stagerun.log_in(3), "a int is no model", InvalidInput)  # type: ignore[arg-type]
+    refused(lambda: stagerun.log_in(3), "an int is no model", InvalidInput)  # type: ignore[arg-type]
     assert not any(is_unsupported(family.repo) for family in FAMILIES.values())
 
 

@@ -1,6 +1,7 @@
 """Ranks are planned, and cards that a plan leaves idle are named with what would use them."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,12 +39,14 @@ def flat(text: str) -> str:
 def test_eight_ranks_show_what_the_cards_of_each_hold(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--machine", "8x80GB", "--ranks", "8", "--count", "8")
     lines = told(capsys, *words).splitlines()
-    rows = [line.split()[:4] for line in lines[1:25]]
+    assert flat(" ".join(lines[:2])).startswith("fits: 8 ranks on 8 cards, weights 25.3 GiB, peak 16.5 of 73.5 GiB (")
+    rows = [line.split()[:4] for line in lines[3:27]]
     assert rows == [[str(rank), "1", stage, f"cuda:{rank}"] for rank in range(8)
                     for stage in ("encode", "denoise", "decode")]
     assert not [line for line in lines if line.startswith("idle")]
     found = json.loads(told(capsys, *words, "--json"))
     assert [rank["devices"] for rank in found["ranks"]] == [[f"cuda:{number}"] for number in range(8)]
+    assert found["verdict"].startswith("fits: 8 ranks on 8 cards, ")
     held = [[*rank["stages"]["denoise"].values()] for rank in found["ranks"]]
     assert held == held[:1] * 8 and held[0][0]["weights"] > 17 * 10**9 and found["idle"] == []
 
@@ -72,19 +75,33 @@ def test_ranks_that_do_not_fit_are_told_of_one_process_that_does(capsys: pytest.
 @pytest.mark.parametrize(("words", "line"), [
     ("--machine 8x80GB --count 8",
      "idle: cuda:1 to cuda:7 (7 of 8 cards) -> --ranks 8 uses all of them: a share of the pictures for each rank"),
-    ("--machine 8x16GB --count 8", "idle: cuda:2 to cuda:7 (6 of 8 cards) -> --ranks 4 uses 4 of them"),
+    ("--machine 8x16GB --count 8", "idle: cuda:2 to cuda:7 (6 of 8 cards) -> --ranks 4 uses all of them"),
     ("--machine 2x80GB --count 2 --artifacts memory",
      "idle: cuda:1 (1 of 2 cards) -> --place denoise=tensor_parallel uses all of them"),
     ("--machine 4x16GB --count 4 --artifacts memory",
      "idle: cuda:2 and cuda:3 (2 of 4 cards) -> --lanes 4 uses all of them"),
     ("--machine 2x80GB", "idle: cuda:1 (1 of 2 cards) -> --place denoise=tensor_parallel uses all of them"),
-    ("--machine 80GB+4GB",
-     "idle: cuda:1 (1 of 2 cards): nothing that would use them fits here; several pictures (--count)"),
+    ("--machine 2x80GB+4GB", "-> --place denoise=tensor_parallel:2 uses 2 of them"),
 ])
 def test_idle_cards_are_named_with_what_uses_them(
     words: str, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert line in flat(told(capsys, *words.split()))
+    out = flat(told(capsys, *words.split()))
+    assert line in out and "fits here" not in out
+
+
+@pytest.mark.parametrize(("words", "more"), [
+    ("--machine 80GB+4GB", ""), ("--machine 2x80GB --lanes 2", "; --count 2 with --ranks 2 would use all of them"),
+    ("--machine 80GB+4GB --count 2 --artifacts memory", ""),
+    ("--machine 2x80GB --count 2 --lanes 2 --place denoise=cuda:0", ""),
+])
+def test_what_would_not_fit_as_it_is_pasted_is_not_suggested(
+    words: str, more: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank with 4 GB, or without the card that is named, or processes that work together beside lanes."""
+    out = flat(told(capsys, *words.split()))
+    assert out.endswith(f"cards): nothing that would use them fits here{more}")
+    assert not more or "idle" not in told(capsys, *words.split(), *re.findall(r"--\w+|\d", more))
 
 
 @pytest.mark.parametrize("words", ["--machine 2x16GB", "--machine 1x80GB --count 8", "--machine 2xT4",

@@ -144,14 +144,14 @@ def test_a_generator_that_was_drawn_from_is_refused(pipe: stagerun.Pipeline) -> 
 
 @pytest.mark.parametrize(("call", "says"), [
     ({}, "there is no prompt -> pipe"), ({"prompt": []}, "list of prompts is empty"),
-    ({"prompt": 3}, "prompt is a int -> a text, or a list of texts"), ({"prompt": ""}, "empty prompt"),
+    ({"prompt": 3}, "prompt is an int -> a text, or a list of texts"), ({"prompt": ""}, "empty prompt"),
     ({"prompt": [RED, 3]}, "the prompt must be text"),
-    ({"generator": 7}, r"generator is a int -> torch.Generator\(\).manual_seed"),
-    ({"generator": [seeded(1), seeded(2)]}, "2 generators for 1 pictures"),
+    ({"generator": 7}, r"generator is an int -> torch.Generator\(\).manual_seed"),
+    ({"generator": [seeded(1), seeded(2)]}, "2 generators for 1 picture, each"),
     ({"prompt": [RED, STAR], "generator": seeded(1)}, r"one generator for 2 pictures: .* range\(1, 3\)\], or seed=1"),
     ({"num_images_per_prompt": 2, "generator": [seeded(1)] * 2}, None),
     ({"generator": seeded(1), "seed": 1}, "seed and generator both say the noise"),
-    ({"seed": [1, 2]}, "2 seeds for 1 pictures -> one for each"), ({"seed": -2}, "seed must be a whole number"),
+    ({"seed": [1, 2]}, "2 seeds for 1 picture -> one for each"), ({"seed": -2}, "seed must be a whole number"),
     ({"seed": "7"}, "seed must be a whole number"), ({"seed": [-1]}, "seed must be a whole number from 0"),
     ({"seed": True}, "seed must be"), ({"num_images_per_prompt": 0}, "num_images_per_prompt must be .* from 1 to 64"),
     ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 1000, got 0"),
@@ -159,11 +159,11 @@ def test_a_generator_that_was_drawn_from_is_refused(pipe: stagerun.Pipeline) -> 
     ({"guidance_scale": "3"}, "guidance_scale must be a number"), ({"guidance_scale": [3]}, "guidance_scale must be"),
     ({"height": 1.5}, "height must be a whole number"), ({"width": 99999}, "width must be"),
     ({"height": 50}, "multiples of 16"), ({"negative_prompt": "blurry"}, "flux reads no negative prompt"),
-    ({"negative_prompt": ["a", "b"]}, "1 prompts and 2 negative prompts"),
+    ({"negative_prompt": ["a", "b"]}, "1 prompt and 2 negative prompts"),
     ({"true_cfg_scale": 4.0}, "flux has no true_cfg_scale -> guidance_scale="),
-    ({"on_step": 3}, r"on_step is a int -> a function of \(index, step, timestep, values\)"),
+    ({"on_step": 3}, r"on_step is an int -> a function of \(index, step, timestep, values\)"),
     ({"on_step": lambda: None}, r"on_step cannot be called with \(index, step, timestep, values\) -> def on_step"),
-    ({"on_step": lambda a, b, c, d, e: None}, "on_step cannot be called with"), ({"emit": 3}, "emit is a int -> a fu"),
+    ({"on_step": lambda a, b, c, d, e: None}, "on_step cannot be called with"), ({"emit": 3}, "emit is an int -> a f"),
     ({"emit": lambda: None}, r"emit cannot be called with \(kind, data\)"),
     ({"num_inference_step": 3}, "a call takes no 'num_inference_step' -> did you mean num_inference_steps=?"),
     ({"xyz": 3}, "a call takes no 'xyz' -> it takes negative_prompt"),
@@ -199,7 +199,7 @@ def test_a_call_that_cannot_be_is_refused_in_a_line(
     ({"dtype": "fp8"}, "dtype 'fp8': choose one of"), ({"dtype": "bf16", "torch_dtype": "fp16"}, "one thing"),
     ({"allow_offload": "gpu"}, "allow_offload is 'gpu' -> choose from"), ({"place": "denoise"}, "write STAGE=WHERE"),
     ({"place": "paint=0"}, "there is no stage 'paint'"), ({"max_memory": "lots"}, "is no amount of memory"),
-    ({"lanes": 99}, "lanes must be"), ({"store": 3}, "store is a int -> a folder"), ({"store": ""}, "store is empty"),
+    ({"lanes": 99}, "lanes must be"), ({"store": 3}, "store is an int -> a folder"), ({"store": ""}, "store is empty"),
     ({"gpus": 0, "devices": "cpu"}, "devices and gpus both choose"), ({"stop_after": "encode"}, "leave stop_af"),
     ({"strict": True, "policy": stagerun.RunPolicy()}, "policy and strict"), ({"strict": "yes"}, "must be bool"),
     ({"device_map": {"fox": 0}}, "device_map names 'fox'"), ({"device_map": 1.5}, "device_map is a float"),
@@ -249,7 +249,7 @@ def test_the_family_is_that_of_the_model(flux: Path, tmp_path: Path, monkeypatch
                        ("no/such/folder", "no family and no model folder"), ("", "no family")):
         with pytest.raises(InvalidInput, match=says):
             stagerun.Pipeline(name)
-    with pytest.raises(InvalidInput, match="a int is no model"):
+    with pytest.raises(InvalidInput, match="an int is no model"):
         stagerun.Pipeline(3)  # type: ignore[arg-type]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
@@ -351,7 +351,7 @@ def test_states_that_cannot_be_used_are_refused_in_a_line(pipe: stagerun.Pipelin
         (lambda: pipe.denoise([1]), "denoise works on what pipe.encode gives, not on a list"),
         (lambda: embeddings["prompt_embeds"], "there are 2 states -> states.0..'prompt_embeds'"),
         (lambda: embeddings[0]["prompt_embed"], "has no 'prompt_embed' -> did you mean prompt_embeds"),
-        (lambda: embeddings[2], "there is no state 2 -> 0 to 1"), (changed, "a int is no state"),
+        (lambda: embeddings[2], "there is no state 2 -> 0 to 1"), (changed, "an int is no state"),
         (lambda: embeddings[0].changed(foo=1), "has no 'foo'"),
     ):
         with pytest.raises(InvalidInput, match=says):

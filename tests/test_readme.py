@@ -19,6 +19,7 @@ from runner import Job, make_plan, run_all
 from runner.commands.cli import answer
 from runner.request import requests_for
 from stages.families import FAMILIES
+from stages.library_remarks import REMARKS
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,7 @@ def run(line: str, folder: Path, *more: str) -> list[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert not [remark for remark in REMARKS.values() if remark in done.stderr]
     return done.stdout.splitlines()
 
 
@@ -120,7 +122,9 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     check = "\nassert picture.size == (128, 128) and picture.tobytes() == result.images[0].tobytes()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code + check], check=True, cwd=tmp_path, env=environment)
+    done = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"demo"}))

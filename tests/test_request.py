@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.inputs import PIXELS, SEED, read_guidance, read_size, read_whole
-from runner.request import Request, nearest_sizes, requests_for
+from runner.request import Request, requests_for
+from runner.sizes import nearest_sizes
 from runner.text import shown
 from stages.families import FAMILIES
 

@@ -65,7 +65,7 @@ def test_states_that_cannot_be_used_are_refused(kept: tuple[Plan, MemoryStore]) 
     latents = run_stage(plan, "denoise", store=store)
     with pytest.raises(ValueError, match="encode is the first stage"):
         run_stage(plan, "encode", store=store, states=latents)
-    with pytest.raises(ValueError, match="1 states for 2 requests"):
+    with pytest.raises(ValueError, match="1 state for 2 requests"):
         run_stage(plan, "decode", store=store, states=latents[:1])
     broken = latents[0].merged(State({"latents": torch.full_like(latents[0].values["latents"], torch.nan)}))
     with pytest.raises(ValueError, match="decode cannot work on state 0: latents holds NaN or infinity"):

@@ -211,7 +211,7 @@ def test_gc_keeps_what_a_run_names_and_what_is_young(store: FolderStore, say: Sa
     store.put(loose, "encode", STATE, {})
     named = set(store.keys()) - {loose}
     assert "freed 0 artifacts" in say("gc")[1] and store.find(loose) is not None
-    assert "freed 1 artifacts, 2 files" in say("gc", "--older-than", "0")[1]
+    assert "freed 1 artifact, 2 files" in say("gc", "--older-than", "0")[1]
     assert set(store.keys()) == named and midway in named and all(store.get(key) is not None for key in named)
 
 

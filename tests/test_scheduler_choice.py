@@ -176,7 +176,7 @@ def test_a_picture_and_its_run_are_repeated_with_their_scheduler(
 
 
 @pytest.mark.parametrize(("given", "says"), [
-    ("euler a", "is no name of a class -> NAME"), ("", "is empty -> NAME"), ({}, "is empty"), (3, "is a int"),
+    ("euler a", "is no name of a class -> NAME"), ("", "is empty -> NAME"), ({}, "is empty"), (3, "is an int"),
     ("UniPCMultistepScheduler,flow", "has 'flow' -> NAME"), ({"shift": float("nan")}, "no JSON"),
     ({"shift": torch.zeros(1)}, "no JSON"), ({"num_train_timesteps": 10**9}, "num_train_timesteps is .* more than"),
     (Path, "scheduler is a type"), ({"Sh ift": 1}, "has the key"),

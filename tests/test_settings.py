@@ -115,14 +115,53 @@ def test_a_mistake_in_the_file_is_one_line_with_its_place(
     ("STAGERUN_LANES", "x", "STAGERUN_LANES: lanes must be"),
     ("STAGERUN_PLACE", "denoise=0 encod=1", "STAGERUN_PLACE: --place 'encod=1'"),
     ("STAGERUN_CONFIG", "/gone.toml", "cannot read /gone.toml: No such file"),
+    ("STAGERUN_MAX_MEM", "8GiB", "STAGERUN_MAX_MEM: there is no such setting -> did you mean STAGERUN_MAX_MEMORY?"),
+    ("STAGERUN_max_memory", "8GiB", "did you mean STAGERUN_MAX_MEMORY?"),
+    ("STAGERUN_CONFG", "x", "did you mean STAGERUN_CONFIG?"), ("STAGERUN_STEPS", "8", "below the line [flux]"),
+    ("STAGERUN_PROMPT", "x", "there is no such setting -> unset it; there are STAGERUN_MODEL, "),
 ])
 def test_a_mistake_in_a_variable_names_it(
     config: Path, name: str, text: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(name, text)
-    assert answer(["flux", "x"]) == 2
-    err = capsys.readouterr().err
-    assert says in err and err.count("\n") == 1
+    for words in (["flux", "x"], ["runs", "ls"], ["plan", "flux"]):
+        assert answer(words) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
+    monkeypatch.setenv(name, "")
+    assert answer(["flux", "x", "--print-config"]) == 0
+
+
+def test_a_pasted_command_finds_the_store_that_a_variable_named(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where another shell would look is found without what this one sets; where both agree nothing is said."""
+    kept = tmp_path / "kept"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache/stagerun").mkdir(parents=True)
+    usual = str(tmp_path / "cache/stagerun/store")
+    words = ["demo", "a large red circle on a blue background", "--steps", "1", "--stop-after", "encode", "-q"]
+    for variables, text, said in (
+        ({"STAGERUN_ARTIFACTS": str(kept)}, "", f" --artifacts {kept}"), ({}, "", ""),
+        ({"STAGERUN_ARTIFACTS": usual}, f"artifacts = \"{kept}\"\n", f" --artifacts {usual}"),
+        ({}, f"artifacts = \"{kept}\"\n", ""),
+        ({"STAGERUN_CONFIG": str(tmp_path / "other.toml")}, "", f" --artifacts {kept}"),
+    ):
+        config.write_text(text)
+        (tmp_path / "other.toml").write_text(f"artifacts = \"{kept}\"\n")
+        with monkeypatch.context() as set_here:
+            for name, value in variables.items():
+                set_here.setenv(name, value)
+            assert answer(words) == 0
+            capsys.readouterr()
+            assert answer(["runs", "show", "last", "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert all((said in found[line]) if said else "--artifacts" not in found[line]
+                       for line in ("go_on", "repeat")), (variables, found)
+            assert answer(["runs", "rm", "last"]) == 0
+            assert f"runs gc{said} (" in capsys.readouterr().err
+            assert answer(["runs", "du"]) == 0
+            assert f"runs gc{said}\n" in capsys.readouterr().out
 
 
 def test_another_file_and_none(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

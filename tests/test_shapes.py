@@ -3,18 +3,22 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants as settings
 import pytest
 
-from runner import Job, Request, make_plan
+import stagerun
+from runner import Job, Request, make_plan, run_all
 from runner.commands.cli import answer
 from runner.planning.planner import fetched
-from stages.errors import DoesNotFit, ModelError
+from stages.errors import DoesNotFit, ModelError, from_json
 from stages.families import FAMILIES
 from stages.models.checkpoint import find, find_shapes
 from stages.models.hub_answers import answers
 from stages.models.shapes import Shapes, file_name, shipped
+from stages.pipeline.denoise import Denoise
+from stages.pipeline.split import split
 from tests import sparse
 from tools import shapes as tool
 
@@ -58,6 +62,36 @@ def test_every_family_has_shapes_of_the_known_sizes(family: str) -> None:
     assert {name: found.components[name].bytes / GB for name in TOTALS[family]} == pytest.approx(
         TOTALS[family], rel=0.004)
     assert found.bytes_to_download == found.bytes_elsewhere > 0 and "made from its configs" in found.shapes
+    asked = Request("a fox", seed=0).filled(FAMILIES[family], 0)
+    denoise = split(found, asked.inputs)[1]
+    assert isinstance(denoise, Denoise)
+    assert denoise.scale_factor * FAMILIES[family].patch == FAMILIES[family].multiple
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--size", "1023x1024"], "--size 1023x1024: this model makes multiples of 16; nearest are 1024x1024 and"),
+    (["--model", "some/finetune", "--size", "1000"], "this model makes multiples of 16"),
+    (["--dtype", "unet=bf16"], "--dtype: the model has no component 'unet' -> choose from text_encoder, "),
+    (["--place", "encode.vae=cuda:0"], "encode has no component vae: choose from text_encoder, text_encoder_2"),
+])
+def test_what_cannot_be_is_refused_before_a_download_is_asked_for(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["flux", "a fox", "--device", "cpu", "--artifacts", "memory", "-q"]
+    assert answer([*asked, *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_line_of_a_size_that_is_not_made_is_refused_and_the_others_are_told_of_the_download(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a fox", "size": "1000"}\n{"prompt": "a fox"}\n')
+    assert answer(["flux", "--prompt-file", str(file), "--device", "cpu", "--artifacts", "memory"]) == 3
+    assert "is not in the cache and HF_HUB_OFFLINE is set" in capsys.readouterr().err
+    file.write_text('{"prompt": "a fox", "size": "1000"}\n')
+    assert answer(["flux", "--prompt-file", str(file), "--device", "cpu", "--artifacts", "memory"]) == 2
+    assert "no line is left: --size 1000x1000: this model makes multiples of 16" in capsys.readouterr().err
 
 
 def test_all_of_them_are_small_and_say_what_they_were_made_from() -> None:
@@ -102,6 +136,25 @@ def test_flux_dev_on_less_is_refused_with_a_command_that_fits(
     assert last == f"next: python -m runner plan flux --machine {machine} --allow-offload cpu"
 
 
+def test_what_a_refused_plan_rests_on_is_said_as_of_one_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    fitting = planned(capsys, "flux", "--machine", "2xT4")
+    assert answer(["plan", "flux", "--machine", "2xT4", "--max-memory", "2GiB", "--json"]) == 4
+    out, err = capsys.readouterr()
+    refused = json.loads(out)
+    assert refused["assumed"] == fitting["assumed"] and len(fitting["assumed"]) == 3
+    assert refused["shapes"] == fitting["shapes"] != ""
+    told = " ".join(err.split())
+    assert all(f" assumed: {text}" in told for text in fitting["assumed"])
+    assert " planned from shapes that ship with stagerun, made from its configs" in told
+    assert not [line for line in refused["arithmetic"] if "assumed" in line]
+    # What is to be pasted is whole.
+    command = "hf download black-forest-labs/FLUX.1-dev --include model_index.json --include '*/*'"
+    assert command in [line.strip() for line in err.splitlines()]
+    with pytest.raises(DoesNotFit, match=r"assumed: T4-16GB: 14\.7 GiB as torch sees it") as error:
+        make_plan("flux", "a fox", machine="2xT4", max_memory="2GiB")
+    assert str(from_json(json.loads(json.dumps(error.value.to_json())))) == str(error.value)
+
+
 def test_the_plan_says_that_it_is_made_of_shapes_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(["plan", "flux", "--machine", "2xT4"]) == 0
     out, err = capsys.readouterr()
@@ -128,7 +181,7 @@ def test_a_model_that_can_be_read_is_planned_from_its_own_files(
 def test_nothing_is_run_from_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     request = Request("a fox", 64, 64, steps=1, guidance=3.5, seed=0, text_tokens=32)
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
-        make_plan(Job("flux", [request], devices=["cpu"]))
+        make_plan(Job("flux", [request], devices=["cpu"]), shapes=False)
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
         make_plan(Job("flux", [request], revision="main"), machine="2xT4")
     plan = make_plan(Job("flux", [request]), machine="2xT4")
@@ -137,6 +190,26 @@ def test_nothing_is_run_from_shapes(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["flux", "--prompt", "a fox", "--seed", "1", "--device", "cpu", "--out", str(tmp_path / "a.png")]
     assert answer(words) == 3
     assert "is not in the cache and HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+def test_python_plans_from_shapes_as_the_command_does_and_runs_nothing_of_them(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    # With an encoder and a transformer that are read from the disk block by block, so that it fits any machine.
+    words: dict[str, Any] = {"devices": "cpu", "allow_offload": "disk", "dtype": "bfloat16"}
+    pipe = stagerun.Pipeline("flux2-klein", **words)
+    plan = pipe.plan
+    found = planned(capsys, "flux2-klein", "--device", "cpu", "--allow-offload", "disk", "--dtype", "bfloat16")
+    assert found["shapes"] == plan.checkpoint.shapes
+    assert "planned from shapes that ship with stagerun, made from its configs" in " ".join(str(plan).split())
+    made = make_plan("flux2-klein", "a fox", store="memory", **words)
+    assert made.checkpoint.shapes == plan.checkpoint.shapes and made.needs.keys() == plan.needs.keys()
+    unread = "black-forest-labs/FLUX[.]2-klein-4B is not in the cache and HF_HUB_OFFLINE is set"
+    with pytest.raises(ModelError, match=f"nothing is run from them: {unread}"):
+        run_all(made)
+    for call in (pipe, pipe.encode):
+        with pytest.raises(ModelError, match=f"^{unread}"):
+            call("a fox")
 
 
 def test_a_disk_that_is_said_must_hold_the_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,8 +231,13 @@ def test_host_memory_that_is_said_is_counted() -> None:
 def test_a_cpu_is_told_of_what_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(["plan", "flux", "--machine", "cpu,ram=16GB"]) == 4
     err = capsys.readouterr().err
-    assert "--dtype bfloat16: half of the bytes" in err and "smaller models: flux2-klein, " in err
+    # Half of the bytes are enough for encode, and not for denoise.
+    assert "--dtype bfloat16" not in err and "smaller models: flux2-klein, " in err
     assert "copied to the card" not in err
+    assert answer(["plan", "flux", "--machine", "cpu,ram=24GB"]) == 4
+    assert "-> or --dtype bfloat16: half of the bytes" in capsys.readouterr().err
+    assert answer(["plan", "flux", "--machine", "cpu,ram=24GB", "--dtype", "bfloat16"]) == 0
+    capsys.readouterr()
     assert answer(["plan", "flux", "--machine", "cpu,ram=64GB"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "less to compute: flux2-klein (4 steps), flux-schnell (4 steps), z-image (8 steps)" in out

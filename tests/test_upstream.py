@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,7 @@ from runner.artifacts import FolderStore, MemoryStore, key_of
 from runner.engine.keys import artifact_keys
 from stages.errors import BadResult, ModelError
 from stages.families import FAMILIES
+from stages.library_remarks import REMARKS
 from stages.models.checkpoint import find
 from stages.pipeline.split import _chosen, _groups, require, split
 from stages.pipeline.stage import Stage
@@ -243,6 +245,16 @@ def test_8_there_is_no_callback_per_step(flux: Path) -> None:
         loaded.run(state, INPUTS | {"num_inference_steps": 3}, lambda kind, data: told.append((kind, dict(data))))
     steps = [(data["step"], data["steps"]) for kind, data in told if kind == "step"]
     assert steps == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_9_libraries_remark_on_what_no_stage_uses_and_on_what_is_done_on_purpose() -> None:
+    """Which are left out in every process, and nothing else of these loggers."""
+    for name, remark in REMARKS.items():
+        module = import_module(name)
+        assert module.logger.name == name and remark in inspect.getsource(module)
+        made = [logging.LogRecord(name, logging.WARNING, "", 0, f"{said} more", None, None)
+                for said in (remark, "other")]
+        assert [bool(logging.getLogger(name).filter(record)) for record in made] == [False, True]
 
 
 def test_9_every_level_of_blocks_logs_the_traceback(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:

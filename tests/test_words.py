@@ -16,10 +16,27 @@ from runner.commands.options import BatchOptions, FamilyOptions, PlanOptions
 from runner.commands.parse import job_of
 from runner.commands.words import again, line_words, read, spellings, with_prompt
 from runner.job import Job
+from runner.text import wrapped
 from stages.families import FAMILIES
 from tests.test_cli import base, elsewhere
 
 __all__ = ["elsewhere"]
+
+
+@pytest.mark.parametrize(("line", "parts"), [
+    ("can be read: where there is a network, run: hf download a/b --include model_index.json --include '*/*'",
+     ["can be read: where there is a", "  network, run:",
+      "  hf download a/b --include model_index.json --include '*/*'"]),
+    ("run: hf download a/b", ["run: hf download a/b"]),
+    ("it fits again -> python -m runner flux --steps 4", ["it fits again ->", "  python -m runner flux --steps 4"]),
+    ("-> what would help it is --allow-offload cpu: so much", ["-> what would help it is",
+                                                              "  --allow-offload cpu: so much"]),
+    ("with your account, then run `hf auth login` with it", ["with your account, then run",
+                                                            "  `hf auth login` with it"]),
+    ("", ["  "]),
+])
+def test_what_is_to_be_pasted_is_not_wrapped(line: str, parts: list[str]) -> None:
+    assert wrapped(line, 30, "" if line else "  ") == parts
 
 
 @pytest.fixture
@@ -226,11 +243,11 @@ def test_a_run_begins_with_a_verdict_and_ends_with_its_picture(flux: Path, capsy
     # A slow machine says meanwhile what it does.
     first, *_, last = (line for line in err.splitlines() if not line.startswith("importing "))
     assert out == "x.png\n" and first.startswith("fits: the CPU, weights ") and " of " in first
-    assert last.startswith("x.png: seed 3, ") and last.endswith(" s") and "re-used" not in err
+    assert last.startswith("seed 3, ") and last.endswith(" s") and "re-used" not in err and "x.png" not in err
     assert all(len(line) <= 80 for line in err.splitlines() if "/" not in line)
     assert answer(base(flux, "x", "-s", "3", "-o", "y.png", "-v")) == 0
     err = capsys.readouterr().err
-    assert "re-used" in err and "total " in err and "imports" in err and err.splitlines()[-1].startswith("y.png: ")
+    assert "re-used" in err and "total " in err and "imports" in err and err.splitlines()[-1].startswith("seed 3, ")
     assert answer(base(flux, "x", "-s", "3", "--stop-after", "encode")) == 0
     assert "encode is done for 1 picture" in capsys.readouterr().err
     assert np.array_equal(Image.open("x.png"), Image.open("y.png"))

@@ -16,6 +16,7 @@ from runner.artifacts.store import Store, Warn
 from runner.text import gib
 from stages.errors import StoreError
 from stages.signatures import checked_call
+from stages.wording import kind_of
 
 # What may be said in the place of a store.
 Where = Store | str | os.PathLike[str]
@@ -176,7 +177,7 @@ def open_store(where: Where, *, warn: Warn = warnings.warn, strict: bool = False
     if isinstance(where, Store):
         return where
     if not isinstance(where, str | os.PathLike):
-        raise StoreError(f"`store` is a {type(where).__name__} -> a folder, a URL, \"memory\", or what open_store "
+        raise StoreError(f"`store` is {kind_of(where)} -> a folder, a URL, \"memory\", or what open_store "
                          f"gives")
     where = os.fspath(where)
     if not where:

@@ -17,6 +17,7 @@ from runner.artifacts.state_format import unpack
 from runner.artifacts.store import object_path
 from stages.errors import StoreError
 from stages.state import State
+from stages.wording import counted
 
 SHORTEST_PREFIX = 6
 _PLACE = re.compile(r"(?P<store>.+)/(stages/(?P<key>[0-9a-f]{64})\.json|objects/../(?P<object>[0-9a-f]{64}))")
@@ -113,7 +114,8 @@ def _key_of_run(run: str, stage: str, store: Store) -> str:
     if not isinstance(keys, list):
         raise StoreError(f"run {run} has no stage {name!r}; it has {_some(list(stages))}")
     if not (index or "0").isdecimal() or int(index or "0") >= len(keys):
-        raise StoreError(f"run {run} has {len(keys)} requests, so {name}:0 to {name}:{len(keys) - 1}, not {index!r}")
+        raise StoreError(f"run {run} has {counted(len(keys), 'request')}, so {name}:0 to {name}:{len(keys) - 1}, "
+                         f"not {index!r}")
     key = str(keys[int(index or "0")])
     if not is_key(key):
         raise StoreError(f"the record of run {run} names {key[:80]!r} for {name}, which is no artifact key: somebody "

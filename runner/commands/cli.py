@@ -16,11 +16,12 @@ import typer
 from runner.commands import help as pages
 from runner.commands import runs_options
 from runner.commands.family_names import family_of, first_word
-from runner.commands.options import BatchOptions, FamilyOptions, PlanOptions, ResumeOptions, RunOptions
+from runner.commands.options import BatchOptions, FamilyOptions, PlanOptions, ResumeOptions, RunOptions, families
 from runner.commands.prompt_words import check_prompt_words
-from runner.commands.refusal import failed, refuse, usage
+from runner.commands.refusal import failed, refuse
 from runner.commands.settings import settled
 from runner.commands.standard_input import may_read, read_prompt
+from runner.commands.usage import usage
 from runner.commands.words import spellings, with_prompt
 from runner.engine.signals import Interrupted
 from stages.errors import InvalidInput
@@ -68,12 +69,15 @@ app.command("resume", help="Go on with a run that was interrupted or failed, or 
 
 @app.command(cls=pages.Command, rich_help_panel=OTHERS)
 def models(
+    family: Annotated[
+        str | None, typer.Argument(metavar="FAMILY", help="One alone.", autocompletion=families, show_default="all")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> Callable[[], None]:
     """List the families: their models, licenses, parameters and defaults."""
     from runner.commands.models import show_models
 
-    return partial(show_models, as_json=json)
+    return partial(show_models, None if family is None else family_of(family, ("models",)), as_json=json)
 
 
 @app.command(cls=pages.Command, rich_help_panel=OTHERS)
@@ -91,7 +95,8 @@ def inspect(
 @app.command(cls=pages.Command, rich_help_panel=OTHERS)
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN|last", help="The name of a run in the store.")],
-    out: Annotated[str | None, typer.Option(metavar="FILE.html", help="Where to.", show_default="RUN.html")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="FILE.html", help="Where to.",
+                                             show_default="RUN.html")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     artifacts: Annotated[str | None, typer.Option(metavar="DIR", help="The store.", show_default=CACHE)] = None,
 ) -> Callable[[], None]:
@@ -188,7 +193,7 @@ def answer(words: Sequence[str]) -> int:
             return generate(command)
         return command() or 0
     except typer.TyperException as error:
-        return refuse(usage(error), 2, as_json="--json" in words and may_read())
+        return refuse(usage(error, words), 2, as_json="--json" in words and may_read())
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
         return refuse(f"{stopped}; what was finished is kept", stopped.code, error)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from runner.artifacts.backends import folder_of
 from runner.commands.option_values import devices
-from runner.job_defaults import default_store
+from runner.commands.settings import usual_store
 from runner.startup import hush
 from runner.terminal import say
 from runner.text import gib, table
@@ -21,6 +22,7 @@ from stages import machine
 from stages.errors import ModelError
 from stages.machine import OTHER_TORCH, Device, Machine, computes, missing_kernels, probe
 from stages.placement.transfers import corrupted_pairs
+from stages.wording import counted
 
 PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors")
 LEAST_DISK = 40 * 10**9
@@ -93,7 +95,8 @@ def _versions() -> Check:
 def _host(here: Machine) -> Check:
     low = here.host_free < here.host_total // 8
     return Check(
-        "host memory", not low, f"{gib(here.host_free)} free of {gib(here.host_total)}, {os.cpu_count()} cores",
+        "host memory", not low,
+        f"{gib(here.host_free)} free of {gib(here.host_total)}, {counted(os.cpu_count() or 1, 'core')}",
         "end other programs, or give the container more memory" if low else "",
     )
 
@@ -153,9 +156,15 @@ def _disks() -> Iterator[Check]:
     from stages.models.hub import cached_ids
 
     models = cached_ids()
-    held = f"{len(models)} models: {', '.join(models[:5])}" if models else "no model"
-    for name, folder, more in (("model cache", Path(constants.HF_HUB_CACHE), f", {held}"),
-                               ("artifact store", default_store(), "")):
+    held = f"{counted(len(models), 'model')}: {', '.join(models[:5])}" if models else "no model"
+    places = [("model cache", Path(constants.HF_HUB_CACHE), f", {held}")]
+    where = usual_store()
+    if (store := folder_of(where)) is None:
+        found = "each run has one of its own, gone with it" if where == "memory" else "a URL, which is not asked"
+        yield Check("artifact store", True, f"{where}: {found}")
+    else:
+        places.append(("artifact store", store.absolute(), ""))
+    for name, folder, more in places:
         free = shutil.disk_usage(_existing(folder)).free
         short = name == "model cache" and free < LEAST_DISK
         yield Check(name, not short, f"{folder}: {free / 1e9:.0f} GB free{more}",

@@ -4,6 +4,8 @@ import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
+from runner.commands.habits import command_for
+from runner.machine_option import means_machine
 from runner.reports.repeat import line
 from runner.text import choices, shown
 from stages.errors import InvalidInput
@@ -63,6 +65,8 @@ def named(word: str) -> str | None:
 
 def unknown(word: str, rest: Sequence[str], known: Collection[str], command: str = "") -> str:
     """What to say of a word that names no family: what it may be, and the command that would do."""
+    if means_machine(word):
+        return f"{shown(word)} is a machine and no family -> {line('plan', 'flux', '--machine', word)}"
     if word.endswith((".txt", ".jsonl")):
         return f"{shown(word)} is no family -> name one, and the file with --prompt-file {word}"
     last = plain(word.rpartition("/")[2])
@@ -77,6 +81,8 @@ def unknown(word: str, rest: Sequence[str], known: Collection[str], command: str
                 f"with --model {word}; {supported}")
     if command:
         return f"there is no family {shown(word)} -> {choices(word, FAMILIES)}"
+    if (habit := command_for(word, rest)) is not None:
+        return f"there is no command {shown(word)} -> {habit}"
     close = get_close_matches(word.lower(), known, 1)
     if not close:
         return f"there is no family and no command {shown(word)} -> python -m runner --help lists them"

@@ -17,7 +17,7 @@ from runner.commands.options import FamilyOptions, PlanOptions, ResumeOptions, R
 from runner.commands.parse import check_display, check_engine, job_of, resumed
 from runner.commands.refusal import as_option, complain, in_options, lasts, resumable
 from runner.commands.results import Results
-from runner.commands.settings import safe_usual_store
+from runner.commands.settings import unsaid_store
 from runner.distributed.env import launched
 from runner.engine.report import Failure, Report
 from runner.engine.session import open_job_store, recorded_job
@@ -34,7 +34,7 @@ from runner.reports.repeat import resume_line
 from runner.reports.report import SHOWN, closing, lines
 from runner.startup import hush, untracked
 from runner.terminal import columns, say
-from runner.text import shown
+from runner.text import pictures, shown
 from stages.errors import InvalidInput, StoreError
 
 
@@ -93,14 +93,16 @@ def produce(job: Job, engine: distributed.Engine, *, options: RunOptions) -> int
         with progress:
             report = engine(job, tee(emit, PreviewFiles(tuple(map(Path, job.output.paths)), emit)), results, seconds)
     seconds["total"] = time.perf_counter() - begin
+    # Whoever sees both streams sees each path once.
+    told = (not options.quiet and sys.stderr.isatty() and sys.stdout.isatty() and not options.json
+            and len(results.written) <= SHOWN)
     if not options.quiet:
         say(sys.stderr, [*(lines(report, seconds, columns(sys.stderr)) if options.verbose else ()),
-                         *closing(report, results.written, seconds)])
-    told = not options.quiet and sys.stderr.isatty() and len(results.written) <= SHOWN
+                         *closing(report, results.written, seconds, paths=told or options.json)])
     results.finish(report, report.failures, seconds, told=told)
     if report.failures:
-        again = f" -> {resume_line(job.run, job.store, safe_usual_store())}" if lasts(job.store) else ""
-        say(sys.stderr, [f"error: {len(report.failures):,} of {len(report.job.requests):,} pictures failed{again}"])
+        again = f" -> {resume_line(job.run, job.store, unsaid_store())}" if lasts(job.store) else ""
+        say(sys.stderr, [f"error: {len(report.failures):,} of {pictures(len(report.job.requests))} failed{again}"])
     return 1 if report.failures or report.job.refused else 0
 
 
@@ -156,7 +158,8 @@ def show_plan(family: str, options: PlanOptions) -> None:
     job = planned_job(family, options)
     from runner.distributed.plans import planned
 
-    found = planned(job, options.machine, count)
+    # Ray deals out the cards of its cluster, which are not those of this plan.
+    found = planned(job, options.machine, count, hints=options.engine != "ray")
     complain(found.job.refused)
     if options.json:
         say(sys.stdout, [json.dumps(found.document())])

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 
 from runner.commands.settings import usual_store
 from runner.reports.history import find_run
+from runner.reports.repeat import line
 from runner.terminal import say, warn
 from runner.text import clean, gib, table
+from stages.errors import InvalidInput
 
 if TYPE_CHECKING:
     from runner.artifacts.inspection import TensorSummary
@@ -24,6 +26,12 @@ def inspect(what: str, folder: str | None) -> None:
     where = folder if folder is not None else usual_store()
     store = None if is_path_or_url(what) else open_store(where, warn=warn, readonly=True)
     run, colon, stage = what.partition(":")
+    # The name of a run has a dash, which a key has not.
+    if store is not None and not colon and (run == "last" or "-" in run):
+        find_run(store, run)
+        named = () if folder is None else ("--artifacts", folder)
+        raise InvalidInput(f"a run has artifacts of each stage -> {line('inspect', f'{run}:denoise', *named)}, or of "
+                           f"{run}:encode or {run}:decode")
     if store is not None and colon:
         what = f"{find_run(store, run)}:{stage}"
     # What is not finite is what people come to see.

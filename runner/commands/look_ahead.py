@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from runner.job import Job
+from runner.sizes import makeable
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 from stages.models.lora import check_source
@@ -12,10 +13,10 @@ _CARDS = ("gpu", "card", "nvidia", "amd", "rocm", "hip", "gpus")
 
 
 def check_here(job: Job) -> Job:
-    """The job, if its model folder and its LoRA files are there and its devices can be.
+    """The job, if its model folder and its LoRA files are there, and its devices and sizes can be.
 
     What is on the hub is left to the plan, which asks there. Raises ModelError for a folder or a file that is not
-    there, or not of the family, and InvalidInput for a device.
+    there, or not of the family, and InvalidInput for a device or a size; a line of a file with such a size is refused.
     """
     for name in job.devices:
         kind, _, number = name.partition(":")
@@ -28,7 +29,7 @@ def check_here(job: Job) -> Job:
         check_source(lora.source)
     if job.model is not None and job.model != "demo":
         _check_model(job.model, job)
-    return job
+    return makeable(job, job.defaults.multiple) if job.model in (None, "demo", job.defaults.repo) else job
 
 
 def _check_model(model: str, job: Job) -> None:

@@ -7,14 +7,17 @@ from runner.terminal import say, say_json
 from stages.families import FAMILIES, Family
 
 
-def show_models(*, as_json: bool) -> None:
-    """Print the families with their default models, or all of it as JSON."""
+def show_models(name: str | None = None, *, as_json: bool) -> None:
+    """Print the families, or the one of this name, with their default models, or all of it as JSON."""
+    shown = [family for family in FAMILIES.values() if name in (None, family.name)]
     if as_json:
-        say_json(sys.stdout, {"families": [document(family) for family in FAMILIES.values()]})
+        say_json(sys.stdout, {"families": [document(family) for family in shown]})
         return
-    said = [line for family in FAMILIES.values() for line in lines(family)]
-    say(sys.stdout, [*said, "", "Any other checkpoint of a family: python -m runner FAMILY --model ID|FOLDER",
-                     "Whether one fits: python -m runner plan FAMILY"])
+    said = [line for family in shown for line in lines(family)]
+    which = name or "FAMILY"
+    say(sys.stdout, [*said, "", f"Any other checkpoint of {'it' if name else 'a family'}: python -m runner {which} "
+                                f"--model ID|FOLDER",
+                     f"Whether {'it' if name else 'one'} fits: python -m runner plan {which}"])
 
 
 def lines(family: Family) -> list[str]:

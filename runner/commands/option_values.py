@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from runner.inputs import SEED, SIDE, STEPS, check_size, read_size, read_whole
 from runner.job_fields import DTYPES, LANES, LONGEST, type_name
+from runner.machine_option import means_machine
 from runner.placement_options import PROCESSES, MemoryLimits
 from runner.request import COUNT
-from runner.text import shown
+from runner.text import quoted, shown
 from stages.errors import InvalidInput
 from stages.models.lora import NONE, LoraRequest, read_loras
 from stages.models.scheduler import SchedulerRequest
@@ -19,6 +20,7 @@ def devices(names: Sequence[str], gpus: str | None) -> tuple[str, ...]:
     """The devices that --device or --gpus choose, none for all there are; InvalidInput for both and for nonsense."""
     if gpus is None:
         for name in names:
+            _check_elsewhere("device", name)
             if not re.fullmatch("[a-z]{1,16}(:[0-9]{1,3})?", name):
                 raise InvalidInput(f"--device {shown(name)} is no device -> such as cpu, cuda:0")
         return tuple(names)
@@ -27,8 +29,17 @@ def devices(names: Sequence[str], gpus: str | None) -> tuple[str, ...]:
     if gpus == ALL:
         return ()
     if not re.fullmatch("[0-9]{1,3}(,[0-9]{1,3})*", gpus):
+        _check_elsewhere("gpus", gpus)
         raise InvalidInput(f"--gpus {shown(gpus)}: write the numbers of cards, such as 0,1, or {ALL}")
     return tuple(gpus.split(","))
+
+
+def _check_elsewhere(name: str, text: str) -> None:
+    """Raise InvalidInput for cards by their names: those that are here have numbers."""
+    if means_machine(text):
+        raise InvalidInput(f"--{name} {shown(text)} names a kind of card, and those of this machine have numbers -> "
+                           f"such as {'0,1' if name == 'gpus' else 'cuda:0'}; for cards that are not here, the "
+                           f"command plan with --machine {quoted(text)}")
 
 
 def seconds(name: str, text: str) -> float:

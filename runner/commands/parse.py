@@ -181,7 +181,7 @@ def _named(
             refused.append(RefusedLine(item.line, error.text))
     refused.sort(key=lambda line: line.line)
     if not items:
-        more = f"; so are {len(refused) - 1:,} more" if len(refused) > 1 else ""
+        more = f"; so {'is' if len(refused) == 2 else 'are'} {len(refused) - 1:,} more" if len(refused) > 1 else ""
         raise InvalidInput(f"--prompt-file {shown(str(options.prompt_file))} has no good line: {refused[0]}{more}")
     return items, paths, refused
 

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from runner.commands.habits import option_for
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.strict_json import strict_json
@@ -98,7 +99,8 @@ def _object(number: int, text: str) -> Entry:
         return Entry(number, fault=f'it is a JSON {type(found).__name__} -> such as {{"prompt": "a red fox"}}')
     unknown = next((key for key in found if key not in KEYS), None)
     if unknown is not None:
-        close = get_close_matches(unknown, KEYS, 1)
+        habit = (option_for(unknown, [f"--{key.replace('_', '-')}" for key in KEYS]) or "").removeprefix("--")
+        close = [habit.replace("-", "_")] if habit else get_close_matches(unknown, KEYS, 1)
         hint = f"did you mean {close[0]}?" if close else f"a line may say {', '.join(KEYS)}"
         return Entry(number, found, f"it has the unknown key {shown(unknown)} -> {hint}")
     return Entry(number, found)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import typer
 
-from runner.commands.settings import safe_usual_store
+from runner.commands.settings import unsaid_store
 from runner.commands.words import Said, Spellings, again, line_words, read, reads_input, spellings
 from runner.events import Emit
 from runner.job import RefusedLine
@@ -29,11 +29,13 @@ from stages.errors import (
     as_own,
     worded,
 )
+from stages.wording import counted
 
 CODES: tuple[tuple[type[Exception], int], ...] = (
     (ModelError, 3), (DoesNotFit, 4), (MemoryError, 4), (StoreError, 5), (BadResult, 6), (RankLost, 7),
     (InvalidInput, 2),
 )
+
 MESSAGE = 4000
 TOLD = 20
 RESUME = "; go on with: "
@@ -51,6 +53,7 @@ def refuse(
 
     With `as_json` standard output has the same as one JSON object. Gives the exit code.
     """
+    basis = error.basis if isinstance(error, DoesNotFit) else None
     head = clean(message[: 2 * MESSAGE])
     note = "" if error is None else resume_note(error)
     arithmetic = [clean(line) for line in more]
@@ -60,9 +63,11 @@ def refuse(
             "reason": head, "arithmetic": arithmetic,
             "fixes": [asdict(fix) for fix in getattr(error, "fixes", ())], "next": list(next_commands),
             "resume": note.removeprefix(RESUME) or None,
+            **({} if basis is None else {"assumed": list(basis.assumed), "shapes": basis.shapes or None}),
         })
     stderr = TolerantStream(sys.stderr)
-    lines = [f"error: {head}{note}", *(part for line in arithmetic for part in wrapped(line, stderr.columns, "  ")),
+    told = [*arithmetic, *(() if basis is None else map(clean, basis.lines()))]
+    lines = [f"error: {head}{note}", *(part for line in told for part in wrapped(line, stderr.columns, "  ")),
              *(f"next: {command}" for command in next_commands)]
     stderr.write("".join(f"{line}\n" for line in lines))
     stderr.flush()
@@ -98,13 +103,6 @@ def failed(
     return refuse(head, code, error, lines, said, as_json=as_json)
 
 
-def usage(error: typer.TyperException) -> str:
-    """What is wrong with the words of a command line."""
-    # Only an unknown option has possibilities, the closest first; its own message sorts them by name.
-    close = vars(error).get("possibilities")
-    return f"{error.message}. Did you mean {close[0]}?" if close else error.format_message()
-
-
 def as_option(name: str, value: str | None) -> str:
     """A name of the job as the command line has it."""
     if name == "devices" and value is not None and value[0].isdigit():
@@ -118,7 +116,7 @@ def as_option(name: str, value: str | None) -> str:
 def complain(refused: Iterable[RefusedLine]) -> None:
     """Say what is left out of a run, the first of it by name."""
     lines = [worded(str(line), as_option) for line in refused]
-    more = [f"error: and {len(lines) - TOLD:,} more lines"] if len(lines) > TOLD else []
+    more = [f"error: and {counted(len(lines) - TOLD, 'more line')}"] if len(lines) > TOLD else []
     say(sys.stderr, [*(f"error: {clean(line)}" for line in lines[:TOLD]), *more])
 
 
@@ -180,7 +178,7 @@ def resumable(run: str, store: str, emit: Emit) -> Iterator[Emit]:
         yield heard
     except BaseException as error:
         if recorded and lasts(store):
-            error.add_note(RESUME + resume_line(run, store, safe_usual_store()))
+            error.add_note(RESUME + resume_line(run, store, unsaid_store()))
         raise
 
 

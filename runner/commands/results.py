@@ -57,13 +57,13 @@ class Results:
     def finish(
         self, report: Report, failures: Sequence[Failure], seconds: Mapping[str, float], *, told: bool = False
     ) -> None:
-        """Say the rest; whoever watches the terminal was `told` of the paths already."""
+        """Say the rest; paths that somebody was `told` already are not said again."""
         self.refuse(report.job.refused)
         held = [self._held[at] for at in sorted(self._held)]
         if self._json:
             self._document(document(report, held, [_failed(report.job, failure) for failure in failures], seconds))
         elif report.job.output.paths or report.job.store == "memory":
-            if told and self._stream.isatty():
+            if told:
                 return
             say_exactly(self._stream, [str(picture["path"]) for picture in held])
         else:

@@ -15,7 +15,7 @@ from runner.artifacts.signed_json import Damaged
 from runner.artifacts.store import Store, StoredRun
 from runner.artifacts.usage import keys_in, usage_of
 from runner.commands.refusal import as_option
-from runner.commands.settings import usual_store
+from runner.commands.settings import unsaid_store, usual_store
 from runner.job import Job
 from runner.reports.history import (
     SHOWN,
@@ -27,10 +27,11 @@ from runner.reports.history import (
     stages_of,
     summarize,
 )
-from runner.reports.repeat import further_line, line, recorded, repeat_line, resume_line
+from runner.reports.repeat import further_line, line, recorded, repeat_line, resume_line, store_words
 from runner.terminal import say, say_json, warn
 from runner.text import gib, shown
 from stages.errors import InvalidInput, StoreError, worded
+from stages.wording import counted
 
 # Columns for a list that no terminal shows.
 PIPE = 120
@@ -57,7 +58,7 @@ def ls(
     elif chosen:
         say(sys.stdout, list_runs(chosen, get_terminal_size((PIPE, 24)).columns))
     else:
-        say(sys.stdout, ["no runs yet" if not rows else f"none of {len(rows):,} runs is such a one"])
+        say(sys.stdout, ["no runs yet" if not rows else f"none of {counted(len(rows), 'run')} is such a one"])
 
 
 def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
@@ -72,7 +73,7 @@ def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
         described = describe_run(facts, found, sizes)
     job = recorded(found.record, store.where if artifacts else usual_store())
     files = [] if job is None else [(path, os.path.isfile(path)) for path in job.output.paths]
-    repeat = None if job is None else repeat_line(job, usual_store())
+    repeat = None if job is None else repeat_line(job, unsaid_store())
     further = None if job is None else go_on(job, facts.status, bool(found.record.get("failures")))
     if as_json:
         say_json(sys.stdout, {
@@ -91,8 +92,8 @@ def show(run: str, artifacts: str | None, *, as_json: bool) -> None:
 def go_on(job: Job, status: str, failures: bool) -> str | None:
     """The command that goes on with a run, if there is anything left to do and nobody is at it."""
     if status in ("interrupted", "failed") or failures:
-        return resume_line(job.run, job.store, usual_store())
-    return further_line(job, usual_store()) if status == "done" else None
+        return resume_line(job.run, job.store, unsaid_store())
+    return further_line(job, unsaid_store()) if status == "done" else None
 
 
 def stored(store: Store, run: str) -> StoredRun | None:
@@ -120,7 +121,7 @@ def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
     left = sum(usage.artifacts[key].bytes for key in usage.only(found))
     for run in found:
         store.drop_run(run)
-    collector = line("runs", "gc", *(("--artifacts", store.where) if artifacts else ()))
+    collector = line("runs", "gc", *store_words(artifacts or usual_store(), unsaid_store()))
     if as_json:
         say_json(sys.stdout, {"removed": found, "records": sum(usage.records.get(run, 0) for run in found),
                               "left_for_gc": left, "gc": collector})
@@ -128,7 +129,7 @@ def rm(runs: Sequence[str], artifacts: str | None, *, as_json: bool) -> None:
     say(sys.stdout, found)
     unknown = [run for run in found if run not in usage.held]
     more = f", and what {', '.join(unknown)} held, whose record was damaged" if unknown else ""
-    say(sys.stderr, [f"forgot {len(found)} run{'' if len(found) == 1 else 's'}; {gib(left)} that no other run "
+    say(sys.stderr, [f"forgot {counted(len(found), 'run')}; {gib(left)} that no other run "
                      f"holds{more} go with: {collector} (what is younger than an hour: with --older-than 0)"])
 
 
@@ -139,7 +140,8 @@ def gc(artifacts: str | None, *, as_json: bool, older: str, dry: bool) -> None:
         document = {"artifacts": garbage.artifacts, "files": len(garbage.files), "bytes": garbage.bytes, "dry": dry}
         say_json(sys.stdout, document)
         return
-    what = f"{len(garbage.artifacts)} artifacts, {len(garbage.files)} files: {gib(garbage.bytes)}"
+    found = f"{counted(len(garbage.artifacts), 'artifact')}, {counted(len(garbage.files), 'file')}"
+    what = f"{found}: {gib(garbage.bytes)}"
     say(sys.stdout, [f"would free {what}" if dry else f"freed {what}"])
 
 
@@ -161,18 +163,20 @@ def verify(artifacts: str | None, *, as_json: bool) -> None:
         say_json(sys.stdout, {"looked_at": counts, "bytes": total, "damaged": damaged})
     if bad:
         raise StoreError(
-            f"{len(bad)} of {len(found)} are damaged: a damaged artifact is computed again when a run needs it, a "
-            f"damaged record goes with `runner runs rm`"
+            f"{len(bad)} of {len(found)} {'is' if len(bad) == 1 else 'are'} damaged: a damaged artifact is computed "
+            f"again when a run needs it, a damaged record goes with `runner runs rm`"
         )
     if not as_json:
-        say(sys.stdout, [f"{counts['artifact']} artifacts and {counts['run']} runs are whole ({gib(total)} read)"])
+        whole = f"{counted(counts['artifact'], 'artifact')} and {counted(counts['run'], 'run')}"
+        say(sys.stdout, [f"{whole} are whole ({gib(total)} read)"])
 
 
 def opened(artifacts: str | None, *, readonly: bool = False) -> Store:
     """The store that --artifacts names, or the user's own; StoreError where there is none."""
-    if artifacts == "memory":
+    where = artifacts or usual_store()
+    if where == "memory":
         raise StoreError("`store=memory` is gone with the process that had it -> name a folder or a URL")
-    return open_store(artifacts or usual_store(), warn=warn, readonly=readonly)
+    return open_store(where, warn=warn, readonly=readonly)
 
 
 def seconds(text: str) -> float:

@@ -6,7 +6,8 @@ about its pixels; a run that is resumed has all of it in its record.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
@@ -14,14 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from runner.commands import option_values
+from runner.commands.habits import option_for
 from runner.commands.options import FamilyOptions, ResumeOptions, RunOptions
+from runner.distributed.env import PIPE
 from runner.inputs import STEPS, read_guidance, read_size, read_whole
 from runner.job import STAGES
 from runner.job_defaults import default_store
 from runner.job_fields import places
 from runner.media.paths import check_out
 from runner.placement_options import MemoryLimits
-from runner.text import choices, shown
+from runner.text import choices, clean, shown
 from stages.errors import InvalidInput
 from stages.families import FAMILIES
 
@@ -114,27 +117,31 @@ def layers(family: str, model: str | None = None) -> Iterator[Layer]:
     yield tables.get("", {})
 
 
-def usual_store() -> str:
+def usual_store(environ: Mapping[str, str] = os.environ) -> str:
     """The store that commands use unless they name another."""
-    found = (layer["artifacts"] for layer in (_variables(), _file().get("", {})) if "artifacts" in layer)
-    setting = next(found, None)
+    layers = (_variables(environ), _file(environ).get("", {}))
+    setting = next((layer["artifacts"] for layer in layers if "artifacts" in layer), None)
     return str(default_store()) if setting is None else str(setting.value)
 
 
-def safe_usual_store() -> str:
-    """The same, and nothing where the settings cannot be read: an error is under way already."""
-    try:
-        return usual_store()
-    except InvalidInput:
-        return ""
+def unsaid_store() -> str:
+    """The store that a command finds which does not name one, pasted into this shell or another.
+
+    Empty where these differ, as a variable names it here, and where the settings cannot be read.
+    """
+    names = (variable("artifacts"), *([CONFIG] if os.environ.get(CONFIG) else []))
+    with suppress(InvalidInput):
+        here, there = usual_store(), usual_store({name: os.environ[name] for name in os.environ if name not in names})
+        return here if here == there else ""
+    return ""
 
 
-def config_path() -> Path | None:
+def config_path(environ: Mapping[str, str] = os.environ) -> Path | None:
     """The file of settings, whether it is there or not; None where STAGERUN_CONFIG is set to nothing."""
-    named = os.environ.get(CONFIG)
+    named = environ.get(CONFIG)
     if named is not None:
         return Path(named).expanduser() if named else None
-    home = os.environ.get("XDG_CONFIG_HOME", "")
+    home = environ.get("XDG_CONFIG_HOME", "")
     return (Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~")) / ".config") / "stagerun/config.toml"
 
 
@@ -170,23 +177,42 @@ def _holds(name: str, options: RunOptions, family: str, launched: bool) -> bool:
     return not gives_way.get(name, False)
 
 
-def _variables() -> Layer:
+def _variables(environ: Mapping[str, str] = os.environ) -> Layer:
     found: dict[str, Setting] = {}
-    for name in ANYWHERE:
-        text = os.environ.get(variable(name))
+    known = {variable(name): name for name in ANYWHERE}
+    for unknown in sorted(environ.keys() - known.keys() - {CONFIG, PIPE}):
+        if unknown.startswith(PREFIX) and environ[unknown]:
+            raise InvalidInput(_no_variable(unknown, known))
+    for each, name in known.items():
+        text = environ.get(each)
         if text:
             try:
-                found[name] = Setting(_checked(name, text.split() if name in LISTS else text), variable(name))
+                found[name] = Setting(_checked(name, text.split() if name in LISTS else text), each)
             except InvalidInput as error:
-                raise InvalidInput(f"{variable(name)}: {error.text}") from None
+                raise InvalidInput(f"{each}: {error.text}") from None
     _check_together(found)
     return found
 
 
-def _file() -> dict[str, Layer]:
+def _no_variable(name: str, known: Iterable[str]) -> str:
+    """What to say of a variable that is no setting."""
+    if name.upper() in map(variable, OF_A_FAMILY):
+        return f"{clean(name)}: it is of one family -> write it into the file of settings, below the line [flux]"
+    close = _near(name.removeprefix(PREFIX).lower().replace("_", "-"), (*ANYWHERE, "config"))
+    hint = f"did you mean {variable(close[0])}?" if close else f"unset it; there are {', '.join(known)}"
+    return f"{clean(name)}: there is no such setting -> {hint}"
+
+
+def _near(name: str, known: Collection[str]) -> list[str]:
+    """The setting that is meant by another name: what other programs call it, or what is most like it."""
+    habit = option_for(name, [f"--{each}" for each in known])
+    return get_close_matches(name, known, 1) if habit is None else [habit.partition(" ")[0].removeprefix("--")]
+
+
+def _file(environ: Mapping[str, str] = os.environ) -> dict[str, Layer]:
     """The tables of the file by family, with what stands in none under ""; nothing where there is no file."""
-    path = config_path()
-    if path is None or (CONFIG not in os.environ and not path.exists()):
+    path = config_path(environ)
+    if path is None or (CONFIG not in environ and not path.exists()):
         return {}
     text = _text(path)
     import tomllib
@@ -248,7 +274,7 @@ def _check_together(layer: Layer) -> None:
 def _of_file(name: str, table: str, value: Any) -> Text:
     """What a key says; InvalidInput where there is no such key there, or it says what cannot be."""
     if name not in SETTINGS:
-        close = get_close_matches(name, SETTINGS, 1)
+        close = _near(name, SETTINGS)
         raise InvalidInput(f"there is no such setting -> {f'did you mean {close[0]}?' if close else ''}"
                            f"{'' if close else ', '.join(SETTINGS)}")
     if name in OF_A_FAMILY and not table:

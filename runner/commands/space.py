@@ -9,14 +9,15 @@ from runner.artifacts.prune import Pruning, Rule, choose, prune
 from runner.artifacts.store import Store
 from runner.artifacts.usage import Usage, usage_of
 from runner.commands.runs import needs, opened, seconds, stored
-from runner.commands.settings import usual_store
+from runner.commands.settings import unsaid_store, usual_store
 from runner.placement_options import read_bytes
 from runner.reports.history import summarize
-from runner.reports.repeat import line
+from runner.reports.repeat import line, store_words
 from runner.terminal import say, say_json
 from runner.text import clean, cut, gib, shown, table
 from stages.errors import InvalidInput
 from stages.models.hub_cache import HubCache, hub_cache
+from stages.wording import counted
 
 NAMES = {"midway": "unfinished denoises", "preview": "previews", "damaged": "damaged artifacts"}
 PROMPT = 40
@@ -36,7 +37,7 @@ def du(artifacts: str | None, *, as_json: bool) -> None:
             "damaged_runs": damaged, "stages": usage.stages, "records": sum(usage.records.values()),
             "shared": usage.together, "garbage": usage.garbage, "hub": _hub_document(hub)})
         return
-    where = ("--artifacts", store.where) if artifacts else ()
+    where = store_words(artifacts or usual_store(), unsaid_store())
     told = [f"{artifacts or usual_store()}: {gib(usage.total)}", ""]
     if rows:
         told += [*table([("run", "alone", "shared"), *((run, gib(alone), gib(both)) for run, alone, both in rows)]),
@@ -78,7 +79,7 @@ def _told(chosen: Pruning, rows: list[tuple[str, ...]], *, yes: bool) -> list[st
     if not rows:
         return ["no run is such a one: nothing goes"]
     held = [(*row, gib(chosen.usage.alone(run))) for run, row in zip(chosen.runs, rows, strict=True)]
-    count = f"{len(rows):,} run{'' if len(rows) == 1 else 's'}, {len(chosen.usage.only(chosen.runs)):,} artifacts"
+    count = f"{counted(len(rows), 'run')}, {counted(len(chosen.usage.only(chosen.runs)), 'artifact')}"
     if yes:
         last = f"freed {gib(chosen.bytes)}: {count}"
     elif chosen.locks:

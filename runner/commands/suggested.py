@@ -22,9 +22,10 @@ def leads_to_a_plan(options: RunOptions, family: str) -> bool:
         if isinstance(options, PlanOptions):
             planned(job, options.machine, count, hints=False)
         elif count is not None and job.tensor_parallel is None:
-            make_plan(job, machine=own_part(machine_of(job, None), Rank(0, count, 0, count)), download=False)
+            first = own_part(machine_of(job, None), Rank(0, count, 0, count))
+            make_plan(job, machine=first, download=False, shapes=False)
         else:
-            make_plan(job, download=False)
+            make_plan(job, download=False, shapes=False)
     except StagerunError:
         return False
     return True

@@ -20,6 +20,7 @@ from runner.media.writer import PictureWriter
 from runner.placement_options import PROCESSES
 from stages.errors import InvalidInput, from_json
 from stages.signatures import checked_call
+from stages.wording import kind_of
 
 Done = Callable[[Picture], None]
 
@@ -83,7 +84,7 @@ def run_on_ray(job: Job, *, emit: Emit = silent, done: Done | None = None, verbo
 def check_job(job: Any) -> None:
     """Raise InvalidInput for anything else than a job."""
     if not isinstance(job, Job):
-        raise InvalidInput(f"a {type(job).__name__} is no job -> Job(\"flux\", ...), a plan's plan.job, or a "
+        raise InvalidInput(f"{kind_of(job)} is no job -> Job(\"flux\", ...), a plan's plan.job, or a "
                            f"pipeline's pipe.job_for(...)")
 
 

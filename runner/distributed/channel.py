@@ -17,13 +17,12 @@ from typing import Any, NoReturn, Protocol
 
 import psutil
 
-from runner.distributed.env import Rank
+from runner.distributed.env import PIPE, Rank
 from runner.distributed.shares import Shares
 from runner.distributed.watchdog import TIMEOUT, Watchdog
 from runner.events import Emit, silent
 from stages.errors import RankLost
 
-PIPE = "STAGERUN_PIPE"
 LOST = 7
 _POLL = 0.2
 Message = Mapping[str, Any]

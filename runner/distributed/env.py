@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from stages.errors import InvalidInput
 
+# The variable with which a rank that `spawn` started finds its pipe.
+PIPE = "STAGERUN_PIPE"
+
 
 @dataclass(frozen=True)
 class Rank:

@@ -1,32 +1,17 @@
 """Cards that a plan leaves idle, and the change of the job that uses them, planned before it is told."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from runner.distributed.rank_plans import RankPlan, rank_plans
+from runner.distributed.rank_plans import rank_plans, used_by_ranks, used_devices
+from runner.inputs import SEED
 from runner.job import Job
 from runner.placement_options import PlaceRequest
 from runner.planning.cache import PlanCache
-from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
 from stages.errors import StagerunError
 from stages.machine import Machine
-
-
-def used_devices(plans: Iterable[Plan]) -> set[str]:
-    """The devices that any stage of the plans takes memory of."""
-    return {device for plan in plans for needs in plan.needs.values() for device, need in needs.items() if need.total}
-
-
-def used_by_ranks(plans: Iterable[RankPlan]) -> set[str]:
-    """The devices that ranks with pictures take memory of: ranks that are alike fill the same of their cards."""
-    used = set[str]()
-    for each in plans:
-        filled = used_devices([each.plan])
-        for devices, share in zip(each.devices, each.shares, strict=True):
-            used |= {device for own, device in zip(each.plan.devices, devices, strict=True)
-                     if share and own in filled}
-    return used
 
 
 def idle_cards(machine: Machine, used: set[str]) -> list[str]:
@@ -49,8 +34,11 @@ def idle_lines(
     count = len(job.requests)
     cache = cache or PlanCache()
 
-    def by_ranks(number: int) -> set[str]:
+    def by_ranks(number: int, job: Job = job) -> set[str]:
         return used_by_ranks(rank_plans(job, here, number, cache=cache, shapes=shapes))
+
+    def by_ranks_of_more(number: int) -> set[str]:
+        return by_ranks(number, of_more(job, number))
 
     def planned(changed: Job) -> set[str]:
         return used_devices([make_plan(changed, machine=here, download=False, cache=cache, shapes=shapes)])
@@ -59,8 +47,11 @@ def idle_lines(
         return planned(replace(job, lanes=number))
 
     def together(number: int) -> set[str]:
-        places = tuple(place for place in job.place if place.stage != "denoise")
-        return planned(replace(job, place=(*places, PlaceRequest("denoise", f"tensor_parallel:{number}")), lanes=None))
+        # Beside what is said of places and lanes already, as it would stand there when it is pasted.
+        return planned(replace(job, place=(*job.place, PlaceRequest("denoise", f"tensor_parallel:{number}"))))
+
+    def part(number: int) -> str:
+        return "all" if number == len(cards) else str(number)
 
     several = [] if count < 2 else [
         *([(by_ranks, "ranks={}", "a share of the pictures for each rank")] if job.store != "memory" else []),
@@ -72,12 +63,24 @@ def idle_lines(
     named = f"idle: {listed(idle)} ({len(idle)} of {len(cards)} cards)"
     for way, words, why in ways:
         most = len(cards) if way is together else min(len(cards), count)
-        if (number := _first(way, most, len(cards) - len(idle))) is not None:
+        if (found := _first(way, most, len(cards) - len(idle))) is not None:
+            number, used_then = found
             option = words.format("" if number == len(cards) and way is together else number).removesuffix(":")
-            yield f"{named} -> `{option}` uses {'all' if number == len(cards) else number} of them: {why}"
+            yield f"{named} -> `{option}` uses {part(used_then)} of them: {why}"
             return
-    more = "; several pictures (`count`) could be shared by `ranks`" if count < 2 else ""
+    more = ""
+    if count < 2 and alone and job.store != "memory" and (
+            found := _first(by_ranks_of_more, len(cards), len(cards) - len(idle))) is not None:
+        more = f"; `count={found[0]}` with `ranks={found[0]}` would use {part(found[1])} of them"
     yield f"{named}: nothing that would use them fits here{more}"
+
+
+def of_more(job: Job, pictures: int) -> Job:
+    """The job with so many pictures in place of its one."""
+    [first] = job.requests
+    requests = tuple(replace(first, seed=first.seed + at if first.seed + pictures <= SEED else at, index=at)
+                     for at in range(pictures))
+    return replace(job, requests=requests, labels=(), output=replace(job.output, paths=()))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -89,14 +92,15 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), last)))
 
 
-def _first(way: Callable[[int], set[str]], most: int, before: int) -> int | None:
-    """The first of most, half of that, ... with which a way can be planned and uses more cards than `before`."""
-    number = most
-    while number > 1:
-        try:
-            if len(way(number)) > before:
-                return number
-        except StagerunError:
-            pass
-        number //= 2
+def _first(way: Callable[[int], set[str]], most: int, before: int) -> tuple[int, int] | None:
+    """The first of most, one less, half of that, ..., 2 with which a way can be planned and uses more than `before`.
+
+    With it comes how many cards that uses. The numbers are few, however many cards there are.
+    """
+    for number in dict.fromkeys((most, most - 1, *(most >> half for half in range(1, most.bit_length())), 2)):
+        if not 1 < number <= most:
+            continue
+        with suppress(StagerunError):
+            if (used := len(way(number))) > before:
+                return number, used
     return None

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.distributed import rank_plans
-from runner.distributed.idle import idle_cards, idle_lines, used_by_ranks, used_devices
+from runner.distributed.idle import idle_cards, idle_lines
 from runner.distributed.rank import usable_machine
-from runner.distributed.rank_plans import RankPlan
+from runner.distributed.rank_plans import RankPlan, used_by_ranks, used_devices
 from runner.job import Job
 from runner.planning import describe
 from runner.planning.cache import PlanCache

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, BinaryIO
 
-from runner.distributed.channel import PIPE
+from runner.distributed.env import PIPE
 from runner.distributed.shares import Shares
 from runner.distributed.watchdog import TIMEOUT, Watchdog
 from runner.events import Emit, from_wire, silent

@@ -24,6 +24,7 @@ from runner.planning.planner import make_plan
 from runner.planning.verdict import verdict
 from stages.errors import BadResult, InvalidInput, RankLost, StagerunError, StoreError
 from stages.machine import Machine, check_cards, probe
+from stages.wording import counted
 
 
 class RankStore(ForwardingStore):
@@ -64,8 +65,9 @@ def own_part(machine: Machine, rank: Rank) -> Machine:
         return replace(machine, devices=devices, host_free=machine.host_free // parts)
     if len(cards) < parts:
         raise InvalidInput(
-            f"{parts} ranks on this host, and {len(cards)} cards for them: {', '.join(card.name for card in cards)} "
-            f"-> start {len(cards)} ranks{', or choose `devices=cpu`' if machine.here else ''}"
+            f"{counted(parts, 'rank')} on this host, and {counted(len(cards), 'card')} for them: "
+            f"{', '.join(card.name for card in cards)} "
+            f"-> start {counted(len(cards), 'rank')}{', or choose `devices=cpu`' if machine.here else ''}"
         )
     mine = tuple(cards[index] for index in share(len(cards), rank.local, parts))
     return replace(machine, devices=mine, host_free=machine.host_free // parts)
@@ -110,7 +112,7 @@ class RankWorker:
     def planned(self, job: Job, machine: Machine) -> Plan:
         """The plan of the whole job for these cards: what it decides does not depend on the share."""
         self.emit("begin", {"what": "planning"})
-        plan = make_plan(job, machine=machine)
+        plan = make_plan(job, machine=machine, shapes=False)
         # What the job repeats is for the first rank alone to check.
         return replace(plan, job=replace(plan.job, origin=None))
 

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from runner.distributed.env import share
 from stages.errors import InvalidInput
 from stages.signatures import checked_call
+from stages.wording import kind_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _length(items: Any) -> int:
                                f"of each")
         return next(iter(lengths.values()), 0)
     if not isinstance(items, list | tuple | torch.Tensor):
-        raise InvalidInput(f"a {type(items).__name__} cannot be split or gathered -> a list, a tuple, a tensor or a "
+        raise InvalidInput(f"{kind_of(items)} cannot be split or gathered -> a list, a tuple, a tensor or a "
                            f"dict of such")
     return len(items)
 

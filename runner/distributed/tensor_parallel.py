@@ -50,8 +50,9 @@ class TensorParallelWorker(RankWorker):
     def run_rank0(self, job: Job) -> tuple[Job, list[RankResult]]:
         """As `RankWorker.run_rank0`, with the others at every step of the denoise."""
         if self.rank.local_size != self.rank.size:
-            raise InvalidInput(f"`place=denoise=tensor_parallel` works on one host, and {self.rank.local_size} of "
-                               f"{self.rank.size} ranks are on this one -> start them on one host, or leave it out")
+            raise InvalidInput(f"`place=denoise=tensor_parallel` works on one host, and this one has "
+                               f"{self.rank.local_size} of {self.rank.size} ranks -> start them on one host, or "
+                               f"leave it out")
         store, machine = open_job_store(job, self.emit), usable_machine(job)
         others = tuple(place for place in job.place if place.processes is None)
         together = PlaceRequest("denoise", f"tensor_parallel:{self.rank.size}")

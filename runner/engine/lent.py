@@ -15,6 +15,7 @@ from stages.models.weights import weigh
 from stages.pipeline.stage import Stage
 from stages.placement.placement import Place, Resident
 from stages.state import State, check_value, to_host
+from stages.wording import counted
 
 
 def lent(plan: Plan, stage: str, states: Any, kept: Sequence[State | None]) -> tuple[Store, list[str], list[str]]:
@@ -30,7 +31,8 @@ def lent(plan: Plan, stage: str, states: Any, kept: Sequence[State | None]) -> t
     if not listed or not all(isinstance(state, State) for state in given):
         raise InvalidInput("`states` must be a list of states -> as run_stage gives them")
     if len(given) != len(plan.requests):
-        raise InvalidInput(f"{len(given)} `states` for {len(plan.requests)} requests -> one for each")
+        states, requests = counted(len(given), "state"), counted(len(plan.requests), "request")
+        raise InvalidInput(f"{states} for {requests} -> one for each")
     store, before = MemoryStore(), _before(stage)
     sources = [key_of({"lent": number}) for number in range(len(given))]
     for number, (key, state, made, request) in enumerate(zip(sources, given, kept, plan.requests, strict=True)):

@@ -7,15 +7,21 @@ from runner import job_fields
 from runner.engine.stage_runner import Collectives
 from runner.events import Emit
 from runner.planning.plan import Plan
-from stages.errors import InvalidInput
+from stages.errors import InvalidInput, ModelError
+from stages.wording import kind_of
 
 
 def check_runnable(plan: Plan, collectives: Collectives | None, stage: str = "denoise") -> None:
-    """Raise InvalidInput for a plan of which this process cannot run the stage alone, or not here."""
+    """Raise InvalidInput for a plan of which this process cannot run the stage alone, or not here.
+
+    Raises ModelError for one whose model could not be read.
+    """
     if not isinstance(plan, Plan):
-        raise InvalidInput(f"a {type(plan).__name__} is no plan -> make_plan(job) makes one of a Job")
+        raise InvalidInput(f"{kind_of(plan)} is no plan -> make_plan(job) makes one of a Job")
     if not plan.machine.here:
         raise InvalidInput("this is a plan for cards that are not here: plan without `machine` to run")
+    if plan.checkpoint.shapes:
+        raise ModelError(f"this plan is made of shapes alone, and nothing is run from them: {plan.checkpoint.unread}")
     if plan.checkpoint.bytes_to_download:
         raise InvalidInput(f"{plan.checkpoint.bytes_to_download} bytes of weights are not here: plan with "
                            f"`download=True` to run")

@@ -243,7 +243,7 @@ class Run:
 def advised(error: StageOutOfMemory, plan: Plan) -> StageOutOfMemory:
     """The error of a stage of the plan, with changes of the job with which the stage needs less."""
     def replan(job: Job) -> Plan:
-        return make_plan(job, machine=probe(plan.devices), download=False)
+        return make_plan(job, machine=probe(plan.devices), download=False, shapes=False)
 
     error.alternatives = after_out_of_memory(plan, error.stage, replan)
     error.fixes = error.alternatives[0] if error.alternatives else ()

@@ -14,6 +14,7 @@ from runner.media.formats import NAMES, settings
 from runner.media.image import picture_file, png
 from runner.media.paths import write
 from stages.errors import InvalidInput
+from stages.wording import kind_of
 
 
 class PictureImage(PngImageFile):
@@ -51,7 +52,7 @@ def save(path: str | PathLike[str], pixels: Any, card: Mapping[str, Any], *, ove
     Raises InvalidInput where something is there, or for a format that is not written; StoreError where it cannot be.
     """
     if not isinstance(path, str | PathLike):
-        raise InvalidInput(f"a {type(path).__name__} is no path of a picture -> such as \"fox.png\"")
+        raise InvalidInput(f"{kind_of(path)} is no path of a picture -> such as \"fox.png\"")
     target = Path(path)
     write(target, picture_file(target, pixels, card), overwrite=overwrite)
     return target

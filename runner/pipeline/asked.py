@@ -10,6 +10,7 @@ from runner.request import COUNT, FilledRequest, Request, first_seed
 from runner.text import shown
 from stages.errors import InvalidInput
 from stages.families import Family
+from stages.wording import counted, kind_of
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -69,7 +70,7 @@ def _prompts(prompt: Any) -> list[Any]:
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list | tuple):
-        raise InvalidInput(f"prompt is a {type(prompt).__name__} -> a text, or a list of texts")
+        raise InvalidInput(f"prompt is {kind_of(prompt)} -> a text, or a list of texts")
     if not prompt:
         raise InvalidInput('the list of prompts is empty -> pipe(["a red circle"])')
     return list(prompt)
@@ -79,9 +80,10 @@ def _negatives(negative: Any, count: int) -> list[Any]:
     if negative is None or isinstance(negative, str):
         return [negative] * count
     if not isinstance(negative, list | tuple):
-        raise InvalidInput(f"negative_prompt is a {type(negative).__name__} -> a text, or a list of texts")
+        raise InvalidInput(f"negative_prompt is {kind_of(negative)} -> a text, or a list of texts")
     if len(negative) != count:
-        raise InvalidInput(f"{count} prompts and {len(negative)} negative prompts -> one for each, or one text")
+        raise InvalidInput(f"{counted(count, 'prompt')} and {counted(len(negative), 'negative prompt')} -> one for "
+                           f"each, or one text")
     return list(negative)
 
 
@@ -93,7 +95,8 @@ def _seeds(seed: Any, generator: Any, count: int) -> Iterable[int]:
         return _seeds_of(generator, count)
     if isinstance(seed, list | tuple | range):
         if len(seed) != count:
-            raise InvalidInput(f"{len(seed)} seeds for {count} pictures -> one for each, or one that counts up")
+            raise InvalidInput(f"{counted(len(seed), 'seed')} for {counted(count, 'picture')} -> one for each, or one "
+                               f"that counts up")
         found = [_whole(one) for one in seed]
         for one in found:
             check_whole("seed", one, 0, SEED)
@@ -114,10 +117,10 @@ def _seeds_of(generator: Any, count: int) -> list[int]:
                            f"where the one before it ended -> generator=[torch.Generator().manual_seed(n) for n in "
                            f"range({first}, {first + count})], or seed={first}, which counts up")
     given = given if isinstance(given, list | tuple) else [given]
-    if wrong := [type(one).__name__ for one in given if not isinstance(one, torch.Generator)]:
-        raise InvalidInput(f"generator is a {wrong[0]} -> torch.Generator().manual_seed(7), or a list of such")
+    if wrong := [kind_of(one) for one in given if not isinstance(one, torch.Generator)]:
+        raise InvalidInput(f"generator is {wrong[0]} -> torch.Generator().manual_seed(7), or a list of such")
     if len(given) != count:
-        raise InvalidInput(f"{len(given)} generator{'' if len(given) == 1 else 's'} for {count} pictures, each of "
+        raise InvalidInput(f"{counted(len(given), 'generator')} for {counted(count, 'picture')}, each of "
                            f"which has noise of its own -> {SEEDS}")
     if len({id(one) for one in given}) < count:
         raise InvalidInput(f"a generator is listed twice, and gives other noise the second time -> {SEEDS}")

@@ -9,6 +9,7 @@ from runner import job_fields as fields_of
 from runner.job import STAGES
 from runner.text import shown
 from stages.errors import InvalidInput
+from stages.wording import kind_of
 
 # All of these leave it to the plan, which balances by bytes and work.
 _PLANNED = (None, "auto", "balanced", "balanced_low_0", "sequential")
@@ -31,7 +32,7 @@ def places_of(place: Any, device_map: Any) -> Any:
     """The places of a job, from `place`, or from a map of components, or stages, to devices."""
     if not isinstance(device_map, Mapping):
         if not isinstance(device_map, str | int | torch.device | None):
-            raise InvalidInput(f"device_map is a {type(device_map).__name__} -> \"balanced\", a device, or "
+            raise InvalidInput(f"device_map is {kind_of(device_map)} -> \"balanced\", a device, or "
                                f"{{\"vae\": \"cuda:0\"}}")
         return place
     if place != () and place is not None:

@@ -3,6 +3,7 @@
 from typing import Any, NoReturn
 
 from stages.errors import InvalidInput
+from stages.wording import kind_of
 
 
 class NotHere(InvalidInput, AttributeError):
@@ -78,7 +79,7 @@ class Habits:
     def set_progress_bar_config(self, *, disable: bool | None = None, **kwargs: Any) -> None:
         """Show how calls go on, or with `disable` do not; of what else tqdm takes there is no use here."""
         if not isinstance(disable, bool | None):
-            raise InvalidInput(f"disable is a {type(disable).__name__} -> True or False")
+            raise InvalidInput(f"disable is {kind_of(disable)} -> True or False")
         self._progress = None if disable is None else not disable
 
     to = Instead(_MOVED)

@@ -12,6 +12,7 @@ from stages.models.checkpoint import Checkpoint, find
 from stages.models.files import read_json
 from stages.models.hub import is_id
 from stages.models.index import INDEX
+from stages.wording import kind_of, with_article
 
 
 def family_of(model: str, revision: str | None) -> tuple[str, str | None]:
@@ -36,7 +37,7 @@ def family_named(model: str) -> Family | None:
 def as_name(model: Any) -> str:
     """The name or the path that somebody gave for a model, as text; InvalidInput for what is neither."""
     if not isinstance(model, str | os.PathLike):
-        raise InvalidInput(f"a {type(model).__name__} is no model -> a family such as \"flux\", a hub id or a folder")
+        raise InvalidInput(f"{kind_of(model)} is no model -> a family such as \"flux\", a hub id or a folder")
     return os.fspath(model)
 
 
@@ -66,7 +67,8 @@ def _by_its_index(model: str, revision: str | None) -> Family:
     fitting = [family for family in FAMILIES.values() if family.pipeline == pipeline and family.repo != "demo"]
     if not fitting:
         runs = ", ".join(dict.fromkeys(family.pipeline for family in FAMILIES.values()))
-        raise ModelError(f"{model} is not supported: it is a {named.pipeline}, which no family here runs -> choose "
+        kind = with_article(named.pipeline)
+        raise ModelError(f"{model} is not supported: it is {kind}, which no family here runs -> choose "
                          f"from {', '.join(FAMILIES)}, or a model of {runs}")
     if len(fitting) == 1:
         return fitting[0]

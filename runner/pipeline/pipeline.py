@@ -37,6 +37,7 @@ from stages.machine import Machine
 from stages.models.lora import LoraRequest
 from stages.models.scheduler import SchedulerRequest
 from stages.signatures import checked_call
+from stages.wording import kind_of
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -218,7 +219,8 @@ class Pipeline(Habits):
         }
         job = self.job_for(prompt, **asked, **unknown)
         with self._heard(job, on_step, emit) as listener:
-            report = run_all(make_plan(job), store=self.store, emit=listener, stop=lambda: listener.stopping)
+            plan = make_plan(job, shapes=False)
+            report = run_all(plan, store=self.store, emit=listener, stop=lambda: listener.stopping)
         if report.failures:
             first, seeds = report.failures[0], [request.seed for request in job.requests]
             raise BadResult(f"picture {first.index} of {len(seeds)} came to nothing: {first.text}; the others are "
@@ -234,7 +236,7 @@ class Pipeline(Habits):
 
         `asked` are the keywords of a call, such as `seed=7`: what the later stages need of them, the states know.
         """
-        plan = make_plan(self.job_for(prompt, **asked))
+        plan = make_plan(self.job_for(prompt, **asked), shapes=False)
         with self._heard(plan.job, None, emit) as listener:
             states = run_stage(plan, "encode", store=self.store, emit=listener)
         spend(asked.get("generator"))
@@ -270,7 +272,7 @@ class Pipeline(Habits):
     def _next(self, stage: str, states: Any, on_step: OnStep | None, emit: Emit | None) -> States:
         before = STAGES[STAGES.index(stage) - 1]
         if not isinstance(states, States) or states.stage != before:
-            what = f"states after {states.stage}" if isinstance(states, States) else f"a {type(states).__name__}"
+            what = f"states after {states.stage}" if isinstance(states, States) else f"{kind_of(states)}"
             raise InvalidInput(f"{stage} works on what pipe.{before} gives, not on {what}")
         plan = self._plan_of(states)
         keys = artifact_keys(plan)[before]

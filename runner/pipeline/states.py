@@ -8,6 +8,7 @@ import torch
 from runner.planning.plan import Plan
 from stages.errors import InvalidInput
 from stages.state import State, Value
+from stages.wording import counted, kind_of
 
 
 class States:
@@ -44,7 +45,7 @@ class States:
         elif isinstance(value, State):
             at, state = self._at(name), value
         else:
-            raise InvalidInput(f"a {type(value).__name__} is no state -> states[{name}] = "
+            raise InvalidInput(f"{kind_of(value)} is no state -> states[{name}] = "
                                f"states[{name}].changed(prompt_embeds=...)")
         self._states[at] = state
 
@@ -57,7 +58,8 @@ class States:
 
     def _only(self, name: str) -> State:
         if len(self._states) > 1:
-            raise InvalidInput(f"there are {len(self._states)} states -> states[0][{name!r}]")
+            raise InvalidInput(f"there {'is' if len(self._states) == 1 else 'are'} "
+                               f"{counted(len(self._states), 'state')} -> states[0][{name!r}]")
         return self._states[0]
 
     def __delitem__(self, name: int | str) -> None:
@@ -65,7 +67,7 @@ class States:
 
     def _at(self, number: int) -> int:
         if not isinstance(number, int):
-            raise InvalidInput(f"a {type(number).__name__} is no number of a state -> states[0], or "
+            raise InvalidInput(f"{kind_of(number)} is no number of a state -> states[0], or "
                                f"states[0][\"prompt_embeds\"]")
         if not -len(self._states) <= number < len(self._states):
             raise InvalidInput(f"there is no state {number} -> 0 to {len(self._states) - 1}")

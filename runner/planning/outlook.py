@@ -7,6 +7,7 @@ import torch
 from runner.planning.lighter import quicker
 from runner.planning.picture_time import picture_time
 from runner.planning.plan import Plan
+from stages.basis import Basis
 
 # From so many seconds on it is said what takes less.
 LONG = 600.0
@@ -17,10 +18,7 @@ def outlook(plan: Plan, disk_rate: float | None = None) -> Iterator[str]:
 
     `disk_rate` is in bytes a second; None where it is not known.
     """
-    if plan.checkpoint.shapes:
-        yield f"planned from shapes that ship with stagerun, {plan.checkpoint.shapes}"
-        yield f"its own files are planned from once they can be read: {plan.checkpoint.unread}"
-    yield from (f"assumed: {text}" for text in plan.machine.assumed)
+    yield from Basis(plan.machine.assumed, plan.checkpoint.shapes, plan.checkpoint.unread).lines()
     found = picture_time(plan, disk_rate)
     if found is not None:
         yield str(found)

@@ -12,6 +12,7 @@ from runner.planning.plan import Plan
 from runner.text import gib
 from stages.cards import Card, find_card
 from stages.machine import Device, host_rate
+from stages.wording import counted
 
 # The parts that are reached, at least and at most, of a card's rate, of that of a card before bfloat16, which has no
 # flash attention in torch, of the rate measured on a host, and of a link.
@@ -40,7 +41,7 @@ class PictureTime:
         comes = "come" if read else "comes"
         whole = "less than a second" if self.longest < 1 else f"{spoken(self.shortest)} to {spoken(self.longest)}"
         return (f"a picture takes {whole}, estimated, not measured: "
-                f"{self.steps} steps of {self.step / 1e12:.3g} TFLOP, encode and decode, at "
+                f"{counted(self.steps, 'step')} of {self.step / 1e12:.3g} TFLOP, encode and decode, at "
                 f"{' and '.join(self.rates)}; loading the weights{read} {comes} on top")
 
 

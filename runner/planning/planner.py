@@ -1,6 +1,7 @@
 """From a job to a plan: the model found and checked, its stages cut, every component placed where it fits."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -20,8 +21,10 @@ from runner.planning.placed import Placed
 from runner.planning.placer import Placer
 from runner.planning.plan import Plan, largest, sizes_of
 from runner.planning.suggestions import with_fixes
-from runner.request import FilledRequest, nearest_sizes
+from runner.request import FilledRequest
+from runner.sizes import makeable
 from runner.text import gib, shown
+from stages.basis import Basis
 from stages.errors import DoesNotFit, InvalidInput, ModelError
 from stages.estimate.rehearsal import UnusableSteps
 from stages.families import FAMILIES
@@ -33,12 +36,13 @@ from stages.models.lora import LoraRequest, find_lora
 from stages.pipeline.split import require, split
 from stages.pipeline.stage import Stage
 from stages.signatures import checked_call
+from stages.wording import kind_of
 
 
 @checked_call
 def make_plan(
     job: Job | str, requests: Any = (), *, machine: str | Machine | None = None, download: bool = True,
-    cache: PlanCache | None = None, shapes: bool = False, **options: Any,
+    cache: PlanCache | None = None, shapes: bool = True, **options: Any,
 ) -> Plan:
     """Find and check the job's model, and place every component where it fits together with its activations.
 
@@ -46,15 +50,15 @@ def make_plan(
     `machine` is one that need not be here, such as "2x16GB"; by default it is this one. Weights that are not here are
     downloaded when all of them are placed, unless `download` is False or the machine is not this one. Of a job whose
     requests come from the lines of a file, those of a size that the model does not make become refused lines. `cache`
-    has what other plans of the same model found out. With `shapes`, and always for a machine that is not here, the
-    shapes that ship with the package stand in for a model of the hub that cannot be read: enough to plan, not to run.
+    has what other plans of the same model found out. The shapes that ship with the package stand in for a model of the
+    hub that cannot be read: enough to plan, not to run. Without `shapes` they do so for another machine alone.
 
     Raises ModelError, InvalidInput, or DoesNotFit with fixes that make all of the job fit, if there are any.
     """
     job = job_of(job, requests, options)
     cache = cache or PlanCache()
     plan = with_fixes(job, partial(_planned, machine=machine, cache=cache, shapes=shapes))
-    return fetched(plan) if download and plan.machine.here else plan
+    return fetched(plan) if download and plan.machine.here and not plan.checkpoint.shapes else plan
 
 
 def job_of(job: Any, requests: Any, options: Mapping[str, Any]) -> Job:
@@ -65,7 +69,7 @@ def job_of(job: Any, requests: Any, options: Mapping[str, Any]) -> Job:
                                f"dataclasses.replace(job, ...)")
         return job
     if not isinstance(job, str):
-        raise InvalidInput(f"a {type(job).__name__} is no job -> make_plan(\"flux\", ...), or make_plan(Job(...))")
+        raise InvalidInput(f"{kind_of(job)} is no job -> make_plan(\"flux\", ...), or make_plan(Job(...))")
     return job_fields.made(Job, options, family=job, requests=requests)
 
 
@@ -86,27 +90,44 @@ def fetched(plan: Plan) -> Plan:
 
 def _planned(job: Job, *, machine: str | Machine | None, cache: PlanCache, shapes: bool) -> Plan:
     if not isinstance(machine, str | Machine | None):
-        raise InvalidInput(f"a {type(machine).__name__} is no machine -> such as machine=\"2x16GB\"")
+        raise InvalidInput(f"{kind_of(machine)} is no machine -> such as machine=\"2x16GB\"")
     if isinstance(machine, str):
         there = chosen(read_machine(machine), job.devices)
     else:
         there = machine or check_cards(probe(job.devices))
-    there = limited(there, job.max_memory)
+    with _resting_on(there):
+        there = limited(there, job.max_memory)
     if there.here:
         require(job.defaults.requires)
     checkpoint = _checkpoint(job, shapes=shapes or not there.here)
-    _check_disk(checkpoint, there)
+    with _resting_on(there, checkpoint):
+        _check_disk(checkpoint, there)
+        return _plan_of(job, checkpoint, there, cache)
+
+
+def _plan_of(job: Job, checkpoint: Checkpoint, there: Machine, cache: PlanCache) -> Plan:
+    """The job with a model that was found, on a machine; DoesNotFit where that has no room."""
     stages = split(checkpoint, largest(job.requests).inputs)
     multiple = stages[1].scale_factor * job.defaults.patch
-    job = _makeable(job, multiple)
+    job = _sound(job, stages, multiple)
     job, placer, placed = _placed(job, there, stages, stages[0].longest, multiple, cache)
     places = placed.places if job.peer_copies else {
         part: replace(place, placement=place.placement.through_host()) for part, place in placed.places.items()}
-    _check_components(job, [component for _, component in places])
     loras = tuple(LoraRequest(lora.source, lora.scale, lora.digest) for lora in checkpoint.loras)
     return Plan(replace(job, loras=loras), checkpoint, there, stages, places, placed.weights, placed.needs,
                 placed.strategies, placed.reasons, placed.lanes, placed.savings, placed.reads, placed.work,
                 describe.lines, placer)
+
+
+@contextmanager
+def _resting_on(machine: Machine, checkpoint: Checkpoint | None = None) -> Iterator[None]:
+    """Have what does not fit say what is taken for what nobody looked at."""
+    try:
+        yield
+    except DoesNotFit as error:
+        read = ("", "") if checkpoint is None else (checkpoint.shapes, checkpoint.unread)
+        error.basis = Basis(machine.assumed, *read)
+        raise
 
 
 def _placed(
@@ -139,10 +160,15 @@ def _checkpoint(job: Job, *, shapes: bool) -> Checkpoint:
         checkpoint = find(source, revision=job.revision, weights=False)
     except OutOfReach as error:
         # What names a commit, or repeats a picture of one, is about that one alone.
-        known = find_shapes(str(source)) if shapes and job.revision is None and job.origin is None else None
+        known = find_shapes(str(source)) if job.revision is None and job.origin is None else None
+        # What needs no weights is refused before somebody goes for them.
+        makeable(job, family.multiple)
         if known is None:
             raise
         check_family(known, family=FAMILIES[job.family])
+        if not shapes:
+            _sound(job, split(known, largest(job.requests).inputs), family.multiple)
+            raise
         checkpoint = replace(known, unread=error.text)
     checkpoint = replace(checkpoint, scheduler=job.scheduler)
     if job.origin is not None and job.origin.identity != checkpoint.identity:
@@ -187,22 +213,12 @@ def smaller_sizes(request: FilledRequest, multiple: int) -> Mapping[str, float]:
     return found
 
 
-def _makeable(job: Job, multiple: int) -> Job:
-    """The job less the requests whose size the model would silently round; InvalidInput unless they are of a file."""
-    lost: dict[int, str] = {}
-    for request in job.requests:
-        if request.width % multiple or request.height % multiple:
-            below, above = nearest_sizes((request.width, request.height), multiple)
-            text = (f"`size` {request.width}x{request.height}: this model makes multiples of {multiple}; nearest are "
-                    f"{below[0]}x{below[1]} and {above[0]}x{above[1]}")
-            if not job.listed:
-                raise InvalidInput(text)
-            lost[request.index] = text
-    return job.without(lost) if lost else job
-
-
-def _check_components(job: Job, known: Sequence[str]) -> None:
+def _sound(job: Job, stages: Sequence[Stage], multiple: int) -> Job:
+    """The job, less the lines of a file whose sizes the model does not make; InvalidInput for what it lacks."""
+    known = [component.name for stage in stages for component in stage.components]
     for component in job.dtype.keys() - {"", *known}:
         close = get_close_matches(component, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
         raise InvalidInput(f"`dtype`: the model has no component {shown(component)} -> {hint}")
+    places_asked_for(job.place, stages)
+    return makeable(job, multiple)

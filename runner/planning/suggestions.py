@@ -22,6 +22,7 @@ OFFLOADS = (None, "cpu", "disk")
 ROUNDS = 6
 WAYS = 3
 LESS = 0.75
+IN_HALF = Fix("dtype", "bfloat16")
 HALF = "half of the bytes, fast on a processor that has it, and slow on another"
 
 Replan = Callable[[Job], Plan]
@@ -56,6 +57,9 @@ def with_fixes(job: Job, plan: Replan) -> Plan:
         elif refused is not None:
             error.fixes = ()
         if isinstance(error, NoStrategyFits) and error.machine is not None and not error.machine.cards:
+            if IN_HALF not in error.fixes and _refusal(applied(job, (IN_HALF,)), plan) is None:
+                error.text += f"\n-> {'or ' if error.fixes else ''}`dtype=bfloat16`: {HALF}"
+                error.fixes = error.fixes or (IN_HALF,)
             names = smaller(job.defaults.name)
             error.text += f"\nsmaller models: {', '.join(names)}" if names else ""
         raise
@@ -167,8 +171,6 @@ def least_change(problem: PlacementProblem, machine: Machine, only: str | None =
         streamed = attempt(replace(problem, offload=offload), machine)[0]
         if streamed is not None:
             words = _waiting(problem, streamed, machine)
-            if _fits_in_bfloat16(problem, machine):
-                words += f"; or `dtype=bfloat16`: {HALF}"
             return f"`allow_offload={offload}`: {words}", (Fix("allow_offload", offload),)
     if problem.tile:
         return (f"`tile={problem.tile}`: what is decoded in tiles needs less, and is another picture in its last bits",
@@ -179,7 +181,7 @@ def least_change(problem: PlacementProblem, machine: Machine, only: str | None =
         if _fits(replace(problem, reserve=reserve), machine):
             return f"`size={size}`: a smaller picture needs less for activations", (Fix("size", size),)
     if _fits_in_bfloat16(problem, machine):
-        return f"`dtype=bfloat16`: {HALF}", (Fix("dtype", "bfloat16"),)
+        return f"`dtype=bfloat16`: {HALF}", (IN_HALF,)
     return f"it would fit with {gib(lacking(problem, machine))} more on {usable(machine)[0].name}", ()
 
 

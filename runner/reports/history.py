@@ -13,6 +13,7 @@ from runner.artifacts.store import Store, StoredRun
 from runner.artifacts.usage import Usage
 from runner.text import clean, cut, gib, shown, table
 from stages.errors import InvalidInput, StagerunError, StoreError
+from stages.wording import counted, kind_of
 
 SHOWN = 10
 HEAD = ("run", "age", "status", "pictures", "alone", "shared")
@@ -82,7 +83,7 @@ def list_runs(rows: Sequence[RunSummary], width: int) -> list[str]:
 def find_run(store: Store, text: str) -> str:
     """The run that `text` names: by its name, by the start of it, or as `last`; StoreError where that is not one."""
     if not isinstance(text, str):
-        raise InvalidInput(f"a {type(text).__name__} is no name of a run -> \"last\", or one of "
+        raise InvalidInput(f"{kind_of(text)} is no name of a run -> \"last\", or one of "
                            f"open_store(...).runs()")
     if text == "last":
         runs = store.runs()
@@ -162,7 +163,7 @@ def describe_run(facts: RunSummary, found: StoredRun, sizes: Mapping[str, int | 
     for index, request in enumerate(requests[:SHOWN] if isinstance(requests, list) else ()):
         lines.append(f"request {index}: {_request(request)}")
     if facts.pictures > SHOWN:
-        lines.append(f"... and {facts.pictures - SHOWN} more requests")
+        lines.append(f"... and {counted(facts.pictures - SHOWN, 'more request')}")
     for name in ("warnings", "changes", "failures"):
         values = record.get(name)
         for each in values[:SHOWN] if isinstance(values, list) else ():

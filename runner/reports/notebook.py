@@ -17,6 +17,7 @@ from runner.reports.templates import Thumbnail, thumbnail
 from runner.text import gib, harmless, pictures
 from stages.errors import InvalidInput
 from stages.signatures import checked_class
+from stages.wording import counted
 
 if TYPE_CHECKING:
     # What needs torch is imported when it is asked for: every notebook imports this module before anything else.
@@ -224,7 +225,7 @@ def placement_html(placement: "Placement") -> str:
 def sharded_html(placement: "Sharded") -> str:
     """Where the blocks of a component are, and how many are on each device."""
     counts = Counter(placement.storage_devices[block] for block in placement.devices)
-    return html("placement", str(placement), [(device, f"{count} blocks") for device, count in counts.items()])
+    return html("placement", str(placement), [(device, counted(count, "block")) for device, count in counts.items()])
 
 
 def _facts(asked: "FilledRequest") -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from runner.terminal import TolerantStream
 from runner.text import clean, gib, pictures, wrapped
+from stages.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -256,8 +257,8 @@ def verbose(kind: str, data: Mapping[str, Any], line: Callable[[], str]) -> Iter
     elif kind == "loaded":
         yield f"{data['stage']}: loaded in {float(data['seconds']):.1f} s"
     elif kind == "table":
-        yield (f"{data['stage']}: {data['layers']} layers computed ahead in {float(data['seconds']):.1f} s, "
-               f"{gib(int(data['bytes']))}")
+        yield (f"{data['stage']}: {counted(int(data['layers']), 'layer')} computed ahead in "
+               f"{float(data['seconds']):.1f} s, {gib(int(data['bytes']))}")
 
 
 def _live(stream: TolerantStream, line: Callable[[], str], preview: Callable[[], Any]) -> "Live":

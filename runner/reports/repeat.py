@@ -34,7 +34,7 @@ def recorded(record: Mapping[str, Any], store: str) -> Job | None:
 
 def resume_line(run: str, store: str, usual: str) -> str:
     """What to type to go on with a run; the `usual` store need not be said."""
-    return line("resume", run, *_store(store, usual))
+    return line("resume", run, *store_words(store, usual))
 
 
 def repeat_line(job: Job, usual: str) -> str:
@@ -45,7 +45,7 @@ def repeat_line(job: Job, usual: str) -> str:
     """
     words = words_of(job, usual)
     return line(*words) if words is not None else line("resume", job.run, "--from", "encode",
-                                                       *_store(job.store, usual))
+                                                       *store_words(job.store, usual))
 
 
 def further_line(job: Job, usual: str) -> str | None:
@@ -130,7 +130,7 @@ def _kept(job: Job, usual: str) -> Iterator[tuple[str, ...]]:
                          ("--strict", policy.strict), ("--no-metadata", not job.output.metadata)):
         if said:
             yield (option,)
-    yield from (pair for pair in (_store(job.store, usual),) if pair)
+    yield from (pair for pair in (store_words(job.store, usual),) if pair)
     if policy.stop_after is not None:
         yield "--stop-after", policy.stop_after
     else:
@@ -149,7 +149,8 @@ def _out(job: Job) -> str:
     return str(folder / f"{usual.stem}-{{run}}{paths[0].suffix if paths else usual.suffix}")
 
 
-def _store(store: str, usual: str) -> tuple[str, ...]:
+def store_words(store: str, usual: str) -> tuple[str, ...]:
+    """The words that name a store, none for the `usual` one."""
     return () if store in ("", usual) else ("--artifacts", store)
 
 

@@ -12,8 +12,13 @@ PARTS = ("load", "compute", "save", "flush")
 SHOWN = 20
 
 
-def closing(report: "Report", written: Sequence[tuple[str, int]], seconds: Mapping[str, float]) -> list[str]:
-    """What a run ends with: the path and the seed of each picture in `written`, and how long one took."""
+def closing(
+    report: "Report", written: Sequence[tuple[str, int]], seconds: Mapping[str, float], *, paths: bool = True
+) -> list[str]:
+    """What a run ends with: the path and the seed of each picture in `written`, and how long one took.
+
+    Without `paths`, which then are told elsewhere, the seeds alone.
+    """
     total, count = seconds["total"], len(written)
     if not count:
         made = len(report.pictures) or max((stage.ran + stage.reused for stage in report.stages), default=0)
@@ -21,10 +26,21 @@ def closing(report: "Report", written: Sequence[tuple[str, int]], seconds: Mappi
         return [f"{last} is done for {pictures(made)}, {total:.1f} s in all"]
     if count == 1:
         (path, seed), = written
-        return [f"{path}: seed {seed}, {total:.1f} s"]
+        return [f"{f'{path}: ' if paths else ''}seed {seed}, {total:.1f} s"]
+    last = f"{count:,} pictures in {total:.1f} s, {total / count:.1f} s per picture"
+    if not paths:
+        return [f"{last}, {_seeds([seed for _, seed in written])}"]
     listed = [f"{path}: seed {seed}" for path, seed in written[:SHOWN]]
     more = [f"... and {count - SHOWN:,} more"] if count > SHOWN else []
-    return [*listed, *more, f"{count:,} pictures in {total:.1f} s, {total / count:.1f} s per picture"]
+    return [*listed, *more, last]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """Such as `seeds 7 to 10`, `seeds 3, 1, 4`, and of many the first ones."""
+    if list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"seeds {seeds[0]} to {seeds[-1]}"
+    more = f", ... and {len(seeds) - SHOWN:,} more" if len(seeds) > SHOWN else ""
+    return f"{'seeds' if len({*seeds}) > 1 else 'seed'} {', '.join(map(str, dict.fromkeys(seeds[:SHOWN])))}{more}"
 
 
 def lines(report: "Report", seconds: Mapping[str, float], columns: int = 80) -> list[str]:

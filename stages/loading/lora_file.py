@@ -14,6 +14,7 @@ from stages.errors import ModelError
 from stages.loading.lora_config import TrainerConfig, read_configs
 from stages.models.lora import Lora, check_unchanged
 from stages.models.safetensors_header import read_header
+from stages.wording import counted
 
 TRANSFORMER = "transformer"
 # Who begins a name so: the component that is meant, and whether the layer's name has `_` for its dots.
@@ -163,7 +164,7 @@ def read_lora_file(lora: Lora) -> LoraFile:
 def refuse(lora: Lora, what: str, groups: Collection[Group], step: str) -> ModelError:
     """The error that names what is not run, how many tensors that are, and the first of them."""
     names = [name for group in groups for name in group.names.values()]
-    return ModelError(f"{lora.source} {what} ({len(names)} tensors, first {names[0][:120]!r}) -> {step}")
+    return ModelError(f"{lora.source} {what} ({counted(len(names), 'tensor')}, first {names[0][:120]!r}) -> {step}")
 
 
 def _grouped(lora: Lora, tensors: Mapping[str, torch.Tensor]) -> list[Group]:

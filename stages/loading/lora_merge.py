@@ -20,6 +20,7 @@ from stages.loading.lora_names import LayerNames, layer_names
 from stages.loading.lora_updates import Difference, DoraUpdate, HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
 from stages.models.checkpoint import Checkpoint, Component
 from stages.models.lora import ADAPTER, ADAPTER_CONFIG, Lora
+from stages.wording import with_article
 
 # Elements of a weight that are added to at once: merging takes three times their bytes in float32 on its device.
 ELEMENTS_AT_ONCE = 2**20
@@ -109,7 +110,8 @@ def _loadable(lora: Lora) -> set[str]:
     """The components that the pipeline class reads a LoRA for; ModelError for one that reads none."""
     found: Any = getattr(diffusers, lora.pipeline)
     if not hasattr(found, "lora_state_dict"):
-        raise ModelError(f"diffusers {diffusers.__version__} reads no LoRA for a {lora.pipeline} -> leave `loras` out")
+        raise ModelError(f"diffusers {diffusers.__version__} reads no LoRA for {with_article(lora.pipeline)} -> "
+                         f"leave `loras` out")
     # No public name says it.
     return set(found._lora_loadable_modules)
 

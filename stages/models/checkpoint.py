@@ -30,6 +30,7 @@ from stages.models.lora import Lora
 from stages.models.safetensors_header import file_bytes, read_header
 from stages.models.scheduler import SchedulerRequest
 from stages.models.shapes import HEADERS, laid_out, shipped
+from stages.wording import with_article
 
 # Files of so many bytes are told apart by size, time and header: to hash all of a model takes minutes.
 LARGE = 64 * 2**20
@@ -168,8 +169,9 @@ def check_family(checkpoint: Checkpoint, *, family: Family) -> None:
     fitting = [other.name for other in FAMILIES.values() if other.pipeline == checkpoint.pipeline]
     step = f"run the family {fitting[0]} instead, or" if fitting else "no family here runs it;"
     raise ModelError(
-        f"{checkpoint.source} is a {checkpoint.pipeline}, but family {family.name} runs a {family.pipeline}; "
-        f"{step} give a {family.pipeline} model, such as `model={family.repo}`"
+        f"{checkpoint.source} is {with_article(checkpoint.pipeline)}, but family {family.name} runs "
+        f"{with_article(family.pipeline)}; {step} give {with_article(family.pipeline)} model, such as "
+        f"`model={family.repo}`"
     )
 
 

@@ -272,7 +272,7 @@ def _explained(
 
 
 def _broken(error: BaseException) -> OutOfReach:
-    return OutOfReach(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same command "
+    return OutOfReach(f"the connection to {settings.ENDPOINT} broke ({type(error).__name__}); run the same "
                       f"again: what has arrived is kept")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from stages.errors import InvalidInput, ModelError
 from stages.models.config_check import check_scheduler
+from stages.wording import kind_of
 
 FORM = "NAME, NAME,key=value,... or key=value,..., such as UniPCMultistepScheduler,use_flow_sigmas=true"
 LONGEST = 16 * 2**10
@@ -85,7 +86,7 @@ class SchedulerRequest:
         if isinstance(given, type) and given.__name__.endswith("Scheduler"):
             return cls(given.__name__)
         if not isinstance(getattr(given, "config", None), Mapping) or not hasattr(given, "to_json_string"):
-            raise InvalidInput(f"`scheduler` is a {type(given).__name__} -> a name such as "
+            raise InvalidInput(f"`scheduler` is {kind_of(given)} -> a name such as "
                                f"\"UniPCMultistepScheduler\", a config, or a scheduler of diffusers")
         return cls.read(_config_of(given) | {"_class_name": type(given).__name__})
 

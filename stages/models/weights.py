@@ -17,6 +17,7 @@ from stages.models.format import any_of, refuse_companions, refuse_whole_numbers
 from stages.models.hub import download_line
 from stages.models.safetensors_header import TensorEntry, header_text, read_header
 from stages.models.skeleton import config_text, skeleton
+from stages.wording import counted
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,13 @@ def compare(component: Component, model: nn.Module, found: Mapping[str, StoredTe
         for name, source in found.items()
         if source is not None and name in wanted and wanted[name].shape != (shape := source.entry.shape)
     ]
-    for what, names in (("asks for {} tensors that the files lack", missing),
-                        ("does not fit the shape of {} tensors in the files", wrong)):
+    for what, names in (("asks for {} that the files lack", missing),
+                        ("does not fit the shape of {} in the files", wrong)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(
-                f"{component.folder / 'config.json'} {what.format(len(names))}: {', '.join(names[:3])}{more}; config "
-                f"and weights are not of one model: "
+                f"{component.folder / 'config.json'} {what.format(counted(len(names), 'tensor'))}: "
+                f"{', '.join(names[:3])}{more}; config and weights are not of one model: "
                 f"{download_line(component.folder.parent, (component.name,))} --force-download"
             )
     refuse_whole_numbers({source.name: source.entry.dtype for name, source in found.items()

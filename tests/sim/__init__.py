@@ -79,7 +79,7 @@ def schedule(when: Literal["synchronous", "late", "early"] | int) -> None:
     """Say when what is called runs, from now on.
 
     "synchronous" is at once; "late" is when somebody waits for it; "early" is at once on side streams, and late on
-    default ones; a number from 0 on draws it. Whoever does not wait where it must reads wrong numbers under one of them.
+    default ones; a number from 0 on draws it. Whoever does not wait reads wrong numbers under one of them.
     """
     _backend.set_schedule(_FIRST_SEED + when if isinstance(when, int) else _SCHEDULES[when])
 
@@ -91,7 +91,7 @@ def host_waits() -> int:
 
 @contextmanager
 def watched_waits() -> Iterator[list[str]]:
-    """The places in Python's code from which the host waits meanwhile, filled in at the end: frames, innermost first."""
+    """Where in Python's code the host waits meanwhile, filled in at the end: frames, innermost first."""
     found: list[str] = []
     begin = len(_backend.places_of_waits())
     _backend.tell_places_of_waits(True)
@@ -127,7 +127,7 @@ def fail_kernel(device: str | int, nth: int) -> None:
 
 
 def caching(wanted: bool, context_bytes: int = 0) -> None:
-    """Count the bytes that CUDA's caching allocator would reserve, and what a context takes, instead of those asked for.
+    """Count the bytes that CUDA's caching allocator would reserve and what a context takes, not those asked for.
 
     To be said before the first allocation.
     """

@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=90.0, help="budget of the transformer and CLIP")
     parser.add_argument("--start", type=Path, help="checkpoint whose weights to begin with")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads")
-    parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16, which many processors do faster")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16: faster on many processors")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     budgets = Budgets(options.minutes_vae, options.minutes_words, options.minutes)

@@ -62,7 +62,7 @@ class StageActor:
         job = Job.from_json(document["job"])
         self._store = open_job_store(job, silent)
         check_shared(self._store, job, platform.node())
-        whole = make_plan(replace(job, origin=None), machine=Machine.from_json(document["machine"]))
+        whole = make_plan(replace(job, origin=None), machine=Machine.from_json(document["machine"]), shapes=False)
         self._changes: list[str] = []
         self._load(on_own_cards(whole, self.name))
 

@@ -32,6 +32,7 @@ from runner.job import STAGES, Job
 from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
 from runner.planning.verdict import verdict
+from runner.text import pictures
 from stages.errors import BadResult, InvalidInput, from_json
 from stages.machine import Machine, probe
 
@@ -44,7 +45,7 @@ def run_job(job: Job, *, emit: Emit, done: Done | None = None, verbose: bool = F
     store = open_job_store(job, emit)
     with connected(verbose=verbose) as ray:
         emit("begin", {"what": "planning"})
-        plan = make_plan(job, machine=cluster_machine(ray, job.devices))
+        plan = make_plan(job, machine=cluster_machine(ray, job.devices), shapes=False)
         emit("plan", {"text": verdict(plan)})
         return run_all(ray, plan, store=store, emit=emit, done=done)
 
@@ -156,7 +157,7 @@ def run_all(ray: Any, plan: Plan, *, store: Store, emit: Emit, done: Done | None
         with previewing(ray, emit) if policy.preview else nullcontext() as previews:
             for group in worked(ray, plan, stages, todo, previews):
                 run.take(group, emit)
-                emit("begin", {"what": f"{len(run.finished):,} of {len(plan.requests):,} pictures done",
+                emit("begin", {"what": f"{len(run.finished):,} of {pictures(len(plan.requests))} done",
                                "workers": {stage: did["worker"] for stage, did in group["did"].items()}})
         if len({failure.index for failure in run.failures}) == len(plan.requests):
             raise BadResult(f"every picture failed; the first: {run.failures[0].text}")

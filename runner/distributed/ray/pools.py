@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stages.errors import DoesNotFit
+from stages.wording import counted
 
 GROUP = 4
 # Workers without cards compute in as many threads as one process would; Ray only counts what it may start.
@@ -42,8 +43,8 @@ def pools(cards: Mapping[str, int], there: int, requests: int) -> Pools:
         return Pools(dict.fromkeys(cards, Pool(1, 0)), together=True)
     stage, most = max(cards.items(), key=lambda item: item[1])
     if most > there:
-        raise DoesNotFit(f"{stage} takes {most} cards, and the cluster has {there} -> wait for nodes, or use "
-                        f"--max-memory or --allow-offload cpu")
+        raise DoesNotFit(f"{stage} takes {counted(most, 'card')}, and the cluster has {there} -> wait for nodes, or "
+                        f"use --max-memory or --allow-offload cpu")
     spare = there - sum(cards.values())
     if spare < 0:
         return Pools({name: Pool(min(there // count, requests), count) for name, count in cards.items()}, False)
