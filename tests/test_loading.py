@@ -94,5 +94,5 @@ def test_a_missing_tensor_is_told_by_name(tmp_path: Path, cards: Cards) -> None:
     held = load_file(component.files[0])
     del held["blocks.1.ffn.net.2.weight"]
     save_file(held, component.files[0], {"format": "pt"})
-    with pytest.raises(ModelError, match=r"asks for 1 tensors that the files lack: blocks\.1\.ffn\.net\.2\.weight"):
+    with pytest.raises(ModelError, match=r"asks for 1 tensor that the files lack: blocks\.1\.ffn\.net\.2\.weight"):
         load(component, Place(Resident(*cards(2**30)), torch.float32))

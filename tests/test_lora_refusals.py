@@ -73,7 +73,7 @@ def put(suffix: str, value: torch.Tensor) -> Change:
     (lambda t: t.update({"diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(16)}),
      "1 of [0-9]+ tensors are weights that replace those of a norm, as in a control LoRA, such as"),
     (lambda t: t.update({"diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff": torch.ones(16)}),
-     "query_norm.weight, which is no linear layer of this model's Flux.* .1 tensors, first 'diffusion_model"),
+     "query_norm.weight, which is no linear layer of this model's Flux.* .1 tensor, first 'diffusion_model"),
     (lambda t: t.update({"lora_unet_double_blocks_0_img_attn_norm_key_norm.w_norm": torch.ones(16)}),
      "1 of [0-9]+ tensors are what is added to a norm"),
     (put(".lora_magnitude_vector", torch.ones(32)),

@@ -133,7 +133,7 @@ JOB = Job("flux", (Request("x", 32, 32, 1, 3.5, 1, 32),), store="store", run="od
         ({"job": {**JOB, "family": "os"}}, "there is no family 'os'"),
         ({"job": {**JOB, "family": 1}}, "family: Input should be a valid string"),
         ({"job": {**JOB, "output": {**JOB["output"], "paths": [1]}}}, "output.paths.0: "),
-        ({"job": {**JOB, "output": {**JOB["output"], "paths": ["x", "y"]}}}, "(1 requests and 2 --out paths -> "),
+        ({"job": {**JOB, "output": {**JOB["output"], "paths": ["x", "y"]}}}, "(1 request and 2 --out paths -> "),
         ({"job": {**JOB, "dtype": {"vae": "complex64"}}}, "complex64"),
         ({"job": {**JOB, "out": "/"}}, "out: no field of a job"),
         ({"job": {**JOB, "policy": {**JOB["policy"], "stop_after": "lunch"}}}, "policy.stop_after: "),
