@@ -17,9 +17,9 @@ PROMPT, GUIDANCE, SEED = "a red circle on a blue background", 3.5, 0
 
 def measure(way: Way, work: Workload, notes: Notes) -> None:
     """Make one picture and note what it took, then two of one and two steps for the bytes that are copied."""
-    from runner.engine.oom import is_out_of_memory
     from runner.engine.signals import Interrupted
     from stages.errors import BadResult, DoesNotFit
+    from stages.out_of_memory import is_out_of_memory
 
     notes.add(status="loading")
     try:

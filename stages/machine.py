@@ -7,15 +7,23 @@ simulated accelerator of the tests alike.
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from stages.drivers import unseen_cards
 from stages.errors import InvalidInput
 from stages.host_memory import host_memory
+
+# Segments that grow do not leave gaps that fit nobody (pytorch.org/docs/stable/notes/cuda.html, torch.cuda.memory).
+# Read at the first allocation on a card; what somebody has set already is left alone.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 MIB = 2**20
 # What a kind of device needs besides tensors: workspaces of its libraries, and what its allocator cannot use up.
@@ -140,9 +148,11 @@ class Machine:
 def probe(names: Sequence[str] = ()) -> Machine:
     """The machine, or the part of it that `names` selects, in that order; the CPU where there is no accelerator.
 
-    Raises InvalidInput for a device that is not there.
+    Raises InvalidInput for a device that is not there, and for cards that are there and that torch does not see.
     """
     total, free = host_memory()
+    if not torch.accelerator.is_available() and set(names) != {"cpu"} and (unseen := unseen_cards()):
+        raise InvalidInput(f"{unseen}, or run on the CPU (`devices=cpu`)")
     known = {f"{kind}:{index}": index for kind, index in _accelerators()}
     chosen = [_full_name(name, known) for name in names] or list(known) or ["cpu"]
     for name in chosen:
@@ -253,7 +263,12 @@ def memory_users(name: str) -> list[str]:
     except subprocess.TimeoutExpired:
         return ["nvidia-smi does not answer"]
     rows = [line.split(", ", 1) for line in listed.stdout.splitlines() if ", " in line]
-    return [rest for card, rest in rows if card == uuid and not rest.startswith(f"{os.getpid()},")]
+    return [rest for card, rest in rows if card == uuid and _is_other(rest.partition(",")[0])]
+
+
+def _is_other(pid: str) -> bool:
+    """Whether a number is that of another process here: in a container the driver numbers all, also this one, anew."""
+    return pid != str(os.getpid()) and (sys.platform != "linux" or Path("/proc", pid).exists())
 
 
 def missing_kernels(card: Device) -> str:

@@ -19,6 +19,7 @@ from runner.startup import hush
 from runner.terminal import say
 from runner.text import gib, table
 from stages import machine
+from stages.drivers import unseen_cards
 from stages.errors import ModelError
 from stages.machine import OTHER_TORCH, Device, Machine, computes, missing_kernels, probe
 from stages.placement.transfers import corrupted_pairs
@@ -54,11 +55,15 @@ def diagnose(*, as_json: bool, gpus: str | None) -> None:
 
 def examine(names: Sequence[str] = ()) -> list[Check]:
     """Every check of this machine, on the devices that `names` selects; InvalidInput for one that is not there."""
-    here = probe(names)
+    unseen = "" if names or torch.accelerator.is_available() else unseen_cards()
+    here = probe(["cpu"] if unseen else names)
     checks = [_versions(), _host(here)]
     for card in here.cards:
         checks += [_memory(card), _architecture(card), _kernel(card), _bfloat16(card)]
-    if not here.cards:
+    if unseen:
+        found, _, advice = unseen.partition(" -> ")
+        checks.append(Check("cards", False, found, advice))
+    elif not here.cards:
         checks.append(Check("cards", True, "none: everything runs on the CPU in float32"))
     if len(here.cards) > 1:
         checks.append(_copies(here))

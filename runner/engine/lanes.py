@@ -32,6 +32,9 @@ def process(loaded: Loaded, lanes: int, cards: Sequence[str], items: Sequence[T]
     for card in cards:
         # The weights came in another stream.
         torch.accelerator.synchronize(card)
+    if cards:
+        # What that stream keeps for itself is of no use to lanes.
+        torch.accelerator.empty_cache()
     queue, turns = Queue(items), DeviceTurns()
     with ThreadPoolExecutor(lanes, "lane") as pool:
         futures = [pool.submit(_drain, loaded.lane(), [stream(card, lane) for card in cards], turns, queue, do, failed)

@@ -15,12 +15,6 @@ from stages.placement.tiling import Tiling
 
 # Of each card, the part that is kept in reserve besides when a stage is placed anew: one of so many.
 MORE = 10
-_TEXTS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device or the host has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _TEXTS)
 
 
 def describe_oom(plan: Plan, stage: str, doing: str, peak: Mapping[str, int], error: BaseException) -> str:

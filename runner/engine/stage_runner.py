@@ -14,7 +14,7 @@ from runner.artifacts import Store
 from runner.engine import lanes
 from runner.engine.keys import checkpoint_key
 from runner.engine.memory import Meter
-from runner.engine.oom import describe_oom, is_out_of_memory
+from runner.engine.oom import describe_oom
 from runner.engine.report import Failure, Flushed, StageReport
 from runner.engine.signals import StopRequest
 from runner.engine.step_checkpoint import StepCheckpointer, StopAtStep, load_checkpoint
@@ -22,6 +22,7 @@ from runner.planning.plan import Plan
 from stages.errors import BadResult, StageOutOfMemory, StoreError
 from stages.events import Emit, silent
 from stages.loading.readahead import reading_ahead
+from stages.out_of_memory import is_out_of_memory
 from stages.pipeline.stage import Loaded, Stage, forget_frames
 from stages.pipeline.step_hook import StepCheckpoint
 from stages.placement.placement import Places, verified

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from stages.errors import ModelError, StagerunError
 from stages.models.safetensors_header import TensorEntry
+from stages.out_of_memory import is_out_of_memory
 
 # Schedulers make as many numbers as they have timesteps, CLIP reads as many tokens as its tokenizer says.
 LARGEST_COUNT = 50_000
@@ -167,16 +168,13 @@ def explained(what: str, next_step: str | Callable[[], str]) -> Iterator[None]:
     Not that memory ran out: whoever runs the stage has an answer to that. Not what is raised in a file of ours either:
     that is a mistake of ours, which no other model would mend.
     """
-    from torch import OutOfMemoryError  # A model is found and checked before torch is imported.
-
     try:
         yield
     except BaseException as error:
         # The libraries and those below them raise anything, some of it of no class that can be imported: a panic in
         # the Rust of tokenizers is not even an Exception.
         is_upstream = isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
-        is_memory = isinstance(error, MemoryError | OutOfMemoryError) or "allocate memory" in str(error)
-        if isinstance(error, StagerunError) or is_memory or not is_upstream or _is_ours(error):
+        if isinstance(error, StagerunError) or is_out_of_memory(error) or not is_upstream or _is_ours(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         step = next_step if isinstance(next_step, str) else next_step()
