@@ -111,6 +111,29 @@ def test_a_lane_whose_card_fails_ends_the_run_for_all(
         run_all(job)
 
 
+@pytest.mark.parametrize("place", ["denoise=sharded", "denoise=resident"])
+def test_the_host_waits_once_a_step_and_for_the_step_before(
+    model: Path, cards: Cards, sim: ModuleType, place: str
+) -> None:
+    """With the table of modulations, whose rows and checks are copied while the card computes."""
+    devices = cards(LIMIT, LIMIT)
+    found = {}
+    for steps in (3, 7):
+        sim.reset()
+        sim.schedule("late")
+        request = Request("a star", 64, 48, steps, 3.5, 7, 32)
+        job = make_plan(Job("flux", [request], model=model, dtype={"": torch.float32}, devices=devices, place=[place]))
+        assert job.places["denoise", "transformer"].precomputed
+        with sim.watched_waits() as places:
+            run_all(job)
+        # The loop is gone through once more, with nothing loaded, to find what the table is of.
+        found[steps] = [frames.split(" < ") for frames in places
+                        if "StageRunner._make" in frames and "loop_step" in frames]
+    assert len(found[7]) - len(found[3]) == 4
+    assert all("_Flag.__bool__" in frames[0] for frames in found[7])
+    assert all("StepMonitor._check" in frames[1] for frames in found[7])
+
+
 def test_ten_runs_leave_cards_and_streams_as_they_were(
     model: Path, alone: list[np.ndarray], cards: Cards, sim: ModuleType
 ) -> None:

@@ -108,14 +108,14 @@ class StepMonitor:
         `generator` is what steps draw from, if they may draw.
         """
         self._emit, self._timesteps, self._generator = emit, timesteps, generator
-        self._finite: torch.Tensor | None = None
+        self._finite: _Flag | None = None
 
     def __call__(self, step: int, steps: int, block_state: BlockState) -> None:
         self._check(step - 1)
         latents = getattr(block_state, "latents", None)
         if isinstance(latents, torch.Tensor):
-            # Read one step later, so that the host never waits for the device within a step.
-            self._finite = torch.isfinite(latents).all()
+            # Read one step later, so that the host never waits for what it has just ordered.
+            self._finite = _Flag(torch.isfinite(latents).all())
         if step + 1 == steps:
             self._check(step)
             self._finite = None
@@ -139,6 +139,22 @@ class StepMonitor:
                 f"denoise: latents are not finite after step {step + 1}: run again with "
                 f"`dtype=transformer=bfloat16` (or float32)"
             )
+
+
+class _Flag:
+    """A truth on a device, on its way to the host; whoever asks waits for what was ordered before it, and no more."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value, self._arrived = value, None
+        if value.device.type != "cpu":
+            # To pinned memory, by which the copy has its turn in the stream.
+            self._value = value.to("cpu", non_blocking=True)
+            self._arrived = torch.accelerator.current_stream(value.device).record_event()
+
+    def __bool__(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._value)
 
 
 def _clean(latents: torch.Tensor, direction: torch.Tensor, timestep: torch.Tensor, timesteps: int) -> torch.Tensor:

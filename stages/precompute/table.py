@@ -89,8 +89,8 @@ class Cursor(threading.local):
         assert self.at < len(self.calls), f"the denoiser was called more than {len(self.calls)} times"
         call = self.calls[self.at]
         for (at, _), recorded in zip(call.program.reads, call.given, strict=True):
-            # Looked at when the loop is over: the host never waits for the card within a step.
-            differs = (leaves[at] != recorded.to(leaves[at].device)).any()
+            # Copied and compared in order, and looked at when the loop is over: the host never waits within a step.
+            differs = (leaves[at] != recorded.to(leaves[at].device, non_blocking=True)).any()
             self.differs = differs if self.differs is None else self.differs | differs.to(self.differs.device)
 
     def check(self) -> None:
