@@ -148,9 +148,18 @@ class Machine:
 def probe(names: Sequence[str] = ()) -> Machine:
     """The machine, or the part of it that `names` selects, in that order; the CPU where there is no accelerator.
 
-    Raises InvalidInput for a device that is not there, and for cards that are there and that torch does not see.
+    On each of its cards this process has a context afterwards, which takes some hundred megabytes. Raises InvalidInput
+    as `device_names` does.
     """
     total, free = host_memory()
+    return Machine(tuple(_device(name, total, free) for name in device_names(names)), total, free)
+
+
+def device_names(names: Sequence[str] = ()) -> list[str]:
+    """The devices of the machine, or those of them that `names` selects, in that order, with none of them touched.
+
+    Raises InvalidInput for a device that is not there, and for cards that are there and that torch does not see.
+    """
     if not torch.accelerator.is_available() and set(names) != {"cpu"} and (unseen := unseen_cards()):
         raise InvalidInput(f"{unseen}, or run on the CPU (`devices=cpu`)")
     known = {f"{kind}:{index}": index for kind, index in _accelerators()}
@@ -161,7 +170,7 @@ def probe(names: Sequence[str] = ()) -> Machine:
             raise InvalidInput(f"there is no device {name!r} here: choose from {there}")
     if len(set(chosen)) != len(chosen):
         raise InvalidInput(f"a device is named twice: {', '.join(chosen)}")
-    return Machine(tuple(_device(name, total, free) for name in chosen), total, free)
+    return chosen
 
 
 def elsewhere(

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from runner import Job, Request, make_plan, run_all
+from runner.distributed.env import Rank
+from runner.distributed.rank import own_machine
+from runner.distributed.worker import threads_for
 from runner.engine import lanes
 from stages.loading import pinned_copy
 from stages.loading.pinned_copy import PendingTensor, copy_to_devices
@@ -132,6 +135,22 @@ def test_the_host_waits_once_a_step_and_for_the_step_before(
     assert len(found[7]) - len(found[3]) == 4
     assert all("_Flag.__bool__" in frames[0] for frames in found[7])
     assert all("StepMonitor._check" in frames[1] for frames in found[7])
+
+
+@pytest.mark.parametrize(("chosen", "own"), [((), [["sim:0", "sim:1"], ["sim:2", "sim:3"]]),
+                                             (("2", "sim:1"), [["sim:2"], ["sim:1"]])])
+def test_a_rank_has_contexts_on_its_own_cards_alone(
+    cards: Cards, sim: ModuleType, chosen: Sequence[str], own: list[list[str]]
+) -> None:
+    for number, mine in enumerate(own):
+        sim.withdraw()
+        cards(*[LIMIT] * 4)
+        sim.withdraw()
+        sim.configure([LIMIT] * 4)
+        assert threads_for((), 4, Rank(number, 2, number, 2)) == 2 and sim.contexts() == []
+        machine = own_machine(Job("demo", "a star", devices=chosen), Rank(number, 2, number, 2))
+        assert [card.name for card in machine.cards] == mine
+        assert sim.contexts() == sorted(mine)
 
 
 def test_ten_runs_leave_cards_and_streams_as_they_were(

@@ -112,6 +112,6 @@ def process_count(job: Job, ranks: int | None) -> int:
 
 
 def _devices() -> int:
-    from stages.machine import probe
+    from stages.machine import device_names
 
-    return len(probe().devices)
+    return len(device_names())

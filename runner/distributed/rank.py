@@ -23,7 +23,7 @@ from runner.planning.plan import Plan
 from runner.planning.planner import make_plan
 from runner.planning.verdict import verdict
 from stages.errors import BadResult, InvalidInput, RankLost, StagerunError, StoreError
-from stages.machine import Machine, check_cards, probe
+from stages.machine import Machine, check_cards, device_names, probe
 from stages.wording import counted
 
 
@@ -91,7 +91,7 @@ class RankWorker:
         Errors of the job or the model are raised before any other rank begins.
         """
         store = open_job_store(job, self.emit)
-        plan = self.planned(job, own_part(usable_machine(job), self.rank))
+        plan = self.planned(job, own_machine(job, self.rank))
         whole = self.begun(plan, store)
         self.channel.publish({"job": plan.job.to_json()})
         with self.answering():
@@ -105,7 +105,7 @@ class RankWorker:
             job = Job.from_json(message["job"])
             store = open_job_store(job, self.emit)
             check_shared(store, job, f"rank {self.rank.rank}")
-            plan = self.planned(job, own_part(usable_machine(job), self.rank))
+            plan = self.planned(job, own_machine(job, self.rank))
             positions = share(len(plan.requests), self.rank.rank, self.rank.size)
             return self.work(plan, RankStore(store, self.heartbeat, None), positions)
 
@@ -198,6 +198,15 @@ def _recorded(store: RankStore, positions: Sequence[int]) -> dict[str, Any]:
     """What the record of the whole run is to say of a share of it."""
     previews = {str(positions[int(position)]): key for position, key in store.last.get("previews", {}).items()}
     return {"warnings": list(store.last.get("warnings", ())), "previews": previews}
+
+
+def own_machine(job: Job, rank: Rank) -> Machine:
+    """The rank's part of this host, with no card of another rank touched; InvalidInput as `own_part` raises it."""
+    names = [name for name in device_names(job.devices) if name != "cpu"]
+    if len(names) < max(1, rank.local_size):
+        return own_part(usable_machine(job), rank)
+    own = check_cards(probe([names[index] for index in share(len(names), rank.local, rank.local_size)]))
+    return replace(own, host_free=own.host_free // rank.local_size)
 
 
 def usable_machine(job: Job) -> Machine:

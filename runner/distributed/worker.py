@@ -58,9 +58,9 @@ def threads_for(devices: Sequence[str], threads: int, rank: Rank) -> int:
     On a CPU sums are split by the number of threads, and pictures are to be those of one process bit for bit, so it
     takes them all.
     """
-    from stages.machine import probe
+    from stages.machine import device_names
 
-    on_cpu = list(devices) == ["cpu"] or not probe().cards
+    on_cpu = device_names(["cpu"] if list(devices) == ["cpu"] else ()) == ["cpu"]
     return threads if on_cpu else max(1, threads // rank.local_size)
 
 
