@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,8 +128,8 @@ def test_on_a_cpu_ranks_take_as_many_threads_as_one_process(tmp_path: Path) -> N
 def test_with_cards_ranks_share_the_threads(
     threads: int, each: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cards = tuple(Device(f"cuda:{number}", 2**34, 2**34, True) for number in range(2))
-    monkeypatch.setattr("stages.machine.probe", lambda: Machine(cards, 2**34, 2**34))
+    there = ["cuda:0", "cuda:1"]
+    monkeypatch.setattr("stages.machine.device_names", lambda names=(): list(names) or there)
     assert threads_for([], threads, Rank(0, 2, 0, 2)) == each
     assert threads_for(["cpu"], threads, Rank(0, 2, 0, 2)) == threads
 
@@ -230,6 +231,43 @@ def test_a_pulse_tells_work_from_idleness_and_from_waiting_for_another() -> None
     assert idle["where"] == "in denoise, picture 2 of 4, step 3 of 28"
     assert idle["idle"] > 2 > 1.5 > busy["idle"] and waiting["idle"] < 1.5
     assert [beat["beat"] for beat in beats] == list(range(1, len(beats) + 1))
+
+
+def test_who_waits_for_a_card_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait for a card keeps a processor busy, so a card that hangs would never be noticed by that."""
+    now = [0.0]
+    monkeypatch.setattr("runner.distributed.heartbeat.time", SimpleNamespace(monotonic=lambda: now[0]))
+    pulse = Heartbeat(lambda beat: None)
+    patience = [pulse.patience]
+    for passed, kind, data in (
+        (0, "stage", {"stage": "encode"}), (1, "load", {"component": "text_encoder", "device": "cpu"}),
+        (1, "loaded", {}), (1, "end", {"stage": "encode"}), (0, "stage", {"stage": "denoise"}),
+        (1, "load", {"component": "transformer", "device": "cuda:1"}), (50, "loaded", {}),
+        (0, "item", {"index": 0, "of": 2}), (9, "step", {"step": 1, "steps": 3}), (4, "step", {"step": 2, "steps": 3}),
+        (0, "item", {"index": 1, "of": 2}), (12, "step", {"step": 1, "steps": 3}), (1, "end", {"stage": "denoise"}),
+    ):
+        now[0] += passed
+        pulse(kind, data)
+        patience.append(pulse.patience)
+    assert patience == [0, 0, 0, 0, 0, 0, 0, 600, 600, 180, 180, 180, 240, 0]
+
+
+def test_a_rank_that_only_waits_for_its_card_is_lost_in_the_end() -> None:
+    beats: list[Mapping[str, Any]] = []
+    with Heartbeat(beats.append) as pulse:
+        for kind, data in (("stage", {"stage": "denoise"}), ("loaded", {})):
+            pulse(kind, data)
+        pulse("load", {"component": "transformer", "device": "sim:0"})
+        pulse("loaded", {})
+        end = time.monotonic() + 3.2
+        while time.monotonic() < end:
+            sum(range(1000))
+    assert beats[-1]["idle"] > 2
+    now = [0.0]
+    watch = Watchdog(range(1, 3), clock=lambda: now[0])
+    watch.see(1, {"beat": 1, "where": "in denoise, picture 1 of 4", "idle": 700.0, "patience": 900.0})
+    watch.see(2, {"beat": 1, "where": "in denoise, picture 1 of 4", "idle": 130.0, "patience": 100.0})
+    assert watch.lost() == (2, "rank 2 hangs in denoise, picture 1 of 4: it neither computed nor read for 130 s")
 
 
 def test_a_watch_names_who_is_lost() -> None:

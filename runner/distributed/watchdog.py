@@ -11,8 +11,8 @@ SILENCE = 20.0
 class Watchdog:
     """The last signs of life of the ranks `others`.
 
-    Of a rank that started, `SILENCE` seconds without a beat are too many, and so are `timeout` seconds in which it
-    neither worked nor waited for another; it may take `timeout` seconds to start.
+    Of a rank that started, `SILENCE` seconds without a beat are too many, and so are `timeout` seconds, or as many as
+    its beat says, in which it neither worked nor waited for another; it may take `timeout` seconds to start.
     """
 
     def __init__(
@@ -55,6 +55,6 @@ class Watchdog:
             if rank in self._beats and silence > self.silence:
                 return rank, (f"rank {rank} hangs: no sign of life for {silence:.0f} s, last {self.where(rank)} "
                               f"(stopped, or its host is gone)")
-            if idle > self._timeout:
+            if idle > max(self._timeout, float(self._beats.get(rank, {}).get("patience", 0.0))):
                 return rank, f"rank {rank} hangs {self.where(rank)}: it neither computed nor read for {idle:.0f} s"
         return None
