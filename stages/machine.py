@@ -209,15 +209,17 @@ def _device(name: str, host_total: int, host_free: int) -> Device:
     if name == "cpu":
         return _host(host_total, host_free)
     free, total = torch.accelerator.get_memory_info(name)
-    return Device(name, total, free, _has_bfloat16(name), _label(name))
+    return Device(name, total, free, has_bfloat16(name), _label(name))
 
 
 def _host(total: int, free: int) -> Device:
-    # Most CPUs only emulate bfloat16, a hundred times slower than float32.
-    return Device("cpu", total, free, bfloat16=False, label="CPU")
+    return Device("cpu", total, free, has_bfloat16("cpu"), label="CPU")
 
 
-def _has_bfloat16(name: str) -> bool:
+def has_bfloat16(name: str) -> bool:
+    """Whether a device computes in bfloat16 by itself; most processors only emulate it, a hundred times slower."""
+    if name == "cpu":
+        return False
     module = torch.get_device_module(torch.device(name).type)
     if module is torch.cuda:
         with torch.cuda.device(name):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,13 @@ from runner.distributed.env import Rank
 from runner.distributed.rank import own_machine
 from runner.distributed.worker import threads_for
 from runner.engine import lanes
+from stages.errors import BadResult
+from stages.events import silent
 from stages.loading import pinned_copy
 from stages.loading.pinned_copy import PendingTensor, copy_to_devices
 from stages.models.safetensors_header import read_header
 from stages.models.weights import StoredTensor
+from stages.pipeline.denoise import StepMonitor
 from stages.placement.sharded import Sharded
 from tests import tiny, tiny_families
 
@@ -151,6 +154,24 @@ def test_a_rank_has_contexts_on_its_own_cards_alone(
         machine = own_machine(Job("demo", "a star", devices=chosen), Rank(number, 2, number, 2))
         assert [card.name for card in machine.cards] == mine
         assert sim.contexts() == sorted(mine)
+
+
+@pytest.mark.parametrize(("bfloat16", "says"), [(True, "dtype='transformer=bfloat16' (or float32)"),
+                                                (False, "dtype='transformer=float32'")])
+def test_latents_that_are_not_finite_are_told_a_step_later_with_a_type_that_the_card_has(
+    cards: Cards, sim: ModuleType, bfloat16: bool, says: str
+) -> None:
+    (card,) = cards(LIMIT)
+    sim.schedule("late")
+    sim.bfloat16(bfloat16)
+    latents = torch.ones(1, 4, device=card)
+    monitor, state = StepMonitor(silent), SimpleNamespace(latents=latents)
+    monitor(0, 5, state)
+    latents[0, 0] = torch.inf
+    monitor(1, 5, state)
+    with pytest.raises(BadResult, match="not finite after step 2") as caught:
+        monitor(2, 5, state)
+    assert says in str(caught.value)
 
 
 def test_ten_runs_leave_cards_and_streams_as_they_were(

@@ -15,6 +15,7 @@ from diffusers.modular_pipelines.modular_pipeline import (
 
 from stages.errors import BadResult
 from stages.events import Emit
+from stages.machine import has_bfloat16
 from stages.models.checkpoint import Checkpoint
 from stages.models.skeleton import skeleton
 from stages.pipeline.build import empty_pipeline
@@ -135,17 +136,16 @@ class StepMonitor:
 
     def _check(self, step: int) -> None:
         if self._finite is not None and not bool(self._finite):
-            raise BadResult(
-                f"denoise: latents are not finite after step {step + 1}: run again with "
-                f"`dtype=transformer=bfloat16` (or float32)"
-            )
+            wide = "bfloat16` (or float32)" if has_bfloat16(self._finite.device) else "float32`"
+            raise BadResult(f"denoise: latents are not finite after step {step + 1}: run again with "
+                            f"`dtype=transformer={wide}")
 
 
 class _Flag:
-    """A truth on a device, on its way to the host; whoever asks waits for what was ordered before it, and no more."""
+    """A truth on a `device`, on its way to the host; whoever asks waits for what was ordered before."""
 
     def __init__(self, value: torch.Tensor) -> None:
-        self._value, self._arrived = value, None
+        self.device, self._value, self._arrived = str(value.device), value, None
         if value.device.type != "cpu":
             # To pinned memory, by which the copy has its turn in the stream.
             self._value = value.to("cpu", non_blocking=True)
