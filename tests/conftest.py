@@ -135,7 +135,8 @@ SCHEDULES = {"sim": "synchronous", "late": "late", "early": "early", "drawn0": 0
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests of streams have their cards under every schedule, and others simulated cards that do all at once."""
-    if "cards" in metafunc.fixturenames:
+    its_own = [mark for mark in metafunc.definition.iter_markers("parametrize") if "cards" in mark.args[0]]
+    if "cards" in metafunc.fixturenames and not its_own:
         streams = metafunc.definition.get_closest_marker("streams") is not None
         real = pytest.param("cuda", marks=pytest.mark.gpu)
         metafunc.parametrize("cards", [*(SCHEDULES if streams else ["sim"]), real], indirect=True)

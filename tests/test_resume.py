@@ -109,7 +109,8 @@ def test_another_file_at_a_pictures_place_is_not_replaced_unasked(
     [
         (["last"], 5, "no run in the store yet"), (["gone"], 5, "no run's name starts with gone"),
         (["../x"], 5, "run"), (["last", "--artifacts", "memory"], 5, "a run in memory ends with its process"),
-        (["last", "--from", "all"], 2, "'all' is not one of"), (["last", "-qv"], 2, "contradict"),
+        (["last", "--from", "all"], 2, "--from 'all' -> choose from encode, denoise, decode"),
+        (["last", "-qv"], 2, "contradict"),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_one_line(

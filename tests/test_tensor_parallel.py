@@ -135,7 +135,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(flux: Path, tmp_path: Pat
     plan = planned(flux, place=["denoise=tensor_parallel:2"])
     assert plan.needs["denoise"]["cpu"].weights == 2 * 211_264
     for call in (lambda: run_all(plan), lambda: run_stage(plan, "denoise", store=open_store("memory", warn=print))):
-        with pytest.raises(ValueError, match=r"a process for each card -> runner\.spawn"):
+        with pytest.raises(ValueError, match=r"a process for each card -> stagerun\.spawn"):
             call()
 
 

@@ -69,7 +69,8 @@ def _leftovers(cards: Sequence[str], most: int = 5) -> tuple[Leftover, ...]:
     seen: dict[int, Leftover] = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device in devices:
-            storage = thing.untyped_storage()
+            # A tensor that is cut over processes has its part in another one.
+            storage = getattr(thing, "_local_tensor", thing).untyped_storage()
             seen[storage.data_ptr()] = Leftover(type(thing).__name__, tuple(thing.shape), storage.nbytes())
     return tuple(sorted(seen.values(), key=lambda leftover: -leftover.bytes)[:most])
 
