@@ -57,6 +57,11 @@ SECOND_LOOK = (
     "test_remote.py::test_three_machines_share_a_bucket",
     "test_scheduler_choice.py::test_the_picture_is_that_of_diffusers_with_this_scheduler[FlowMatchLCM",
     "test_sim_libraries.py::test_cpu_work_is_the_same",
+    "test_streams.py::test_lanes_on_one_card_make_what_the_cpu_makes[drawn1]",
+    "test_streams.py::test_lanes_on_one_card_make_what_the_cpu_makes[drawn2]",
+    "test_streams.py::test_lanes_over_two_cards_make_what_the_cpu_makes[drawn1]",
+    "test_streams.py::test_lanes_over_two_cards_make_what_the_cpu_makes[drawn2]",
+    "test_streams.py::test_the_host_waits_once_a_step_and_for_the_step_before[sim-denoise=resident]",
     "test_tiles.py::test_a_picture_that_is_there_stays_whole",
     "test_tiles.py::test_a_run_goes_on_as_it_was_planned",
 )

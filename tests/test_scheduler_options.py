@@ -93,7 +93,7 @@ def check(bench: Callable[[str], Bench], chosen: Iterable[tuple[str, str, Mappin
 def test_some_options_run_as_in_the_unsplit_pipeline_or_are_refused(
     bench: Callable[[str], Bench], tmp_path: Path
 ) -> None:
-    check(bench, itertools.islice(cases(), 0, None, 40), tmp_path)
+    check(bench, itertools.islice(cases(), 0, None, 80), tmp_path)
 
 
 @pytest.mark.slow
