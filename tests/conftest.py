@@ -63,6 +63,7 @@ SECOND_LOOK = (
     "test_streams.py::test_lanes_over_two_cards_make_what_the_cpu_makes[drawn2]",
     "test_streams.py::test_the_host_waits_once_a_step_and_for_the_step_before[sim-denoise=resident]",
     "test_tiles.py::test_a_picture_that_is_there_stays_whole",
+    "test_tiles.py::test_a_repeated_picture_is_decoded_as_it_was",
     "test_tiles.py::test_a_run_goes_on_as_it_was_planned",
 )
 

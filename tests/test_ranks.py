@@ -20,6 +20,7 @@ from PIL import Image
 
 from runner import Job, RankLost, RankProcesses, Report, Request, RunPolicy, make_plan, run_all, spawn
 from runner.artifacts import open_store
+from runner.distributed import heartbeat
 from runner.distributed.env import Rank, launched, share
 from runner.distributed.heartbeat import Heartbeat
 from runner.distributed.rank import own_part
@@ -213,23 +214,24 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_pulse_tells_work_from_idleness_and_from_waiting_for_another() -> None:
+def test_a_pulse_tells_work_from_idleness_and_from_waiting_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "EVERY", 0.2)
     beats: list[Mapping[str, Any]] = []
     with Heartbeat(beats.append) as pulse:
         pulse("stage", {"stage": "denoise"})
         pulse("item", {"index": 1, "of": 4})
         pulse("step", {"step": 3, "steps": 28})
-        time.sleep(3.2)
+        time.sleep(1.0)
         idle = beats[-1]
-        end = time.monotonic() + 2.2
+        end = time.monotonic() + 0.6
         while time.monotonic() < end:
             sum(range(1000))
         busy = beats[-1]
         with pulse.waiting():
-            time.sleep(3.2)
+            time.sleep(1.0)
         waiting = beats[-1]
     assert idle["where"] == "in denoise, picture 2 of 4, step 3 of 28"
-    assert idle["idle"] > 2 > 1.5 > busy["idle"] and waiting["idle"] < 1.5
+    assert idle["idle"] > 0.6 > 0.5 > busy["idle"] and waiting["idle"] < 0.5
     assert [beat["beat"] for beat in beats] == list(range(1, len(beats) + 1))
 
 
@@ -252,17 +254,18 @@ def test_who_waits_for_a_card_does_not_work(monkeypatch: pytest.MonkeyPatch) -> 
     assert patience == [0, 0, 0, 0, 0, 0, 0, 600, 600, 180, 180, 180, 240, 0]
 
 
-def test_a_rank_that_only_waits_for_its_card_is_lost_in_the_end() -> None:
+def test_a_rank_that_only_waits_for_its_card_is_lost_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "EVERY", 0.2)
     beats: list[Mapping[str, Any]] = []
     with Heartbeat(beats.append) as pulse:
         for kind, data in (("stage", {"stage": "denoise"}), ("loaded", {})):
             pulse(kind, data)
         pulse("load", {"component": "transformer", "device": "sim:0"})
         pulse("loaded", {})
-        end = time.monotonic() + 3.2
+        end = time.monotonic() + 1.0
         while time.monotonic() < end:
             sum(range(1000))
-    assert beats[-1]["idle"] > 2
+    assert beats[-1]["idle"] > 0.6
     now = [0.0]
     watch = Watchdog(range(1, 3), clock=lambda: now[0])
     watch.see(1, {"beat": 1, "where": "in denoise, picture 1 of 4", "idle": 700.0, "patience": 900.0})
