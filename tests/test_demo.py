@@ -34,7 +34,7 @@ def judged(prompts: list[Prompt], pictures: Iterable[Image.Image]) -> Score:
 @pytest.mark.parametrize(("prompts", "least", "blank"), [
     pytest.param(held_out_prompts()[0][::3], 33, 0, id="one shape"),
     pytest.param(held_out_prompts()[1][::3], 16, 0, id="two shapes"),
-    pytest.param(partial_prompts()[::20], 21, 2, id="with something left open"),
+    pytest.param(partial_prompts()[::20], 25, 2, id="with something left open"),
     pytest.param(shown_prompts()[::SEEDS], 18, 0, id="shown in the project"),
 ])
 def test_prompts_that_training_never_saw(prompts: list[Prompt], least: int, blank: int) -> None:

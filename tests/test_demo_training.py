@@ -20,7 +20,7 @@ from tools.demo.muon import Muon, orthogonal
 from tools.demo.phase import Phase
 from tools.demo.scenes import POSITIONS, Pair, Solo, held_out, training_scene
 from tools.demo.shapes import COLORS, SHAPES
-from tools.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_t5_encoder
+from tools.demo.text import CLIP_TOKENS, TEXT_TOKENS, build_clip_encoder, build_clip_tokenizer, build_t5_encoder
 from tools.demo.train import build_tokenizers, carried_rows, export_checkpoint, load_weights, thin_log
 
 CPU = torch.device("cpu")
@@ -37,6 +37,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FlowTraining]
     latents = Latents(scenes, torch.randn(80, GRID * GRID, 64).half(), 0.1, 0.7)
     cache = LatentCache(latents, build_autoencoder())
     return folder, FlowTraining(model, frozen_copy(model), clip_tokenizer, t5_tokenizer, cache)
+
+
+def test_a_sitting_that_goes_on_has_the_tokens_of_the_one_before(tmp_path: Path) -> None:
+    """Tokens that swap their numbers are words that swap their meanings."""
+    words = [f"{first}{last}" for first in ("ab", "cd", "ef", "gh") for last in ("on", "of", "at", "ar", "in", "it")]
+    first = build_clip_tokenizer(tmp_path, words)
+    assert all(build_clip_tokenizer(tmp_path, words).get_vocab() == first.get_vocab() for _ in range(5))
+    assert build_clip_tokenizer(tmp_path, [*words, "other"]).tokenize("other") == ["other</w>"]
 
 
 def test_every_word_of_the_captions_is_one_token(built: tuple[Path, FlowTraining]) -> None:

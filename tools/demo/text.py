@@ -1,6 +1,7 @@
 """The demo's two tokenizers and text encoders, in FLUX's layout: CLIP with BPE, T5 with sentencepiece."""
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,28 +21,38 @@ NEIGHBORS = (1, 17, 2, 18, 3, 19)
 
 
 def build_clip_tokenizer(folder: Path, words: Sequence[str]) -> CLIPTokenizer:
-    """A byte-level BPE in which each of the words is one token; CLIP's two files of it are written to the folder."""
+    """A byte-level BPE in which each of the words is one token; CLIP's two files of it are written to the folder.
+
+    Merges that are as frequent come in another order each time, so for the same words those of the folder stay.
+    """
     start, end = "<|startoftext|>", "<|endoftext|>"
+    known, merges = folder / "words.json", folder / "merges.txt"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if not known.exists() or json.loads(known.read_text()) != [*words]:
+        folder.mkdir(parents=True, exist_ok=True)
+        _trained_bpe(words, alphabet).model.save(str(folder))
+        known.write_text(json.dumps([*words]))
+    # CLIP's vocabulary holds every byte twice, inside a word and at its end, so that no text is unknown.
+    singles = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    pairs = [line for line in merges.read_text().splitlines() if line and not line.startswith("#")]
+    tokens = [*singles, *("".join(pair.split()) for pair in pairs), start, end]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=[tuple(p.split()) for p in pairs], model_max_length=CLIP_TOKENS)
+
+
+def _trained_bpe(words: Sequence[str], alphabet: list[str]) -> Tokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # CLIP's vocabulary holds every byte twice, inside a word and at its end, so that no text is unknown.
-    singles = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     bpe.train_from_iterator(
         [*words, ",", "."] * 10,
         trainers.BpeTrainer(
             vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
         ),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    _, merges = (Path(path) for path in bpe.model.save(str(folder)))
-    pairs = [line for line in merges.read_text().splitlines() if line and not line.startswith("#")]
-    words = [*singles, *("".join(pair.split()) for pair in pairs), start, end]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
-    return CLIPTokenizer(vocab=vocabulary, merges=[tuple(p.split()) for p in pairs], model_max_length=CLIP_TOKENS)
+    return bpe
 
 
 def build_t5_tokenizer(folder: Path, words: Sequence[str]) -> T5Tokenizer:

@@ -111,7 +111,7 @@ def cached_latents(state: Path, autoencoder: AutoencoderKL) -> LatentCache:
 
 
 def build_tokenizers(state: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
-    """CLIP's tokenizer and T5's; building them takes no time and always gives the same."""
+    """CLIP's tokenizer and T5's; building them takes no time, and in the same folder always gives the same."""
     words = known_words()
     return build_clip_tokenizer(state / "tokenizer", words), build_t5_tokenizer(state / "tokenizer_2", words)
 
