@@ -1,5 +1,6 @@
 """Lanes and loading on cards that do what they are asked for later, in every order that streams allow."""
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from runner import Job, Request, make_plan, run_all
 from runner.distributed.env import Rank
 from runner.distributed.rank import own_machine
 from runner.distributed.worker import threads_for
 from runner.engine import lanes
+from runner.engine.memory import Meter
 from stages.errors import BadResult
 from stages.events import silent
 from stages.loading import pinned_copy
@@ -22,6 +25,7 @@ from stages.loading.pinned_copy import PendingTensor, copy_to_devices
 from stages.models.safetensors_header import read_header
 from stages.models.weights import StoredTensor
 from stages.pipeline.denoise import StepMonitor
+from stages.placement.placement import Resident
 from stages.placement.sharded import Sharded
 from tests import tiny, tiny_families
 
@@ -94,8 +98,69 @@ def test_what_is_read_arrives_whole(tmp_path: Path, cards: Cards, monkeypatch: p
     targets = {name: torch.empty_like(tensor, device=card) for name, tensor in numbers.items()}
     copy_to_devices([PendingTensor(StoredTensor(tmp_path / "model.safetensors", name, header[name]), torch.float32,
                                    target) for name, target in targets.items()])
-    for name, target in targets.items():
-        assert torch.equal(target.cpu(), numbers[name]), name
+    # It has arrived when that returns: whoever reads it need not wait.
+    with torch.Stream(device=card):
+        for name, target in targets.items():
+            assert torch.equal(target.cpu(), numbers[name]), name
+
+
+class Keeper(nn.Module):
+    """A model that keeps a tensor between calls, as those that cache positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.kept = nn.Identity(), torch.empty(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.kept.numel():
+            self.kept = self.block(x) * 3
+        return self.kept + 1
+
+
+@pytest.mark.parametrize("placement", ["resident", "sharded"])
+def test_a_lane_waits_for_what_another_has_made(cards: Cards, sim: ModuleType, placement: str) -> None:
+    (card,) = cards(LIMIT)
+    model, x = Keeper(), torch.ones(100, device=card)
+    if placement == "resident":
+        Resident(card).attach(model, card)
+    else:
+        Sharded(card, {"block": card}).attach(model, card)
+    made, read, seen = threading.Event(), threading.Event(), dict[int, list[float]]()
+
+    def do(loaded: Any, item: int) -> None:
+        if item:
+            made.wait(30)
+        y = model(x)
+        if not item:
+            made.set()
+            read.wait(30)
+        seen[item] = y.cpu().tolist()
+        read.set()
+
+    sim.schedule("late")
+    lanes.process(SimpleNamespace(lane=lambda: None), 2, [card], [0, 1], do, threading.Event())
+    assert seen == {0: [4.0] * 100, 1: [4.0] * 100}
+
+
+def test_lanes_begin_when_what_was_ordered_before_them_is_there(cards: Cards, sim: ModuleType) -> None:
+    (card,) = cards(LIMIT)
+    sim.schedule("late")
+    weights, seen = torch.full((100,), 3.0, device=card), []
+    lanes.process(SimpleNamespace(lane=lambda: None), 2, [card], [0, 1],
+                  lambda loaded, item: seen.append(weights.cpu().tolist()), threading.Event())
+    assert seen == [[3.0] * 100] * 2
+
+
+def test_a_flush_hears_of_what_failed_in_its_stage(cards: Cards, sim: ModuleType) -> None:
+    (card,) = cards(LIMIT)
+    sim.schedule("late")
+    held = torch.ones(2**20 // 4, device=card)
+    torch.accelerator.synchronize(card)
+    meter = Meter([card])
+    sim.fail_kernel(card, 1)
+    held.add_(1)
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        meter.flush()
 
 
 @pytest.mark.parametrize("nth", [1, 30, 90])

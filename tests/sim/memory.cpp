@@ -89,11 +89,15 @@ void count_reserved(int index, int64_t bytes) {
   cards[index].reserved.decrease(std::max<int64_t>(0, -bytes));
 }
 
-// As cudaFree does, this waits for all that the card has to do.
+// As with CUDA, this waits for who still uses what was given back, and, where there is something to free, for the card.
 void empty_cache(int index) {
-  host_wait_all(index);
   const Locked lock;
+  for (const Leaving& each : leaving) {
+    if (each.index != index) continue;
+    for (const Mark& user : each.users) host_wait(user);
+  }
   let_go_of_leaving();
+  if (!cards[index].segments->has_free_segment()) return;
   host_wait_all(index);
   count_reserved(index, -cards[index].segments->release());
 }

@@ -97,6 +97,15 @@ void Segments::give_back(Piece* piece) {
   of_stream.insert(piece);
 }
 
+bool Segments::has_free_segment() const {
+  for (const auto& entry : free_) {
+    for (const Piece* piece : entry.second) {
+      if (piece->before == nullptr && piece->after == nullptr) return true;
+    }
+  }
+  return false;
+}
+
 int64_t Segments::release() {
   int64_t released = 0;
   for (auto& entry : free_) {

@@ -30,6 +30,7 @@ class Segments {
   // A piece of a new segment.
   Piece* extend(int64_t stream, int64_t bytes);
   void give_back(Piece* piece);
+  bool has_free_segment() const;
   int64_t release(); // lets go of segments that are free as a whole; how many bytes those are
   int64_t reserved() const { return reserved_; }
   static int64_t rounded(int64_t bytes); // what a piece of so many bytes takes
