@@ -300,6 +300,24 @@ def test_dropping_storing_and_reading_at_once_shows_whole_artifacts_or_none(work
     assert store.get(KEY) is not None
 
 
+def test_a_folder_that_is_dropped_before_something_is_in_it_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by another process, between the making of the folder and the move of the file into it."""
+    store, rename, gone = FolderStore(tmp_path / "store", warn=pytest.fail), os.rename, list[str]()
+
+    def late(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        below = os.readlink(f"/proc/self/fd/{dst_dir_fd}")
+        if below not in gone:
+            gone.append(below)
+            os.rmdir(below)
+        rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+
+    monkeypatch.setattr(os, "rename", late)
+    store.put(KEY, "encode", state(), {})
+    assert len(gone) == 2 and store.get(KEY) is not None
+
+
 def test_a_lock_is_waited_for_but_not_for_ever(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

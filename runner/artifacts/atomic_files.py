@@ -23,6 +23,7 @@ from stages.errors import StoreError
 Buffer = bytearray | mmap.mmap
 TMP = "tmp"
 SPARE = 1.2
+_TRIES = 100
 # From so many bytes on, a file is read into huge pages: to touch new memory page by page takes longer than to read it.
 HUGE_PAGES_FROM = 2**24
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -126,10 +127,7 @@ def write(root: Path, files: Sequence[File]) -> None:
         try:
             _write_parts(tmp, parts, files)
             for file, part in zip(files, parts, strict=True):
-                inside, _, name = file.path().rpartition("/")
-                with folder(root, inside, made=sync_later) as parent:
-                    os.rename(part, name, src_dir_fd=tmp, dst_dir_fd=parent)
-                    sync_later(parent)
+                _moved(root, tmp, part, file.path(), sync_later)
             # Of several folders, the first takes the changes of all with it in most file systems.
             for handle in changed:
                 os.fsync(handle)
@@ -281,6 +279,21 @@ def _check_room(tmp: int, size: int) -> None:
     # Some network file systems know no sizes and answer 0 for all of them.
     if facts.f_blocks and facts.f_bavail * facts.f_frsize < size * SPARE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _moved(root: Path, tmp: int, part: str, path: str, sync_later: Callable[[int], None]) -> None:
+    """Move a file from tmp/ to its path; who drops things meanwhile removes folders that are empty, also a new one."""
+    inside, _, name = path.rpartition("/")
+    for left in reversed(range(_TRIES)):
+        with folder(root, inside, made=sync_later) as parent:
+            try:
+                os.rename(part, name, src_dir_fd=tmp, dst_dir_fd=parent)
+            except FileNotFoundError:
+                if not left or os.fstat(parent).st_nlink:
+                    raise
+                continue
+            sync_later(parent)
+            return
 
 
 def _write_parts(tmp: int, parts: Sequence[str], files: Sequence[File]) -> None:
