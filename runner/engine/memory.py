@@ -24,7 +24,8 @@ class Meter:
     def __init__(self, devices: Sequence[str]) -> None:
         self.cards = tuple(device for device in devices if device != "cpu")
         self._host = "cpu" in devices
-        clear_workspaces()
+        if self.cards:
+            clear_workspaces()
         self.baseline = {card: torch.accelerator.memory_allocated(card) for card in self.cards}
         self.restart()
 
@@ -50,7 +51,8 @@ class Meter:
         for card in self.cards:
             torch.accelerator.synchronize(card)
         gc.collect()
-        clear_workspaces()
+        if self.cards:
+            clear_workspaces()
         for _ in range(PATIENCE):
             # transformers reads weights in threads; after an error one may still be letting go of a tensor.
             if self.used() <= 0:
